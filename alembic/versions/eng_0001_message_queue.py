@@ -1,0 +1,91 @@
+"""The message queue: its table, and the indexes that keep a claim fast."""
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+
+revision = "eng_0001"
+down_revision = None
+branch_labels = ("engagement",)
+depends_on = None
+
+TABLE = "engagement_message_queue"
+MOMENT = TIMESTAMP(timezone=True)
+READABLE = "BETWEEN '0001-01-02 00:00:00+00' AND '9999-12-30 00:00:00+00'"
+
+
+def schema():
+    """Return where the table is, if not on the search path: the version table is beside it."""
+    return op.get_context().opts.get("version_table_schema")
+
+
+def check(name, sql):
+    return sa.CheckConstraint(sql, name=op.f(f"{TABLE}_{name}"))
+
+
+def index(name, *columns, where=None):
+    where = None if where is None else sa.text(where)
+    op.create_index(op.f(f"{TABLE}_{name}"), TABLE, columns, schema=schema(), postgresql_where=where)
+
+
+def upgrade() -> None:
+    op.create_table(
+        TABLE,
+        sa.Column("id", sa.BigInteger, autoincrement=True, nullable=False),
+        sa.Column("user_id", sa.Text, nullable=False),
+        sa.Column("message_type", sa.Text, nullable=False),
+        sa.Column("message_key", sa.Text, nullable=False),
+        sa.Column("message_params", JSONB, server_default=sa.text("'{}'"), nullable=False),
+        sa.Column("destination", sa.Text, nullable=False),
+        sa.Column("destination_jid", sa.Text),
+        sa.Column("scheduled_for", MOMENT, server_default=sa.text("now()"), nullable=False),
+        sa.Column("expires_at", MOMENT),
+        sa.Column("next_attempt_at", MOMENT, server_default=sa.text("now()"), nullable=False),
+        sa.Column("status", sa.Text, server_default=sa.text("'pending'"), nullable=False),
+        sa.Column("attempt", sa.Integer, server_default=sa.text("0"), nullable=False),
+        sa.Column("retry_count", sa.Integer, server_default=sa.text("0"), nullable=False),
+        sa.Column("lease_expires_at", MOMENT),
+        sa.Column("claimed_by", sa.Text),
+        sa.Column("sent_at", MOMENT),
+        sa.Column("provider_message_id", sa.Text),
+        sa.Column("error_message", sa.Text),
+        sa.Column("history", JSONB, server_default=sa.text("'[]'"), nullable=False),
+        sa.Column("idempotency_key", sa.Text(collation="C"), nullable=False),
+        sa.Column("created_at", MOMENT, server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f(f"{TABLE}_pkey")),
+        sa.UniqueConstraint("idempotency_key", name=op.f(f"{TABLE}_idempotency_key_key")),
+        check(
+            "status_known",
+            "status IN ('pending', 'sending', 'sent', 'failed', 'cancelled', 'expired', 'in_doubt')",
+        ),
+        check("destination_known", "destination IN ('individual', 'group')"),
+        check("message_type_format", "message_type ~ '^[a-z][a-z0-9_]*$'"),
+        check("message_params_is_object", "jsonb_typeof(message_params) = 'object'"),
+        check("history_is_array", "jsonb_typeof(history) = 'array'"),
+        check("counters_not_negative", "attempt >= 0 AND retry_count >= 0"),
+        check("sent_iff_sent_at", "(status = 'sent') = (sent_at IS NOT NULL)"),
+        check("sending_iff_lease", "(status = 'sending') = (lease_expires_at IS NOT NULL)"),
+        check("pending_has_destination", "status <> 'pending' OR destination_jid IS NOT NULL"),
+        check("jid_fits_destination", "(destination = 'group') = (right(destination_jid, 5) = '@g.us')"),
+        check("expires_after_scheduled", "expires_at > scheduled_for"),
+        check(
+            "times_readable",
+            f"scheduled_for {READABLE} AND next_attempt_at {READABLE} AND expires_at {READABLE}",
+        ),
+        schema=schema(),
+    )
+    index("due", "next_attempt_at", "id", where="status = 'pending'")
+    index("lease", "lease_expires_at", where="status = 'sending'")
+    index("user", "user_id", "status")
+    index("attention", "status", "next_attempt_at", where="status IN ('failed', 'in_doubt')")
+    index(
+        "prunable",
+        "next_attempt_at",
+        where="status IN ('sent', 'failed', 'cancelled', 'expired') AND destination_jid IS NOT NULL",
+    )
+
+
+def downgrade() -> None:
+    # Give up rather than queue behind a long transaction and make everybody wait behind us.
+    op.execute("SET LOCAL lock_timeout = '5s'")
+    op.drop_table(TABLE, schema=schema())

@@ -1,0 +1,46 @@
+"""Queue proactive engagement messages once, inside your own transactions, and never send one twice."""
+
+from engagement.messages import (
+    Cancellation,
+    Forgotten,
+    InvalidMessage,
+    NewMessage,
+    OutgoingMessage,
+    Queued,
+    QueuedMany,
+    StatusCounts,
+    idempotency_key,
+)
+from engagement.models import Destination, EngagementMessage, EngagementMessageMixin, MessageStatus
+from engagement.outcomes import InDoubt, NotSent, Outcome, Postpone, Refused, Sent, Withdraw, exponential_backoff
+from engagement.repository import AsyncEngagementMessageRepository, EngagementMessageRepository
+from engagement.worker import ProcessResult, Worker, process_message_queue
+
+__all__ = [
+    "AsyncEngagementMessageRepository",
+    "Cancellation",
+    "Destination",
+    "EngagementMessage",
+    "EngagementMessageMixin",
+    "EngagementMessageRepository",
+    "Forgotten",
+    "InDoubt",
+    "InvalidMessage",
+    "MessageStatus",
+    "NewMessage",
+    "NotSent",
+    "Outcome",
+    "OutgoingMessage",
+    "Postpone",
+    "ProcessResult",
+    "Queued",
+    "QueuedMany",
+    "Refused",
+    "Sent",
+    "StatusCounts",
+    "Withdraw",
+    "Worker",
+    "exponential_backoff",
+    "idempotency_key",
+    "process_message_queue",
+]

@@ -1,0 +1,205 @@
+"""The database's side of a delivery: claim, take over, extend and settle, each on a connection that is passed in.
+
+Nothing here commits, waits or knows the transport.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Row
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from engagement import statements
+from engagement.messages import OutgoingMessage
+from engagement.models import EARLIEST, MessageStatus
+from engagement.outcomes import Refused, Verdict, clean_reason
+from engagement.sending import Claim, clock
+
+Position = tuple[datetime, int]
+START: Position = (EARLIEST, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who claims, and for how long. Its names are its own: what carries one of them was claimed by this worker."""
+
+    name: str
+    lease: timedelta
+
+    @property
+    def recoverer(self) -> str:
+        """The name on what was taken over: unlike its own claims, that may have been sent."""
+        return f"{self.name}/recovery"
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What one claim returned; `last` is the place in the queue of the last message of it."""
+
+    claims: list[Claim]
+    expired: list[int]
+    last: Position | None
+
+
+def claim(
+    connection: Connection,
+    holder: Holder,
+    *,
+    limit: int,
+    after: Position,
+    busy: Collection[str],
+    one_per_destination: bool,
+) -> Claimed:
+    """Claim up to `limit` due messages behind `after`, oldest first, none to a destination in `busy`."""
+    until = _held_until(holder)
+    values = {
+        "limit": limit,
+        "after_at": after[0],
+        "after_id": after[1],
+        "busy": list(busy),
+        "lease": holder.lease,
+        "worker": holder.name,
+    }
+    rows = connection.execute(statements.claim(one_per_destination=one_per_destination), values).all()
+    rows = sorted(rows, key=_place)
+    return Claimed(
+        claims=[_claim(row, until) for row in rows if row.status == MessageStatus.SENDING],
+        expired=[row.id for row in rows if row.status == MessageStatus.EXPIRED],
+        last=_place(rows[-1]) if rows else None,
+    )
+
+
+def take_over(connection: Connection, holder: Holder, *, limit: int, held: Iterable[int]) -> list[Claim]:
+    """Take over up to `limit` messages whose worker was lost."""
+    until = _held_until(holder)
+    values = {"limit": limit, "held": list(held), "lease": holder.lease, "recoverer": holder.recoverer}
+    rows = connection.execute(statements.take_over_expired_leases(), values)
+    return [_claim(row, until, worker_lost=True) for row in rows]
+
+
+def adopt(connection: Connection, holder: Holder, *, held: Iterable[int]) -> list[Claim]:
+    """Return own claims whose commit was not acknowledged; nobody has tried to send them."""
+    until = _held_until(holder)
+    values = {"held": list(held), "lease": holder.lease, "worker": holder.name}
+    rows = connection.execute(statements.adopt_own_claims(), values)
+    return [_claim(row, until) for row in rows]
+
+
+def extend(connection: Connection, holder: Holder, held: Mapping[int, Claim]) -> None:
+    """Extend the leases of what is in hand."""
+    until = _held_until(holder)
+    values = {
+        "held": list(held),
+        "lease": holder.lease,
+        "worker": holder.name,
+        "recoverer": holder.recoverer,
+    }
+    for message_id in connection.execute(statements.extend_leases(), values).scalars():
+        held[message_id].held_until = until
+
+
+def settle(connection: Connection, verdicts: Iterable[tuple[OutgoingMessage, Verdict]]) -> dict[int, MessageStatus]:
+    """Record verdicts. Return the status of those that are recorded, now or by an earlier call that seemed to fail.
+
+    What is missing in the answer was lost: the message has been recovered since.
+    """
+    # In one order everywhere, or two statements over the same rows would deadlock.
+    given = {message.id: (message, verdict) for message, verdict in sorted(verdicts, key=lambda pair: pair[0].id)}
+    rows = connection.execute(statements.settle_if_claimed(), _verdict_arrays(given.values()))
+    recorded = {row.id: row.status for row in rows}
+    missing = given.keys() - recorded.keys()
+    if missing:
+        for row in connection.execute(statements.attempts_of(), {"ids": sorted(missing)}):
+            message, verdict = given[row.id]
+            if row.attempt == message.attempt and row.status == verdict.status:
+                recorded[row.id] = row.status
+    return recorded
+
+
+def is_work_waiting(connection: Connection) -> bool:
+    """Whether a message is due or a lease has run out."""
+    return bool(connection.execute(statements.peek()).scalar_one())
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the database may answer differently later: it was not reached, is starting, or was too busy.
+
+    Decided by SQLSTATE: not every OperationalError is transient.
+    """
+    if isinstance(error, PoolTimeout):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    state = getattr(error.orig, "sqlstate", None)
+    if state is None:
+        return error.connection_invalidated or type(error.orig).__name__ in {"OperationalError", "InterfaceError"}
+    return state[:2] in _TRANSIENT_CLASSES or state in _TRANSIENT_STATES
+
+
+# Connection, transaction rollback, resources, operator intervention.
+_TRANSIENT_CLASSES = frozenset({"08", "40", "53", "57"})
+# A lock time-out, the server's ends of idle or long transactions, and a server that is still, or now, a standby.
+_TRANSIENT_STATES = frozenset({"55P03", "25P03", "25P04", "25006"})
+
+
+def describe(error: BaseException) -> str:
+    """Return what a log may say of a database error: no statement, no parameters, no DETAIL with a row in it."""
+    state = getattr(getattr(error, "orig", None), "sqlstate", None)
+    return type(error).__name__ if state is None else f"{type(error).__name__} {state}"
+
+
+def _held_until(holder: Holder) -> float:
+    # Taken before the statement runs, so that we believe in our lease no longer than the database does.
+    return clock() + holder.lease.total_seconds()
+
+
+def _place(row: Row[Any]) -> Position:
+    return row.next_attempt_at, row.id
+
+
+def _claim(row: Row[Any], held_until: float, *, worker_lost: bool = False) -> Claim:
+    try:
+        params, known = json.loads(row.message_params), None
+    except (ValueError, RecursionError):
+        params, known = {}, Refused("message_params cannot be read by Python")
+    message = OutgoingMessage(
+        id=row.id,
+        idempotency_key=row.idempotency_key,
+        user_id=row.user_id,
+        message_type=row.message_type,
+        message_key=row.message_key,
+        message_params=params,
+        destination=row.destination,
+        destination_jid=row.destination_jid or "",  # It may have been forgotten while it was being sent.
+        scheduled_for=row.scheduled_for,
+        attempt=row.attempt,
+        retry_count=row.retry_count,
+    )
+    return Claim(message, held_until, worker_lost=worker_lost, known=None if worker_lost else known)
+
+
+def _verdict_arrays(given: Iterable[tuple[OutgoingMessage, Verdict]]) -> dict[str, Any]:
+    pairs = list(given)
+    join = statements.SEPARATOR.join
+    verdicts = [verdict for _, verdict in pairs]
+    return {
+        "given_id": [message.id for message, _ in pairs],
+        "given_attempt": [message.attempt for message, _ in pairs],
+        "given_failures": [int(verdict.counts_as_failure) for verdict in verdicts],
+        "given_delay": [None if verdict.delay is None else verdict.delay.total_seconds() for verdict in verdicts],
+        "given_status": join([verdict.status for verdict in verdicts]),
+        "given_event": join([verdict.event for verdict in verdicts]),
+        "given_reason": join([clean_reason(verdict.reason) or "" for verdict in verdicts]),
+        "given_until": join([_moment(verdict.until) for verdict in verdicts]),
+        "given_provider_message_id": join([clean_reason(verdict.provider_message_id) or "" for verdict in verdicts]),
+    }
+
+
+def _moment(until: datetime | None) -> str:
+    return "" if until is None else until.astimezone(UTC).isoformat()

@@ -1,0 +1,123 @@
+"""Our migrations, for hosts and the command line: where the scripts are, and how to run them.
+
+They keep a history of their own in `engagement_alembic_version`, apart from the host's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy.schema import CreateSchema
+
+from engagement.models import TABLE_NAME
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+VERSION_TABLE = "engagement_alembic_version"
+LOCK_POLL_SECONDS = 0.1
+
+
+def script_location() -> Path:
+    """Return the folder of the migration scripts: inside an installed package, else in the repository."""
+    package = Path(__file__).parent
+    shipped = package / "_alembic"
+    return shipped if shipped.is_dir() else package.parent / "alembic"
+
+
+def upgrade(bind: Engine | Connection, revision: str = "head", *, schema: str | None = None) -> None:
+    """Bring the table to `revision`. Twice is as good as once, and so is from two processes at the same time.
+
+    On an `Engine` this commits; on a `Connection` it runs in its transaction and leaves the commit to the caller.
+    `schema` is created if it does not exist.
+    """
+    from alembic import command
+
+    with _connected(bind) as connection:
+        if schema is not None:
+            connection.execute(CreateSchema(schema, if_not_exists=True))
+        command.upgrade(_config(connection=connection, schema=schema), revision)
+
+
+def downgrade(bind: Engine | Connection, revision: str = "base", *, schema: str | None = None) -> None:
+    """Take the table back to `revision`. `base` drops it, with all messages and their keys."""
+    from alembic import command
+
+    with _connected(bind) as connection:
+        command.downgrade(_config(connection=connection, schema=schema), revision)
+
+
+def current(bind: Engine | Connection, *, schema: str | None = None) -> str | None:
+    """Return the revision that the database is at, or None if it has none of our migrations."""
+    from alembic.migration import MigrationContext
+
+    with _connected(bind) as connection:
+        options = {"version_table": VERSION_TABLE, "version_table_schema": schema}
+        return MigrationContext.configure(connection, opts=options).get_current_revision()
+
+
+def head() -> str:
+    """Return the newest revision that this version of the package brings."""
+    from alembic.script import ScriptDirectory
+
+    revision = ScriptDirectory.from_config(_config()).get_current_head()
+    assert revision is not None
+    return revision
+
+
+def upgrade_sql(output: TextIO, revision: str = "head", *, schema: str | None = None) -> None:
+    """Write the SQL of an upgrade from nothing to `output`, for databases that only a person may change."""
+    from alembic import command
+
+    command.upgrade(_config(schema=schema, output=output), revision, sql=True)
+
+
+def includes_ours(name: str | None, type_: str, parent_names: Mapping[str, Any]) -> bool:
+    """Be the `include_name` of our own autogenerate: the host's tables are none of our business."""
+    return type_ == "schema" or _is_ours(name, type_, parent_names)
+
+
+def includes_all_but_ours(name: str | None, type_: str, parent_names: Mapping[str, Any]) -> bool:
+    """Be the `include_name` of a host's autogenerate, which would otherwise propose to drop our tables."""
+    return type_ == "schema" or not _is_ours(name, type_, parent_names)
+
+
+def _is_ours(name: str | None, type_: str, parent_names: Mapping[str, Any]) -> bool:
+    table = name if type_ == "table" else parent_names.get("table_name")
+    return table in {TABLE_NAME, VERSION_TABLE}
+
+
+def wait_for_turn(connection: Connection, schema: str | None = None) -> None:
+    """Let one migration run at a time: take a lock that the end of the transaction gives back.
+
+    It is polled: a session that waits inside `pg_advisory_xact_lock` holds a snapshot, which CREATE INDEX CONCURRENTLY
+    in another session would wait for without end.
+    """
+    key = func.hashtextextended(f"{VERSION_TABLE}:{schema or ''}", 0)
+    while not connection.scalar(select(func.pg_try_advisory_xact_lock(key))):
+        time.sleep(LOCK_POLL_SECONDS)
+
+
+@contextmanager
+def _connected(bind: Engine | Connection) -> Iterator[Connection]:
+    if isinstance(bind, Connection):
+        yield bind
+        return
+    # An older snapshot would not see what the migration that we waited for has done.
+    with bind.execution_options(isolation_level="READ COMMITTED").begin() as connection:
+        yield connection
+
+
+def _config(*, connection: Connection | None = None, schema: str | None = None, output: TextIO | None = None) -> Config:
+    from alembic.config import Config
+
+    config = Config(output_buffer=output)
+    config.set_main_option("script_location", str(script_location()).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes.update(connection=connection, schema=schema)
+    return config

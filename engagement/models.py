@@ -1,0 +1,199 @@
+"""The table: what a message is, and what the database itself refuses.
+
+Every promise that a hand-written UPDATE could break is a named constraint here; `alembic/` creates the same, and a
+test compares the two. All names start with `engagement`, since the table is a guest in the host's database.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Dialect,
+    Index,
+    MetaData,
+    PrimaryKeyConstraint,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column
+from sqlalchemy.schema import SchemaItem
+from sqlalchemy.sql.elements import conv
+from sqlalchemy.types import TypeDecorator
+
+TABLE_NAME = "engagement_message_queue"
+
+EARLIEST = datetime(1, 1, 2, tzinfo=UTC)
+LATEST = datetime(9999, 12, 30, tzinfo=UTC)
+"""The moments that both PostgreSQL and Python can hold in every time zone."""
+
+
+class MessageStatus(StrEnum):
+    """Where a message stands. `pending → sending → sent`, and what else can become of it."""
+
+    PENDING = "pending"
+    """Queued; is sent once it is due."""
+    SENDING = "sending"
+    """Claimed by a worker, whose lease has not been settled or recovered yet."""
+    SENT = "sent"
+    """Accepted by the transport."""
+    FAILED = "failed"
+    """Refused, or proven unsent `max_retries` times."""
+    CANCELLED = "cancelled"
+    """Taken back before it was sent."""
+    EXPIRED = "expired"
+    """Its `expires_at` passed before it was sent."""
+    IN_DOUBT = "in_doubt"
+    """Claimed, and nobody can say whether it left: a person or a look-up resolves it."""
+
+
+FINISHED = (MessageStatus.SENT, MessageStatus.FAILED, MessageStatus.CANCELLED, MessageStatus.EXPIRED)
+"""The statuses that a message does not leave by itself, and whose content may be pruned."""
+
+
+class Destination(StrEnum):
+    """Whether a message goes to one person or to a group."""
+
+    INDIVIDUAL = "individual"
+    GROUP = "group"
+
+
+class TextOf(TypeDecorator[Any]):
+    """A text column whose values are the members of a `StrEnum`."""
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, words: type[StrEnum]) -> None:
+        super().__init__()
+        self.words = words
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:  # noqa: ARG002
+        """Give the driver a plain `str`: psycopg would dump the enum's name."""
+        return None if value is None else str(self.words(value))
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:  # noqa: ARG002
+        """Return the member."""
+        return None if value is None else self.words(value)
+
+
+def _check(name: str, sql: str) -> CheckConstraint:
+    return CheckConstraint(sql, name=conv(f"{TABLE_NAME}_{name}"))
+
+
+def _index(name: str, *columns: str, where: str | None = None) -> Index:
+    return Index(conv(f"{TABLE_NAME}_{name}"), *columns, postgresql_where=None if where is None else text(where))
+
+
+def _words(words: tuple[StrEnum, ...] | type[StrEnum]) -> str:
+    return ", ".join(f"'{word}'" for word in words)
+
+
+def _between(column: str) -> str:
+    return f"{column} BETWEEN '0001-01-02 00:00:00+00' AND '9999-12-30 00:00:00+00'"
+
+
+_MOMENT = TIMESTAMP(timezone=True)
+
+
+class EngagementMessageMixin:
+    """The columns, constraints and indexes of a message, for hosts that map them on a `Base` of their own."""
+
+    __tablename__ = TABLE_NAME
+
+    id: Mapped[int] = mapped_column(BigInteger, autoincrement=True)
+    user_id: Mapped[str] = mapped_column(Text)
+    message_type: Mapped[str] = mapped_column(Text)
+    message_key: Mapped[str] = mapped_column(Text)
+    """What the renderer turns into words, with `message_params`, when the message is sent."""
+    message_params: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default=text("'{}'"))
+    destination: Mapped[Destination] = mapped_column(TextOf(Destination))
+    destination_jid: Mapped[str | None] = mapped_column(Text)
+    """None once the message was forgotten or pruned."""
+    scheduled_for: Mapped[datetime] = mapped_column(_MOMENT, server_default=text("now()"))
+    """What the host asked for; a retry does not change it."""
+    expires_at: Mapped[datetime | None] = mapped_column(_MOMENT)
+    """From this moment on the message is no longer sent."""
+    next_attempt_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=text("now()"))
+    """While pending, when it is due; afterwards, when it last was."""
+    status: Mapped[MessageStatus] = mapped_column(TextOf(MessageStatus), server_default=text("'pending'"))
+    attempt: Mapped[int] = mapped_column(server_default=text("0"))
+    """How many times it was claimed: the fencing token. It only grows, so that a late worker can be told apart."""
+    retry_count: Mapped[int] = mapped_column(server_default=text("0"))
+    """How many attempts failed. Unlike `attempt`, it is set back when a person asks for another try."""
+    lease_expires_at: Mapped[datetime | None] = mapped_column(_MOMENT)
+    """Until when the claim holds, by the database's clock."""
+    claimed_by: Mapped[str | None] = mapped_column(Text)
+    """The worker that claimed it last."""
+    sent_at: Mapped[datetime | None] = mapped_column(_MOMENT)
+    provider_message_id: Mapped[str | None] = mapped_column(Text)
+    error_message: Mapped[str | None] = mapped_column(Text)
+    """The last thing that went wrong; `history` has all of them."""
+    history: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=text("'[]'"))
+    """One entry for each thing that went other than well: at, attempt, event, reason."""
+    idempotency_key: Mapped[str] = mapped_column(Text(collation="C"))
+    """Unique, and never freed: it outlives what the message said. Collated as bytes, so that sorting a batch by it
+    means the same in Python and in the database."""
+    created_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=text("now()"))
+
+    @declared_attr.directive
+    @classmethod
+    def __table_args__(cls) -> tuple[SchemaItem, ...]:
+        """Return new constraints and indexes for each class that is mapped."""
+        return (
+            PrimaryKeyConstraint("id", name=conv(f"{TABLE_NAME}_pkey")),
+            UniqueConstraint("idempotency_key", name=conv(f"{TABLE_NAME}_idempotency_key_key")),
+            _check("status_known", f"status IN ({_words(MessageStatus)})"),
+            _check("destination_known", f"destination IN ({_words(Destination)})"),
+            _check("message_type_format", "message_type ~ '^[a-z][a-z0-9_]*$'"),
+            _check("message_params_is_object", "jsonb_typeof(message_params) = 'object'"),
+            _check("history_is_array", "jsonb_typeof(history) = 'array'"),
+            _check("counters_not_negative", "attempt >= 0 AND retry_count >= 0"),
+            _check("sent_iff_sent_at", "(status = 'sent') = (sent_at IS NOT NULL)"),
+            _check("sending_iff_lease", "(status = 'sending') = (lease_expires_at IS NOT NULL)"),
+            _check("pending_has_destination", "status <> 'pending' OR destination_jid IS NOT NULL"),
+            # A private text must not end in a group because of a hand-written UPDATE.
+            _check("jid_fits_destination", "(destination = 'group') = (right(destination_jid, 5) = '@g.us')"),
+            _check("expires_after_scheduled", "expires_at > scheduled_for"),
+            # One infinite timestamp would break the fetch of every batch that it is in.
+            _check(
+                "times_readable",
+                " AND ".join(_between(column) for column in ("scheduled_for", "next_attempt_at", "expires_at")),
+            ),
+            _index("due", "next_attempt_at", "id", where="status = 'pending'"),
+            _index("lease", "lease_expires_at", where="status = 'sending'"),
+            # Also what count_by_status reads instead of the table.
+            _index("user", "user_id", "status"),
+            _index("attention", "status", "next_attempt_at", where="status IN ('failed', 'in_doubt')"),
+            _index(
+                "prunable",
+                "next_attempt_at",
+                where=f"status IN ({_words(FINISHED)}) AND destination_jid IS NOT NULL",
+            ),
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(id={self.id}, message_type={self.message_type!r}, status={self.status!s}, "
+            f"attempt={self.attempt})"
+        )
+
+
+class EngagementBase(DeclarativeBase):
+    """The registry of our own table; a host's Base stays the host's."""
+
+    metadata = MetaData()
+
+
+class EngagementMessage(EngagementMessageMixin, EngagementBase):
+    """One message: a row of `engagement_message_queue`.
+
+    Read it and query it as any entity. Change it through `EngagementMessageRepository`, whose statements are right
+    under concurrency; what a plain UPDATE must not do, the table's constraints refuse.
+    """

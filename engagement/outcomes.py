@@ -1,0 +1,217 @@
+"""What a delivery means, decided in one place: an outcome is a value, and `decide` turns it into a verdict.
+
+Nothing here touches the database or a clock.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import assert_never
+
+from engagement.messages import checked_moment
+from engagement.models import MessageStatus
+
+LONGEST_DELAY = timedelta(days=366)
+MAX_REASON = 1000
+"""Characters that are kept of a reason: a provider may answer with a page of HTML."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """The transport's far side accepted the message."""
+
+    provider_message_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NotSent:
+    """It provably did not leave, and may be tried again; not before `retry_after` from now has passed."""
+
+    reason: str
+    retry_after: timedelta | None = None
+
+    def __post_init__(self) -> None:
+        if self.retry_after is not None and not timedelta(0) <= self.retry_after <= LONGEST_DELAY:
+            raise ValueError(f"retry_after: must be from zero to {LONGEST_DELAY.days} days")
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """It did not leave, and never will: a wrong number, a template that does not exist."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class InDoubt:
+    """Nobody can say whether it left: it is not sent again by itself, unless the transport is idempotent."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Postpone:
+    """Not now, but at `until` (quiet hours). It did not leave, and this counts as no failure."""
+
+    until: datetime
+    reason: str
+
+    def __post_init__(self) -> None:
+        checked_moment("until", self.until)
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """It did not leave and is no longer wanted (opted out)."""
+
+    reason: str
+
+
+Outcome = Sent | NotSent | Refused | InDoubt | Postpone | Withdraw
+
+
+def as_outcome(answer: object) -> Outcome:
+    """Return what a transport's answer says. `None` and text are short for `Sent`; anything else says nothing."""
+    if isinstance(answer, Outcome):
+        return answer
+    if answer is None or isinstance(answer, str):
+        return Sent(answer)
+    return InDoubt(f"the transport answered {type(answer).__name__}, which is no outcome")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What is to be recorded of an attempt. `event` and `reason` go into the history unless all went well."""
+
+    status: MessageStatus
+    event: str
+    reason: str | None = None
+    counts_as_failure: bool = False
+    delay: timedelta | None = None
+    until: datetime | None = None
+    provider_message_id: str | None = None
+
+
+Backoff = Callable[[int], timedelta]
+"""How long to wait after the n-th failure of a message, n counting from 1."""
+
+
+def exponential_backoff(
+    first: timedelta = timedelta(minutes=1),
+    *,
+    factor: float = 5.0,
+    longest: timedelta = timedelta(hours=6),
+    jitter: float = 0.2,
+) -> Backoff:
+    """Return a backoff of about 1, 5, 25 … minutes. `jitter` spreads each wait by that share both ways.
+
+    Jitter keeps the messages that failed together from coming back together. `longest` bounds the wait before jitter.
+    """
+    if first <= timedelta(0) or longest < first or factor < 1 or not 0 <= jitter < 1:
+        raise ValueError("exponential_backoff: needs 0 < first <= longest, factor >= 1 and 0 <= jitter < 1")
+
+    def backoff(failures: int) -> timedelta:
+        exponent = min(failures - 1, 64)  # beyond it, a float would overflow
+        wait = min(first.total_seconds() * factor**exponent, longest.total_seconds())
+        return timedelta(seconds=wait * random.uniform(1 - jitter, 1 + jitter))  # noqa: S311 - no secret
+
+    return backoff
+
+
+def decide(
+    outcome: Outcome, *, retry_count: int, max_retries: int, idempotent: bool, worker_lost: bool, backoff: Backoff
+) -> Verdict:
+    """Return what `outcome` means for a message that failed `retry_count` times before.
+
+    `worker_lost` says that its worker died or froze. Such a message never ends `failed`: a message that kills its
+    workers is parked in doubt, for a person to look at.
+    """
+    failures = retry_count + 1
+
+    def again_or(last: MessageStatus, event: str, reason: str, at_least: timedelta = timedelta(0)) -> Verdict:
+        if failures >= max_retries:
+            return Verdict(status=last, event=event, reason=reason, counts_as_failure=True)
+        delay = min(max(backoff(failures), at_least), LONGEST_DELAY)
+        return Verdict(status=MessageStatus.PENDING, event=event, reason=reason, counts_as_failure=True, delay=delay)
+
+    match outcome:
+        case Sent(provider_message_id):
+            verdict = Verdict(status=MessageStatus.SENT, event="sent", provider_message_id=provider_message_id)
+        case NotSent(reason, retry_after):
+            last = MessageStatus.IN_DOUBT if worker_lost else MessageStatus.FAILED
+            verdict = again_or(last, "not_sent", reason, retry_after or timedelta(0))
+        case InDoubt(reason) if idempotent:
+            verdict = again_or(MessageStatus.IN_DOUBT, "in_doubt", reason)
+        case InDoubt(reason):
+            verdict = Verdict(status=MessageStatus.IN_DOUBT, event="in_doubt", reason=reason)
+        case Refused(reason):
+            verdict = Verdict(status=MessageStatus.FAILED, event="refused", reason=reason)
+        case Postpone(until, reason):
+            verdict = Verdict(status=MessageStatus.PENDING, event="postponed", reason=reason, until=until)
+        case Withdraw(reason):
+            verdict = Verdict(status=MessageStatus.CANCELLED, event="withdrawn", reason=reason)
+        case _:
+            assert_never(outcome)
+    return verdict
+
+
+Classify = Callable[[BaseException], Outcome]
+
+# What the common clients call "no connection was made", so nothing left. They are recognised by name, since none of
+# them is a dependency.
+_BEFORE_THE_SEND = frozenset(
+    {"ConnectError", "ConnectTimeout", "ConnectTimeoutError", "NewConnectionError", "NameResolutionError"}
+    | {"PoolTimeout", "EmptyPoolError", "ClientConnectorError", "ClientConnectorDNSError", "InvalidURL"}
+    | {"UnsupportedProtocol", "MissingSchema", "InvalidSchema"}
+)
+_HTTP_CLIENTS = frozenset({"httpx", "httpcore", "requests", "urllib3", "aiohttp", "http", "grpc"})
+
+
+def classify_exception(error: BaseException, *, strict: bool = False) -> Outcome:
+    """Return what an exception of a transport says about the message: the rule unless `classify=` replaces it.
+
+    A time-out or a broken connection is `InDoubt`; a connection that was never made, and every other error, is
+    `NotSent`; with `strict`, every other error is `InDoubt` too. The error's causes count: `httpx.ReadTimeout` is no
+    `TimeoutError`, but one is its cause. Any other error of an HTTP client is `InDoubt`, since it does not say
+    whether the request was written.
+    """
+    reason = f"{type(error).__name__}: {error}"
+    if not isinstance(error, Exception):
+        return InDoubt(reason)
+    chain = list(_causes(error))
+    for cause in chain:
+        if _is_before_the_send(cause):
+            return NotSent(reason)
+        if isinstance(cause, TimeoutError | ConnectionError | EOFError):
+            return InDoubt(reason)
+    if strict or any(type(cause).__module__.partition(".")[0] in _HTTP_CLIENTS for cause in chain):
+        return InDoubt(reason)
+    return NotSent(reason)
+
+
+def _is_before_the_send(error: BaseException) -> bool:
+    return (
+        isinstance(error, ConnectionRefusedError | socket.gaierror | ssl.SSLCertVerificationError)
+        or type(error).__name__ in _BEFORE_THE_SEND
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def clean_reason(text: str | None) -> str | None:
+    """Return a provider's text as PostgreSQL can store it, on one line and cut; None if nothing is left of it."""
+    if text is None:
+        return None
+    printable = "".join(character if character.isprintable() else " " for character in text[: 2 * MAX_REASON])
+    return " ".join(printable.split())[:MAX_REASON] or None

@@ -1,0 +1,339 @@
+"""The repository: a host's door to the queue, within the host's own transaction.
+
+It executes statements and shapes their answers. It never commits, rolls back or leaves a setting behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+from sqlalchemy import Executable, Select
+from sqlalchemy.exc import StatementError
+
+from engagement import statements
+from engagement.messages import (
+    MAX_KEY_BYTES,
+    Cancellation,
+    Forgotten,
+    InvalidMessage,
+    NewMessage,
+    Queued,
+    QueuedMany,
+    StatusCounts,
+    checked_id,
+    checked_moment,
+    checked_text,
+)
+from engagement.models import EngagementMessage, MessageStatus
+from engagement.outcomes import clean_reason
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.orm import Session
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+CHUNK = 5_000
+"""Messages that are held in memory and sent to the server at once."""
+LONGEST_AGE = timedelta(days=36_525)
+LARGEST_LIMIT = 1_000_000
+
+
+class EngagementMessageRepository:
+    """Queue, look up and change messages in `session`'s transaction or savepoint. Commits nothing.
+
+    All input is checked before the database is touched and raises `InvalidMessage` (a `ValueError`), so that bad
+    input never poisons the transaction. Errors of the database pass through, without the values of the statement.
+
+    `schema` names the schema of the table if it is not on the connection's search path.
+    """
+
+    def __init__(self, session: Session, *, schema: str | None = None) -> None:
+        self._session = session
+        self._options: dict[str, Any] = {} if schema is None else {"schema_translate_map": {None: schema}}
+
+    # Queueing
+
+    def queue_message(self, message: NewMessage | None = None, /, **fields: Any) -> Queued:
+        """Store a message as pending, or find that its key exists: `created` tells. Takes the fields as keywords too.
+
+        A duplicate is no error, and the message that was there stays untouched. If another transaction has queued
+        the same key and is still open, this waits for its end. Under REPEATABLE READ and SERIALIZABLE, a duplicate
+        that was committed after the snapshot raises the database's serialization error.
+        """
+        if message is None:
+            message = NewMessage(**fields)
+        elif fields:
+            raise TypeError("queue_message takes a NewMessage or its fields, not both")
+        created_id = self._execute(statements.insert_message(), _parameters(message)).scalar_one_or_none()
+        if created_id is not None:
+            return Queued(True, created_id, message.key, MessageStatus.PENDING)  # noqa: FBT003 - a value's first field
+        found = self._execute(statements.find_key(), {"idempotency_key": message.key}).one_or_none()
+        message_id, status = found or (None, None)
+        return Queued(False, message_id, message.key, status)  # noqa: FBT003
+
+    def queue_messages(self, messages: Iterable[NewMessage]) -> QueuedMany:
+        """Store all messages whose keys are new, in any number and in constant memory, and count the duplicates.
+
+        Of messages with the same key the first is stored. Concurrent batches never deadlock each other: each takes
+        its keys in one order. What `messages` raises passes through; nothing of the last chunks is stored then, and
+        the caller decides about its transaction.
+        """
+        chunks = _chunks(messages)
+        first, second = next(chunks, []), next(chunks, [])
+        if not first:
+            return QueuedMany(0, 0)
+        if not second:
+            created = self._execute(statements.insert_packed(), _packed(first)).scalar_one()
+            return QueuedMany(created, len(first) - created)
+        return self._queue_batch(first, second, chunks)
+
+    def _queue_batch(
+        self, first: list[NewMessage], second: list[NewMessage], more: Iterator[list[NewMessage]]
+    ) -> QueuedMany:
+        self._execute(statements.drop_batch)  # A batch whose iterable raised may have left one behind.
+        self._execute(statements.create_batch)
+        given = 0
+        for chunk in (first, second):
+            given = self._gather(chunk, given)
+        first.clear()
+        second.clear()
+        for chunk in more:
+            given = self._gather(chunk, given)
+        created = self._execute(statements.insert_batch()).scalar_one()
+        self._execute(statements.drop_batch)
+        return QueuedMany(created, given - created)
+
+    def _gather(self, chunk: list[NewMessage], offset: int) -> int:
+        self._execute(statements.fill_batch(), {**_packed(chunk), "offset": offset})
+        return offset + len(chunk)
+
+    # Looking
+
+    def get_message(self, message_id: int) -> EngagementMessage | None:
+        """Return the message as it is in the database now, or None."""
+        return self._entity(statements.message_by("id"), {"value": checked_id(message_id)})
+
+    def get_message_by_key(self, idempotency_key: str) -> EngagementMessage | None:
+        """Return the message that holds the key, or None."""
+        return self._entity(statements.message_by("idempotency_key"), {"value": _checked_key(idempotency_key)})
+
+    def get_pending_messages(self, user_id: str) -> list[EngagementMessage]:
+        """Return the user's pending messages, next first."""
+        return list(self._entities(statements.pending_of_user(), {"of_user": checked_text("user_id", user_id)}))
+
+    def count_by_status(self) -> StatusCounts:
+        """Count the messages in each status, zeros included, and tell how long the oldest due one has been waiting."""
+        rows = self._execute(statements.count_by_status()).all()
+        counts = dict.fromkeys(MessageStatus, 0) | {status: count for status, count, _ in rows}
+        return StatusCounts(counts, rows[0][2] if rows else None)
+
+    # Changing
+
+    def cancel_message(self, message_id: int, reason: str | None = None) -> Cancellation:
+        """Cancel a pending message. Never says cancelled of a message that is or may have been sent."""
+        values = {"message_id": checked_id(message_id), "reason": clean_reason(reason)}
+        found = self._execute(statements.cancel_if_pending(), values).one_or_none()
+        if found is None:
+            return Cancellation("not_found", None)
+        status, is_cancelled = found
+        if is_cancelled:
+            return Cancellation("cancelled", MessageStatus.CANCELLED)
+        return Cancellation("already_cancelled" if status == MessageStatus.CANCELLED else "too_late", status)
+
+    def cancel_pending_messages(self, user_id: str, message_type: str | None = None, reason: str | None = None) -> int:
+        """Cancel what is pending for the user, of one type or of all, and return how many messages that were."""
+        statement = statements.cancel_pending_of_user(of_one_type=message_type is not None)
+        values = {"of_user": checked_text("user_id", user_id), "reason": clean_reason(reason)}
+        if message_type is not None:
+            values["of_type"] = checked_text("message_type", message_type)
+        return len(self._execute(statement, values).all())
+
+    def reschedule_message(self, message_id: int, scheduled_for: datetime) -> bool:
+        """Move a pending message to another time; its key stays. False if it is not pending or expires before then."""
+        values = {"message_id": checked_id(message_id), "moment": checked_moment("scheduled_for", scheduled_for)}
+        return self._changed(statements.reschedule_if_pending(), values)
+
+    def retry_message(self, message_id: int) -> bool:
+        """Make a failed or expired message due again, under the same key and with all its retries.
+
+        An expiry that has passed is lifted. False if it is neither, or was forgotten or pruned.
+        """
+        return self._changed(statements.retry_if_ended(), {"message_id": checked_id(message_id)})
+
+    def resolve_message(self, message_id: int, sent: bool, reason: str | None = None) -> bool:
+        """Say what became of a message in doubt: `sent`, or not, and then it is due again. False if not in doubt.
+
+        Say `sent=False` only if you know it: it sends the message.
+        """
+        values = {"message_id": checked_id(message_id), "reason": clean_reason(reason)}
+        return self._changed(statements.resolve_if_in_doubt(sent=sent), values)
+
+    def forget_user(self, user_id: str) -> Forgotten:
+        """Cancel what is pending for the user, and blank params, destination, errors and provider ids everywhere.
+
+        Keys stay, and still block. A message that is being sent at this moment is blanked too, and not tried again.
+        """
+        were_pending = (
+            self._execute(statements.forget_user(), {"of_user": checked_text("user_id", user_id)}).scalars().all()
+        )
+        return Forgotten(cancelled=sum(were_pending), blanked=len(were_pending))
+
+    def prune_messages(self, older_than: timedelta, limit: int = 10_000) -> int:
+        """Blank finished messages that were last due longer than `older_than` ago; return how many, at most `limit`.
+
+        Keys stay, and still block. Messages in doubt are not finished. Call it until it returns less than `limit`.
+        """
+        if not timedelta(0) <= older_than <= LONGEST_AGE:
+            raise ValueError(f"older_than: must be from zero to {LONGEST_AGE.days} days")
+        if not 1 <= limit <= LARGEST_LIMIT:
+            raise ValueError(f"limit: must be from 1 to {LARGEST_LIMIT}")
+        return len(self._execute(statements.prune_finished(), {"older_than": older_than, "limit": limit}).all())
+
+    # Executing
+
+    # `Any`: SQLAlchemy 2.0 and 2.1 give the rows of a result different types.
+    def _execute(self, statement: Executable, values: Mapping[str, Any] | None = None) -> Any:
+        try:
+            return self._session.execute(statement, values, execution_options=self._options)
+        except StatementError as error:
+            error.hide_parameters = True  # They are people's; the host logs what we raise.
+            raise
+
+    def _changed(self, statement: Executable, values: Mapping[str, Any]) -> bool:
+        return self._execute(statement, values).scalar_one_or_none() is not None
+
+    def _entities(self, statement: Select[Any], values: Mapping[str, Any]) -> Iterable[EngagementMessage]:
+        # What the session loaded earlier may have been changed by a worker since.
+        found: Iterable[EngagementMessage] = self._execute(
+            statement.execution_options(populate_existing=True), values
+        ).scalars()
+        return found
+
+    def _entity(self, statement: Select[Any], values: Mapping[str, Any]) -> EngagementMessage | None:
+        return next(iter(self._entities(statement, values)), None)
+
+
+class AsyncEngagementMessageRepository:
+    """`EngagementMessageRepository`, awaited: the same methods, promises and errors, on an `AsyncSession`."""
+
+    def __init__(self, session: AsyncSession, *, schema: str | None = None) -> None:
+        self._session = session
+        self._schema = schema
+
+    async def queue_message(self, message: NewMessage | None = None, /, **fields: Any) -> Queued:
+        """Store a message as pending, or find that its key exists: `created` tells."""
+        return await self._run(EngagementMessageRepository.queue_message, message, **fields)
+
+    async def queue_messages(self, messages: Iterable[NewMessage]) -> QueuedMany:
+        """Store all messages whose keys are new, and count the duplicates."""
+        return await self._run(EngagementMessageRepository.queue_messages, messages)
+
+    async def get_message(self, message_id: int) -> EngagementMessage | None:
+        """Return the message as it is in the database now, or None."""
+        return await self._run(EngagementMessageRepository.get_message, message_id)
+
+    async def get_message_by_key(self, idempotency_key: str) -> EngagementMessage | None:
+        """Return the message that holds the key, or None."""
+        return await self._run(EngagementMessageRepository.get_message_by_key, idempotency_key)
+
+    async def get_pending_messages(self, user_id: str) -> list[EngagementMessage]:
+        """Return the user's pending messages, next first."""
+        return await self._run(EngagementMessageRepository.get_pending_messages, user_id)
+
+    async def count_by_status(self) -> StatusCounts:
+        """Count the messages in each status, and tell how long the oldest due one has been waiting."""
+        return await self._run(EngagementMessageRepository.count_by_status)
+
+    async def cancel_message(self, message_id: int, reason: str | None = None) -> Cancellation:
+        """Cancel a pending message."""
+        return await self._run(EngagementMessageRepository.cancel_message, message_id, reason)
+
+    async def cancel_pending_messages(
+        self, user_id: str, message_type: str | None = None, reason: str | None = None
+    ) -> int:
+        """Cancel what is pending for the user, and return how many messages that were."""
+        return await self._run(EngagementMessageRepository.cancel_pending_messages, user_id, message_type, reason)
+
+    async def reschedule_message(self, message_id: int, scheduled_for: datetime) -> bool:
+        """Move a pending message to another time."""
+        return await self._run(EngagementMessageRepository.reschedule_message, message_id, scheduled_for)
+
+    async def retry_message(self, message_id: int) -> bool:
+        """Make a failed or expired message due again."""
+        return await self._run(EngagementMessageRepository.retry_message, message_id)
+
+    async def resolve_message(self, message_id: int, sent: bool, reason: str | None = None) -> bool:
+        """Say what became of a message in doubt."""
+        return await self._run(EngagementMessageRepository.resolve_message, message_id, sent, reason)
+
+    async def forget_user(self, user_id: str) -> Forgotten:
+        """Cancel what is pending for the user, and blank what is personal everywhere."""
+        return await self._run(EngagementMessageRepository.forget_user, user_id)
+
+    async def prune_messages(self, older_than: timedelta, limit: int = 10_000) -> int:
+        """Blank finished messages that were last due longer than `older_than` ago."""
+        return await self._run(EngagementMessageRepository.prune_messages, older_than, limit)
+
+    async def _run(
+        self, method: Callable[Concatenate[EngagementMessageRepository, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        def call(session: Session) -> R:
+            return method(EngagementMessageRepository(session, schema=self._schema), *args, **kwargs)
+
+        return await self._session.run_sync(call)
+
+
+def _chunks(messages: Iterable[NewMessage]) -> Iterator[list[NewMessage]]:
+    remaining = iter(messages)
+    while chunk := list(islice(remaining, CHUNK)):
+        for message in chunk:
+            if not isinstance(message, NewMessage):
+                raise InvalidMessage("messages", f"must be NewMessage values, not {type(message).__name__}")
+        yield chunk
+
+
+def _parameters(message: NewMessage) -> dict[str, Any]:
+    return {
+        "user_id": message.user_id,
+        "message_type": message.message_type,
+        "message_key": message.message_key,
+        "message_params": message.params_json,
+        "destination": str(message.destination),
+        "destination_jid": message.destination_jid,
+        "scheduled_for": _in_utc(message.scheduled_for),
+        "expires_at": _in_utc(message.expires_at),
+        "idempotency_key": message.key,
+    }
+
+
+def _packed(chunk: list[NewMessage]) -> dict[str, str]:
+    join = statements.SEPARATOR.join
+    return {
+        "user_id": join([message.user_id for message in chunk]),
+        "message_type": join([message.message_type for message in chunk]),
+        "message_key": join([message.message_key for message in chunk]),
+        "message_params": join([message.params_json for message in chunk]),
+        "destination": join([message.destination for message in chunk]),
+        "destination_jid": join([message.destination_jid for message in chunk]),
+        "scheduled_for": join([_moment_text(message.scheduled_for) for message in chunk]),
+        "expires_at": join([_moment_text(message.expires_at) for message in chunk]),
+        "idempotency_key": join([message.key for message in chunk]),
+    }
+
+
+def _in_utc(moment: datetime | None) -> datetime | None:
+    # Offsets of old local mean times have seconds, which not every reader takes.
+    return None if moment is None else moment.astimezone(UTC)
+
+
+def _moment_text(moment: datetime | None) -> str:
+    return "" if moment is None else moment.astimezone(UTC).isoformat()
+
+
+def _checked_key(key: str) -> str:
+    return checked_text("idempotency_key", key, max_characters=MAX_KEY_BYTES)

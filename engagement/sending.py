@@ -1,0 +1,287 @@
+"""The transport's side: runs its calls beside the worker, and puts each answer where the worker waits for it.
+
+Plain functions run in threads, `async def` in one event loop; either hands back a future, and in one place a future's
+result or exception becomes an outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+from engagement.messages import OutgoingMessage
+from engagement.outcomes import Classify, InDoubt, NotSent, Outcome, Postpone, Sent, as_outcome
+
+SendFunction = Callable[[OutgoingMessage], Any]
+"""`send(message)`: returns an outcome, or `None` or a provider's message id for `Sent`; may be `async def`."""
+
+
+class SendingTransport(Protocol):
+    """An object that sends. It may also have what `Transport` lists as optional."""
+
+    def send(self, message: OutgoingMessage, /) -> Any:
+        """Send, and return an outcome, or `None` or a provider's message id for `Sent`."""
+
+
+class BatchTransport(Protocol):
+    """An object whose provider takes many messages in one call."""
+
+    def send_many(self, messages: Sequence[OutgoingMessage], /) -> Any:
+        """Send all, and return an outcome for each, in their order."""
+
+
+Transport = SendFunction | SendingTransport | BatchTransport
+"""What sends: a function, or an object with `send` or `send_many`. Optional on the object, each also as `async def`:
+
+- `ready() -> bool`: False while nothing can be sent; nothing is claimed then. Asked at most once a second.
+- `idempotent: bool`: the same delivery id twice has one effect.
+- `look_up(message) -> Sent | NotSent | None`: what became of this delivery id; None if that is not known.
+"""
+
+
+CLOSE_SECONDS = 5.0
+"""How long the event loop may take to cancel what is left in it."""
+
+
+def _boot_clock() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+# Unlike the monotonic clock of Linux, this one goes on while the machine sleeps, as the database's does.
+clock: Callable[[], float] = _boot_clock if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
+
+
+@dataclass(slots=True, eq=False)
+class Claim:
+    """A message in hand. `held_until` is when its lease runs out, by `clock`."""
+
+    message: OutgoingMessage
+    held_until: float
+    worker_lost: bool = False
+    """It was claimed by another worker, whose lease ran out: the question is what became of it."""
+    known: Outcome | None = None
+    """The outcome, if it is known without the transport."""
+    started_at: float = 0.0
+    future: Future[Any] | None = None
+    is_overdue: bool = False
+    """It outlasted its time-out and was settled as in doubt; what comes now is late."""
+
+
+class LeaseRanOut(Exception):  # noqa: N818 - what happened
+    """The send was not begun: somebody else may have recovered the message."""
+
+
+class Sender:
+    """Runs the calls of one transport, at most `concurrency` at once.
+
+    `answers` is where the outcomes arrive; None says only that `ready` has answered.
+    """
+
+    def __init__(self, transport: Transport, *, concurrency: int, classify: Classify) -> None:
+        send_many: Any = getattr(transport, "send_many", None)
+        send: Any = getattr(transport, "send", transport)
+        if not callable(send_many or send):
+            raise TypeError("transport: must be a function, or an object with send or send_many")
+        self.answers: SimpleQueue[tuple[Claim, Outcome] | None] = SimpleQueue()
+        self.idempotent = bool(getattr(transport, "idempotent", False))
+        self.sends_many = send_many is not None
+        self._send: Callable[..., Any] = send_many or send
+        self._look_up: Callable[..., Any] | None = getattr(transport, "look_up", None)
+        self._ready: Callable[..., Any] | None = getattr(transport, "ready", None)
+        self._classify = classify
+        self._loop = _EventLoop()
+        self._threads = _Threads(concurrency, self._loop)
+
+    def start(self, claims: list[Claim]) -> None:
+        """Send what was claimed; ask what became of what was taken over."""
+        now = clock()
+        to_send = []
+        for claim in claims:
+            claim.started_at = now
+            if claim.worker_lost and self._look_up is None and claim.known is None:
+                claim.known = _worker_lost()
+            if claim.known is not None:
+                self.answers.put((claim, claim.known))
+            elif claim.worker_lost and self._look_up is not None:
+                self._submit([claim], self._look_up, claim.message, self._read_look_up)
+            elif self.sends_many:
+                to_send.append(claim)
+            else:
+                self._submit([claim], self._send, claim.message, self._read_send)
+        if to_send:
+            self._submit(to_send, self._send, [claim.message for claim in to_send], self._read_send_many)
+
+    def ask_ready(self) -> Future[Any] | None:
+        """Ask the transport whether it can send now, or return None if it has no `ready` to ask."""
+        if self._ready is None:
+            return None
+        answer = self._run(_always, self._ready)
+        answer.add_done_callback(lambda _: self.answers.put(None))
+        return answer
+
+    def close(self) -> None:
+        """Let idle threads end. One that hangs in a send is left behind; it does not keep the process alive."""
+        self._threads.close()
+        self._loop.close()
+
+    def _submit(
+        self,
+        claims: list[Claim],
+        function: Callable[..., Any],
+        argument: object,
+        read: Callable[[Future[Any], int], list[Outcome]],
+    ) -> None:
+        held_until = min(claim.held_until for claim in claims)
+
+        def check() -> None:
+            # The last thing before the send: a worker that was frozen since its claim must not send any more.
+            if clock() >= held_until:
+                raise LeaseRanOut
+
+        def arrive(future: Future[Any]) -> None:
+            for claim, outcome in zip(claims, read(future, len(claims)), strict=True):
+                self.answers.put((claim, outcome))
+
+        future = self._run(check, function, argument)
+        for claim in claims:
+            claim.future = future
+        future.add_done_callback(arrive)
+
+    def _run(self, check: Callable[[], None], function: Callable[..., Any], *arguments: object) -> Future[Any]:
+        runner = self._loop if _is_async(function) else self._threads
+        return runner.submit(check, function, *arguments)
+
+    def _read_send(self, future: Future[Any], _: int) -> list[Outcome]:
+        answer = self._result(future)
+        return [as_outcome(answer)]
+
+    def _read_send_many(self, future: Future[Any], count: int) -> list[Outcome]:
+        answers = self._result(future)
+        if isinstance(answers, Outcome):
+            return [answers] * count
+        answers = list(answers) if isinstance(answers, Iterable) else []
+        if len(answers) != count:
+            return [InDoubt(f"send_many returned {len(answers)} outcomes for {count} messages")] * count
+        return [as_outcome(answer) for answer in answers]
+
+    def _read_look_up(self, future: Future[Any], _: int) -> list[Outcome]:
+        if future.cancelled() or (error := future.exception()):
+            return [_worker_lost("look_up failed" if future.cancelled() else f"look_up raised {type(error).__name__}")]
+        answer = future.result()
+        return [answer if isinstance(answer, Sent | NotSent) else _worker_lost()]
+
+    def _result(self, future: Future[Any]) -> Any:
+        """Return what the transport answered, or the outcome that its exception means."""
+        try:
+            return future.result()
+        except LeaseRanOut:
+            return Postpone(datetime.now(UTC), "the lease ran out before the send")
+        except CancelledError:
+            return InDoubt("the send was cancelled")
+        except Exception as error:  # noqa: BLE001 - the one place: whatever a transport raises becomes an outcome
+            return self._checked_classify(error)
+        except BaseException as error:  # noqa: BLE001 - likewise, and nothing is known of a send that was torn down
+            return InDoubt(f"{type(error).__name__} in the transport")
+
+    def _checked_classify(self, error: Exception) -> Outcome:
+        try:
+            outcome = self._classify(error)
+        except Exception as second:  # noqa: BLE001 - a broken rule must not lose what happened
+            return InDoubt(f"classify raised {type(second).__name__} for {type(error).__name__}")
+        if isinstance(outcome, Outcome):
+            return outcome
+        return InDoubt(f"classify returned {type(outcome).__name__} for {type(error).__name__}")
+
+
+def _worker_lost(besides: str = "") -> InDoubt:
+    return InDoubt("its worker was lost between claim and settle" + (besides and f"; {besides}"))
+
+
+def _always() -> None:
+    """Hold no lease that could run out."""
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+class _Threads:
+    """Daemon threads, started as needed: unlike those of an executor, one that hangs keeps no process alive."""
+
+    def __init__(self, limit: int, loop: _EventLoop) -> None:
+        self._limit = limit
+        self._loop = loop
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._started = 0
+
+    def submit(self, check: Callable[[], None], function: Callable[..., Any], *arguments: object) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def job() -> None:
+            try:
+                check()
+                result = function(*arguments)
+                if inspect.iscoroutine(result):  # A plain function that returns one, such as a lambda.
+                    result = self._loop.submit(check, lambda: result).result()
+            except BaseException as error:  # noqa: BLE001 - the future hands it on
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        if self._started < self._limit:
+            self._started += 1
+            threading.Thread(target=self._work, name=f"engagement-send-{self._started}", daemon=True).start()
+        self._jobs.put(job)
+        return future
+
+    def close(self) -> None:
+        for _ in range(self._started):
+            self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+
+class _EventLoop:
+    """One event loop in a thread of its own, started at the first `async def`."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_running = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._work, name="engagement-loop", daemon=True)
+
+    def submit(self, check: Callable[[], None], function: Callable[..., Any], *arguments: object) -> Future[Any]:
+        async def job() -> Any:
+            check()
+            return await function(*arguments)
+
+        with self._lock:
+            if self._loop is None:
+                self._thread.start()
+                self._is_running.wait()
+        assert self._loop is not None
+        return asyncio.run_coroutine_threadsafe(job(), self._loop)
+
+    def close(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(CLOSE_SECONDS)
+
+    def _work(self) -> None:
+        asyncio.run(self._main())  # which cancels what is left at its end
+
+    async def _main(self) -> None:
+        self._stop = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._is_running.set()
+        await self._stop.wait()

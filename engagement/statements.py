@@ -1,0 +1,535 @@
+"""Every SQL statement, as functions that return constructs: no session, no commit, no clock but the database's.
+
+Statuses are literals, not parameters: PostgreSQL cannot prove that a parameter matches a partial index. Time is
+`statement_timestamp()`: `now()` stands still while a transaction is open, and an index cannot be searched with
+`clock_timestamp()`. Each statement is built once, and takes its values as bound parameters.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Column,
+    ColumnElement,
+    Executable,
+    Float,
+    Integer,
+    Interval,
+    MetaData,
+    Select,
+    Subquery,
+    Table,
+    TableValuedAlias,
+    Text,
+    all_,
+    and_,
+    any_,
+    bindparam,
+    case,
+    cast,
+    column,
+    func,
+    insert,
+    literal_column,
+    null,
+    or_,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.schema import CreateTable, DropTable
+
+from engagement.models import FINISHED, EngagementMessage, MessageStatus
+
+QUEUE: Table = EngagementMessage.__table__  # type: ignore[assignment]  # declared as FromClause
+C = QUEUE.c
+
+_MOMENT = TIMESTAMP(timezone=True)
+NOW: ColumnElement[Any] = func.statement_timestamp(type_=_MOMENT)
+
+SEPARATOR = "\x1f"
+"""Joins the texts of many rows into one parameter, which the server splits: a third of what an array of texts costs
+the client. No text that passed our checks holds it; a missing value is the empty text."""
+
+HISTORY_ENTRIES = 100
+"""How many entries of a message's history are kept: the first, and the latest. It may be postponed for years."""
+
+
+def _word(word: str) -> ColumnElement[Any]:
+    return literal_column(f"'{word}'", Text)
+
+
+PENDING, SENDING, SENT = (_word(status) for status in ("pending", "sending", "sent"))
+EXPIRED, CANCELLED, IN_DOUBT = (_word(status) for status in ("expired", "cancelled", "in_doubt"))
+
+_is_due = and_(C.status == PENDING, C.next_attempt_at <= NOW)
+_is_forgotten = C.destination_jid.is_(None)
+
+
+def _history_with(event: ColumnElement[Any], reason: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Append an entry; past the limit, the oldest but the first makes room."""
+    kept = case((func.jsonb_array_length(C.history) >= HISTORY_ENTRIES, C.history.op("-")(1)), else_=C.history)
+    return kept.op("||")(func.jsonb_build_array(_entry(event, reason)))
+
+
+def _entry(event: ColumnElement[Any], reason: ColumnElement[Any]) -> ColumnElement[Any]:
+    return func.jsonb_build_object(
+        _word("at"), NOW, _word("attempt"), C.attempt, _word("event"), event, _word("reason"), reason
+    )
+
+
+def _text(name: str) -> ColumnElement[Any]:
+    return bindparam(name, type_=Text)
+
+
+def _packed(name: str) -> ColumnElement[Any]:
+    return func.string_to_array(_text(name), literal_column("E'\\x1f'"), literal_column("''"))
+
+
+# Queueing ------------------------------------------------------------------------------------------------------------
+
+_GIVEN = ("user_id", "message_type", "message_key", "message_params", "destination", "destination_jid")
+_INSERTED = (*_GIVEN, "scheduled_for", "expires_at", "next_attempt_at", "idempotency_key")
+
+
+def _start(scheduled_for: ColumnElement[Any], expires_at: ColumnElement[Any]) -> ColumnElement[Any]:
+    # A host whose clock lags may ask for a message that has just expired: it is stored, and will expire.
+    latest = expires_at - literal_column("interval '1 microsecond'")
+    return func.coalesce(scheduled_for, func.least(NOW, latest))
+
+
+@cache
+def insert_message() -> Executable:
+    """Insert one message and return its id, or nothing if its key exists."""
+    scheduled_for = bindparam("scheduled_for", type_=_MOMENT)
+    expires_at = bindparam("expires_at", type_=_MOMENT)
+    values = {name: _text(name) for name in (*_GIVEN, "idempotency_key")} | {
+        "message_params": cast(bindparam("message_params", type_=Text), JSONB),
+        "scheduled_for": _start(scheduled_for, expires_at),
+        "next_attempt_at": _start(scheduled_for, expires_at),
+        "expires_at": expires_at,
+    }
+    return postgresql_insert(QUEUE).values(values).on_conflict_do_nothing().returning(C.id)
+
+
+@cache
+def find_key() -> Executable:
+    """Return id and status of the message that holds a key."""
+    return select(C.id, C.status).where(C.idempotency_key == bindparam("idempotency_key"))
+
+
+# Batches that do not fit in one statement are gathered here first: were they inserted piece by piece, two batches that
+# meet in different pieces would wait for each other's keys for ever.
+BATCH = Table(
+    "engagement_batch",
+    MetaData(),
+    *(Column(name, JSONB if name == "message_params" else Text) for name in (*_GIVEN, "idempotency_key")),
+    Column("scheduled_for", _MOMENT),
+    Column("expires_at", _MOMENT),
+    Column("ordinal", BigInteger),
+    schema="pg_temp",
+    prefixes=["TEMPORARY"],
+    postgresql_on_commit="DROP",
+)
+create_batch = CreateTable(BATCH)
+drop_batch = DropTable(BATCH, if_exists=True)
+
+
+@cache
+def fill_batch() -> Executable:
+    """Gather packed rows; `offset` keeps the order of what was given."""
+    rows = _packed_rows()
+    names = [name for name in BATCH.c.keys() if name != "ordinal"]  # noqa: SIM118 - a column collection is no dict
+    chosen = [_typed(rows.c[name]) for name in names]
+    ordinal = rows.c.ordinal + bindparam("offset", type_=BigInteger)
+    return insert(BATCH).from_select([*names, "ordinal"], select(*chosen, ordinal))
+
+
+@cache
+def insert_packed() -> Executable:
+    """Insert packed rows and count those whose keys were new."""
+    return _insert_sorted(_packed_rows())
+
+
+@cache
+def insert_batch() -> Executable:
+    """Insert what was gathered and count the rows whose keys were new."""
+    return _insert_sorted(BATCH)
+
+
+def _packed_rows() -> TableValuedAlias:
+    names = [*_GIVEN, "scheduled_for", "expires_at", "idempotency_key"]
+    unnested = func.unnest(*(_packed(name) for name in names))
+    columns = [column(name, Text) for name in names]
+    return unnested.table_valued(*columns, with_ordinality="ordinal").render_derived(name="given")
+
+
+def _typed(given: ColumnElement[Any]) -> ColumnElement[Any]:
+    wanted = C[str(given.key)].type
+    return given if isinstance(wanted, Text) or given.key == "destination" else cast(given, wanted)
+
+
+def _insert_sorted(rows: Table | TableValuedAlias) -> Executable:
+    given = {name: _typed(rows.c[name]) for name in (*_GIVEN, "scheduled_for", "expires_at", "idempotency_key")}
+    start = _start(given["scheduled_for"], given["expires_at"])
+    chosen = given | {"scheduled_for": start, "next_attempt_at": start}
+    # Keys are taken in one order by everybody, or concurrent batches would deadlock. Of a repeated key the first wins.
+    ordered = select(*(chosen[name].label(name) for name in _INSERTED)).order_by(
+        rows.c.idempotency_key.collate("C"), rows.c.ordinal
+    )
+    created = (
+        postgresql_insert(QUEUE).from_select(_INSERTED, ordered).on_conflict_do_nothing().returning(C.id).cte("created")
+    )
+    return select(func.count()).select_from(created)
+
+
+# Delivery ------------------------------------------------------------------------------------------------------------
+
+_OUTGOING = (
+    C.id,
+    C.idempotency_key,
+    C.user_id,
+    C.message_type,
+    C.message_key,
+    # As text: one value that Python cannot read must not break the fetch of all the others.
+    cast(C.message_params, Text).label("message_params"),
+    C.destination,
+    C.destination_jid,
+    C.scheduled_for,
+    C.next_attempt_at,
+    C.status,
+    C.attempt,
+    C.retry_count,
+)
+_LEASE = NOW + bindparam("lease", type_=Interval)
+_WEAK_COMMITS = ("off", "local", "remote_write")
+
+
+def _durably() -> ColumnElement[Any]:
+    """Make this transaction's commit survive a server crash whatever the host's setting: a lost claim is sent again."""
+    setting = _word("synchronous_commit")
+    is_weak = func.current_setting(setting).in_([_word(word) for word in _WEAK_COMMITS])
+    return case((is_weak, func.set_config(setting, _word("on"), literal_column("true")))).label("durable")
+
+
+@cache
+def claim(*, one_per_destination: bool) -> Executable:
+    """Claim the oldest due messages after (`after_at`, `after_id`), `limit` at most, none to a destination in `busy`.
+
+    Returns them with the new attempt; those that have expired are marked so and returned too. With
+    `one_per_destination` only the first to each destination is claimed, so that one worker keeps their order.
+    """
+    due = (
+        select(C.id, C.destination_jid, C.next_attempt_at)
+        .where(
+            _is_due,
+            tuple_(C.next_attempt_at, C.id)
+            > tuple_(bindparam("after_at", type_=_MOMENT), bindparam("after_id", type_=BigInteger)),
+            C.destination_jid != all_(bindparam("busy", type_=ARRAY(Text))),
+        )
+        .order_by(C.next_attempt_at, C.id)
+        .limit(bindparam("limit", type_=BigInteger))
+        .with_for_update(skip_locked=True)
+        .subquery("due")
+    )
+    chosen = _first_of_each_destination(due) if one_per_destination else select(due.c.id)
+    expired = C.expires_at <= NOW
+    return (
+        update(QUEUE)
+        # An array, not a join or IN: a planner that repeats the sub-select would claim more than `limit`.
+        .where(C.id == any_(func.array(chosen.scalar_subquery())))
+        .values(
+            status=case((expired, EXPIRED), else_=SENDING),
+            attempt=C.attempt + case((expired, 0), else_=1),
+            lease_expires_at=case((expired, null()), else_=_LEASE),
+            claimed_by=case((expired, C.claimed_by), else_=bindparam("worker", type_=Text)),
+            history=case((expired, _history_with(_word("expired"), null())), else_=C.history),
+        )
+        .returning(*_OUTGOING, _durably())
+    )
+
+
+def _first_of_each_destination(due: Subquery) -> Select[Any]:
+    place = func.row_number().over(partition_by=due.c.destination_jid, order_by=(due.c.next_attempt_at, due.c.id))
+    numbered = select(due.c.id, place.label("place")).subquery("numbered")
+    return select(numbered.c.id).where(numbered.c.place == 1)
+
+
+@cache
+def take_over_expired_leases() -> Executable:
+    """Give the caller a lease on messages whose own ran out, `limit` at most; the attempt stays the same.
+
+    So a late worker can still settle its attempt, and two processors do not recover the same message at once.
+    """
+    lost = (
+        select(C.id)
+        # What the caller holds itself is not lost, also when it could not extend its leases in time.
+        .where(C.status == SENDING, C.lease_expires_at <= NOW, C.id != all_(bindparam("held", type_=ARRAY(BigInteger))))
+        .order_by(C.lease_expires_at)
+        .limit(bindparam("limit", type_=BigInteger))
+        .with_for_update(skip_locked=True)
+    )
+    return _leased(C.id == any_(func.array(lost.scalar_subquery())), by="recoverer")
+
+
+@cache
+def adopt_own_claims() -> Executable:
+    """Return what `worker` has claimed and does not hold: the commit of its claim was not acknowledged.
+
+    Such a message was never handed to the transport. What it took over from others has another name on it.
+    """
+    own = and_(
+        C.status == SENDING,
+        C.claimed_by == bindparam("worker", type_=Text),
+        C.id != all_(bindparam("held", type_=ARRAY(BigInteger))),
+    )
+    return _leased(own, by="worker")
+
+
+def _leased(condition: ColumnElement[bool], *, by: str) -> Executable:
+    return (
+        update(QUEUE)
+        .where(condition)
+        .values(lease_expires_at=_LEASE, claimed_by=bindparam(by, type_=Text))
+        .returning(*_OUTGOING, _durably())
+    )
+
+
+@cache
+def extend_leases() -> Executable:
+    """Extend the leases that `worker` still has on the messages in `held`, and return their ids."""
+    return (
+        update(QUEUE)
+        .where(
+            C.id == any_(bindparam("held", type_=ARRAY(BigInteger))),
+            C.status == SENDING,
+            C.claimed_by.in_([bindparam("worker", type_=Text), bindparam("recoverer", type_=Text)]),
+        )
+        .values(lease_expires_at=_LEASE)
+        .returning(C.id)
+    )
+
+
+@cache
+def settle_if_claimed() -> Executable:
+    """Record verdicts, and return (id, status) of the messages that they were recorded for.
+
+    Fenced on (id, attempt): a claim that was lost changes nothing. `Sent` of the same attempt is a fact, and also
+    resolves a doubt or stops the next attempt. A message that was forgotten meanwhile keeps nothing, and is not tried
+    again.
+    """
+    given = _verdicts().c
+    status = case((and_(given.status == PENDING, _is_forgotten), CANCELLED), else_=given.status)
+    event = case((and_(given.status == SENT, C.status != SENDING), _word("resolved")), else_=given.event)
+    reason = case((_is_forgotten, null()), else_=given.reason)
+    is_late_but_sent = and_(given.status == SENT, C.status.in_([IN_DOUBT, PENDING]))
+    return (
+        update(QUEUE)
+        .values(
+            status=status,
+            lease_expires_at=null(),
+            sent_at=case((given.status == SENT, NOW)),
+            retry_count=C.retry_count + given.failures,
+            next_attempt_at=case((given.status == PENDING, _next_attempt(given)), else_=C.next_attempt_at),
+            provider_message_id=case((_is_forgotten, null()), else_=given.provider_message_id),
+            error_message=case((_is_forgotten, null()), else_=func.coalesce(reason, C.error_message)),
+            history=case((event != SENT, _history_with(event, reason)), else_=C.history),
+        )
+        .where(
+            C.id == given.id,
+            # The fence: whoever was recovered and claimed again in the meantime has another attempt.
+            C.attempt == given.attempt,
+            or_(C.status == SENDING, is_late_but_sent),
+        )
+        .returning(C.id, C.status)
+    )
+
+
+def _verdicts() -> TableValuedAlias:
+    numbers: dict[str, Any] = {"id": BigInteger(), "attempt": Integer(), "failures": Integer(), "delay": Float()}
+    texts = ("status", "event", "reason", "until", "provider_message_id")
+    unnested = func.unnest(
+        *(bindparam(f"given_{name}", type_=ARRAY(type_)) for name, type_ in numbers.items()),
+        *(_packed(f"given_{name}") for name in texts),
+    )
+    columns = [*(column(name, type_) for name, type_ in numbers.items()), *(column(name, Text) for name in texts)]
+    return unnested.table_valued(*columns).render_derived(name="given")
+
+
+def _next_attempt(given: Any) -> ColumnElement[Any]:
+    until = cast(given.until, _MOMENT)
+    a_second: ColumnElement[Any] = literal_column("interval '1 second'")
+    # A transport that postpones into the past would otherwise be asked again without end.
+    soonest = NOW + a_second
+    delayed = NOW + given.delay * a_second
+    return case((until.is_not(None), func.greatest(until, soonest)), else_=delayed)
+
+
+@cache
+def attempts_of() -> Executable:
+    """Return (id, attempt, status): what became of messages that a verdict could not be recorded for."""
+    return select(C.id, C.attempt, C.status).where(C.id == any_(bindparam("ids", type_=ARRAY(BigInteger))))
+
+
+@cache
+def peek() -> Executable:
+    """Return whether there is anything to do: whether a message is due or a lease ran out."""
+    lost = select(C.id).where(C.status == SENDING, C.lease_expires_at <= NOW)
+    return select(or_(select(C.id).where(_is_due).exists(), lost.exists()))
+
+
+# What a person or the host does --------------------------------------------------------------------------------------
+
+# No parameter of an UPDATE is named as a column: SQLAlchemy would set it.
+_id = C.id == bindparam("message_id", type_=BigInteger)
+
+
+@cache
+def cancel_if_pending() -> Executable:
+    """Cancel a message and return (its status before, whether it was cancelled now); nothing if it does not exist."""
+    # Locked first, so that the answer speaks of the same moment as the change.
+    found = select(C.id, C.status).where(_id).with_for_update().cte("found")
+    cancelled = (
+        update(QUEUE)
+        .where(C.id == found.c.id, found.c.status == PENDING)
+        .values(status=CANCELLED, history=_history_with(_word("cancelled"), _text("reason")))
+        .returning(C.id)
+        .cte("cancelled")
+    )
+    return select(found.c.status, cancelled.c.id.is_not(None)).outerjoin_from(
+        found, cancelled, found.c.id == cancelled.c.id
+    )
+
+
+@cache
+def cancel_pending_of_user(*, of_one_type: bool) -> Executable:
+    """Cancel a user's pending messages and return their ids."""
+    wanted = [C.user_id == bindparam("of_user"), C.status == PENDING]
+    if of_one_type:
+        wanted.append(C.message_type == bindparam("of_type"))
+    pending = _locked(*wanted)
+    return (
+        update(QUEUE)
+        .where(C.id == pending.c.id)
+        .values(status=CANCELLED, history=_history_with(_word("cancelled"), _text("reason")))
+        .returning(C.id)
+    )
+
+
+def _locked(*wanted: ColumnElement[bool]) -> Any:
+    # In one order everywhere, or two statements over the same rows would deadlock.
+    return select(C.id, C.status).where(*wanted).order_by(C.id).with_for_update().cte("locked")
+
+
+@cache
+def pending_of_user() -> Select[Any]:
+    """Return a user's pending messages, next first."""
+    return (
+        select(EngagementMessage)
+        .where(EngagementMessage.user_id == bindparam("of_user"), EngagementMessage.status == PENDING)
+        .order_by(EngagementMessage.next_attempt_at, EngagementMessage.id)
+    )
+
+
+@cache
+def message_by(column_name: str) -> Select[Any]:
+    """Return the message whose `id` or `idempotency_key` is `value`."""
+    wanted = C[column_name]
+    return select(EngagementMessage).where(wanted == bindparam("value", type_=wanted.type))
+
+
+@cache
+def reschedule_if_pending() -> Executable:
+    """Move a pending message to another time, unless it would have expired by then."""
+    moment = bindparam("moment", type_=_MOMENT)
+    return (
+        update(QUEUE)
+        .where(_id, C.status == PENDING, or_(C.expires_at.is_(None), C.expires_at > moment))
+        .values(scheduled_for=moment, next_attempt_at=moment)
+        .returning(C.id)
+    )
+
+
+@cache
+def retry_if_ended() -> Executable:
+    """Make a failed or expired message due again, with all its retries; an expiry that has passed is lifted."""
+    return (
+        update(QUEUE)
+        .where(_id, C.status.in_([_word(MessageStatus.FAILED), EXPIRED]), C.destination_jid.is_not(None))
+        .values(
+            status=PENDING,
+            retry_count=0,
+            next_attempt_at=NOW,
+            expires_at=case((C.expires_at > NOW, C.expires_at)),
+            history=_history_with(_word("retried"), null()),
+        )
+        .returning(C.id)
+    )
+
+
+@cache
+def resolve_if_in_doubt(*, sent: bool) -> Executable:
+    """Say what became of a message in doubt: it was sent, or it was not and becomes due again with all its retries."""
+    resolved = update(QUEUE).where(_id, C.status == IN_DOUBT).returning(C.id)
+    history = _history_with(_word("resolved"), _text("reason"))
+    if sent:
+        return resolved.values(status=SENT, sent_at=NOW, history=history)
+    return resolved.where(C.destination_jid.is_not(None)).values(
+        status=PENDING, retry_count=0, next_attempt_at=NOW, history=history
+    )
+
+
+def _blanked(event: str) -> dict[str, ColumnElement[Any]]:
+    return {
+        "message_params": literal_column("'{}'::jsonb"),
+        "destination_jid": null(),
+        "error_message": null(),
+        "provider_message_id": null(),
+        "history": func.jsonb_build_array(_entry(_word(event), null())),
+    }
+
+
+@cache
+def forget_user() -> Executable:
+    """Cancel a user's pending messages, blank all of them, and return for each whether it was pending."""
+    locked = _locked(C.user_id == bindparam("of_user"), C.destination_jid.is_not(None))
+    was_pending = locked.c.status == PENDING
+    return (
+        update(QUEUE)
+        .where(C.id == locked.c.id)
+        .values(status=case((was_pending, CANCELLED), else_=C.status), **_blanked("forgotten"))
+        .returning(was_pending)
+    )
+
+
+@cache
+def prune_finished() -> Executable:
+    """Blank finished messages that were last due longer than `older_than` ago, `limit` at most; return their ids."""
+    old = (
+        select(C.id)
+        .where(
+            # Word for word what the partial index says.
+            C.status.in_([_word(status) for status in FINISHED]),
+            C.destination_jid.is_not(None),
+            C.next_attempt_at < NOW - bindparam("older_than", type_=Interval),
+        )
+        .order_by(C.next_attempt_at)
+        .limit(bindparam("limit", type_=BigInteger))
+        .with_for_update(skip_locked=True)
+    )
+    return (
+        update(QUEUE).where(C.id == any_(func.array(old.scalar_subquery()))).values(_blanked("pruned")).returning(C.id)
+    )
+
+
+@cache
+def count_by_status() -> Executable:
+    """Return (status, count, how long the oldest due message has been waiting)."""
+    oldest_due = select(NOW - func.min(C.next_attempt_at)).where(_is_due).scalar_subquery()
+    return select(C.status, func.count(), oldest_due).group_by(C.status)

@@ -1,0 +1,151 @@
+"""A real PostgreSQL for every test: the one of ENGAGEMENT_TEST_DATABASE_URL, else a temporary one of our own."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from pytest_postgresql import factories
+from pytest_postgresql.janitor import DatabaseJanitor
+from sqlalchemy import URL, Engine, create_engine, make_url, text
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from engagement import EngagementMessageRepository, NewMessage, migrations
+from engagement.temporary_postgres import temporary_postgres
+
+
+@dataclass
+class Server:
+    """A running server, in the words of pytest-postgresql."""
+
+    host: str
+    port: str
+    user: str
+    password: str | None
+    maintenance_dbname: str
+    options: str = ""
+    template_dbname: str | None = None
+
+
+def database_url(server, dbname: str) -> URL:
+    return URL.create(
+        "postgresql+psycopg",
+        username=server.user,
+        password=server.password,
+        database=dbname,
+        query={"host": str(server.host), "port": str(server.port)},
+    )
+
+
+@pytest.fixture(scope="session", name="postgres_server")
+def _postgres_server() -> Iterator[Server]:
+    given = os.environ.get("ENGAGEMENT_TEST_DATABASE_URL")
+    if given:
+        yield _server(make_url(given))
+        return
+    with temporary_postgres() as temporary:
+        yield _server(make_url(temporary.url))
+
+
+def _server(url: URL) -> Server:
+    return Server(
+        host=str(url.host or url.query.get("host") or "localhost"),
+        port=str(url.port or url.query.get("port") or 5432),
+        user=url.username or "postgres",
+        password=url.password,
+        maintenance_dbname=url.database or "postgres",
+    )
+
+
+def migrate(*, host, port, user, dbname, password, **_) -> None:
+    server = Server(host, port, user, password, dbname)
+    engine = create_engine(database_url(server, dbname), poolclass=NullPool)
+    migrations.upgrade(engine)
+    engine.dispose()
+
+
+migrated_template = factories.postgresql_noproc(depends_on="postgres_server", dbname="engagement_test", load=[migrate])
+empty_template = factories.postgresql_noproc(depends_on="postgres_server", dbname="engagement_empty")
+migrated_database = factories.postgresql("migrated_template", dbname=None)
+empty_database = factories.postgresql("empty_template", dbname=None)
+
+
+@pytest.fixture(name="empty_engine")
+def _empty_engine(empty_template, empty_database) -> Iterator[Engine]:
+    """An engine on a new database without our table."""
+    engine = create_engine(database_url(empty_template, empty_template.dbname))
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(scope="session", name="shared_engine")
+def _shared_engine(migrated_template) -> Iterator[Engine]:
+    janitor = DatabaseJanitor(
+        user=migrated_template.user,
+        host=migrated_template.host,
+        port=migrated_template.port,
+        password=migrated_template.password,
+        dbname=f"{migrated_template.dbname}_shared",
+        template_dbname=migrated_template.template_dbname,
+        maintenance_dbname=migrated_template.maintenance_dbname,
+    )
+    janitor.drop()
+    with janitor:
+        engine = create_engine(
+            database_url(migrated_template, f"{migrated_template.dbname}_shared"), pool_size=30, max_overflow=10
+        )
+        yield engine
+        engine.dispose()
+
+
+@pytest.fixture(name="engine")
+def _engine(shared_engine: Engine) -> Iterator[Engine]:
+    """An engine on a migrated database with an empty queue: for tests that commit."""
+    yield shared_engine
+    with shared_engine.begin() as connection:
+        connection.execute(text("TRUNCATE engagement_message_queue RESTART IDENTITY"))
+
+
+@pytest.fixture(name="session")
+def _session(shared_engine: Engine) -> Iterator[Session]:
+    """A session on an empty queue, whose commits are savepoints of a transaction that is rolled back at the end."""
+    with shared_engine.connect() as connection:
+        transaction = connection.begin()
+        with Session(connection, join_transaction_mode="create_savepoint") as session:
+            yield session
+        transaction.rollback()
+
+
+@pytest.fixture(name="repository")
+def _repository(session: Session) -> EngagementMessageRepository:
+    return EngagementMessageRepository(session)
+
+
+def new_message(user_id: str = "user1", **fields) -> NewMessage:
+    """Return a message that is due now, with a number of its own for each user."""
+    number = 5_500_000_000_000 + sum(ord(character) * 257**place for place, character in enumerate(user_id)) % 10**9
+    given = {
+        "user_id": user_id,
+        "message_type": "goodbye",
+        "message_key": "goodbye.14_days",
+        "message_params": {"name": "Ana"},
+        "destination": "individual",
+        "destination_jid": f"{number}@s.whatsapp.net",
+    }
+    return NewMessage(**given | fields)
+
+
+def queue(engine: Engine, *messages: NewMessage) -> list[int]:
+    """Queue and commit, and return the ids."""
+    with Session(engine) as session, session.begin():
+        repository = EngagementMessageRepository(session)
+        return [repository.queue_message(message).message_id for message in messages]
+
+
+def row(engine: Engine, message_id: int):
+    """Return a message's row as it is now."""
+    with engine.connect() as connection:
+        return connection.execute(
+            text("SELECT * FROM engagement_message_queue WHERE id = :id"), {"id": message_id}
+        ).one()
