@@ -14,7 +14,8 @@ from engagement.messages import (
 from engagement.models import Destination, EngagementMessage, EngagementMessageMixin, MessageStatus
 from engagement.outcomes import InDoubt, NotSent, Outcome, Postpone, Refused, Sent, Withdraw, exponential_backoff
 from engagement.repository import AsyncEngagementMessageRepository, EngagementMessageRepository
-from engagement.worker import ProcessResult, Worker, process_message_queue
+from engagement.tally import ProcessResult
+from engagement.worker import Worker, process_message_queue
 
 __all__ = [
     "AsyncEngagementMessageRepository",

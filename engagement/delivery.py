@@ -1,0 +1,355 @@
+"""One run of a worker: claim, send, settle, and recover what other workers left behind.
+
+A claim is committed before anything is sent, and no transaction is open while somebody else's server is waited for.
+One thread does all the database work; `Sender` runs the transport beside it.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
+
+from engagement import claims
+from engagement.claims import Holder, Position
+from engagement.models import MessageStatus
+from engagement.outcomes import InDoubt, Outcome, Sent, Verdict, decide
+from engagement.sending import Claim, Sender, clock
+from engagement.tally import ProcessResult, Tally, logger
+
+if TYPE_CHECKING:
+    from engagement.worker import Worker
+
+T = TypeVar("T")
+
+RESTART_SECONDS = 1.0
+"""A claim starts where the last one ended, past the dead index entries of what was claimed before. Retries and
+back-dated messages lie before that, so it starts from the beginning this often, and whenever it comes back empty."""
+READY_SECONDS = 1.0
+DATABASE_WAIT_SECONDS = (0.1, 10.0)
+"""The first and the longest wait for a lost database."""
+ERRORS_KEPT = 1_000
+"""Errors that a worker's result keeps: it may run for months."""
+
+
+class Delivery:
+    """One run of a worker: what it has in hand, and what it has done so far."""
+
+    def __init__(self, worker: Worker, stop: threading.Event, *, until_empty: bool, limit: int | None) -> None:
+        self._worker = worker
+        self._stop = stop
+        self._until_empty = until_empty
+        self._left = limit
+        # Nobody else may take our claims for theirs, also if they are given the same name.
+        self._holder = Holder(f"{worker.worker_name}#{secrets.token_hex(4)}", worker.lease)
+        self._sender = Sender(worker.transport, concurrency=worker.concurrency, classify=worker.classify)
+        self._in_hand: dict[int, Claim] = {}
+        self._decided: list[tuple[Claim, Verdict]] = []
+        self._overdue: set[Claim] = set()
+        self._position = claims.START
+        self._readiness: Future[Any] | None = None
+        self._found_nothing = False
+        self._failure: SQLAlchemyError | None = None
+        self._database_was_reached = False
+        self._tally = Tally(errors_kept=None if until_empty else ERRORS_KEPT)
+        # When something is to be done next, by `clock`.
+        self._restart_at = self._recover_at = self._start_at = self._ask_at = 0.0
+        self._extend_at = clock() + self._lease / 3
+        self._adopt_until = 0.0
+
+    @property
+    def _lease(self) -> float:
+        return self._holder.lease.total_seconds()
+
+    def run(self) -> ProcessResult:
+        try:
+            while not self._is_over():
+                if not self._round() and not self._is_over():
+                    self._wait()
+        finally:
+            self._sender.close()
+        if self._failure is not None:
+            raise self._failure
+        return self._tally.result()
+
+    def _is_over(self) -> bool:
+        if self._in_hand or self._decided:
+            return False
+        if self._stop.is_set() or self._failure is not None or self._left == 0:
+            return True
+        return self._until_empty and self._found_nothing
+
+    # One round: settle, recover and claim in one transaction, then start
+
+    def _round(self) -> bool:
+        """Settle what was decided, and take and start what can be started now. Return whether there was any."""
+        wanted = self._wanted()
+        if not self._decided and not wanted:
+            return False
+        try:
+            taken = self._in_transaction(partial(self._settle_and_take, wanted=wanted))
+        except SQLAlchemyError as error:
+            if self._failure is not None or claims.is_transient(error):
+                raise
+            # What waiting does not mend may concern the claim only: what is in hand is finished before it is raised.
+            self._failure = error
+            return False
+        if taken is None:
+            return False
+        self._note(taken)
+        self._start(taken.claims)
+        self._found_nothing = bool(wanted) and not taken.any
+        return taken.any
+
+    def _settle_and_take(self, connection: Connection, *, wanted: int) -> _Taken:
+        """Change nothing but the database; the whole is done again if the database is lost on the way."""
+        taken = _Taken()
+        if self._decided:
+            taken.recorded = claims.settle(connection, [(claim.message, verdict) for claim, verdict in self._decided])
+        if not wanted:
+            return taken
+        if clock() < self._adopt_until:
+            taken.claims += claims.adopt(connection, self._holder, held=self._in_hand)
+        if clock() >= self._recover_at:
+            lost = claims.take_over(connection, self._holder, limit=wanted, held=self._in_hand)
+            taken.recovered_all = len(lost) < wanted
+            taken.claims += lost
+        if wanted > len(taken.claims):
+            self._claim(connection, taken, limit=wanted - len(taken.claims))
+        return taken
+
+    def _claim(self, connection: Connection, taken: _Taken, *, limit: int) -> None:
+        is_time_to_restart = clock() >= self._restart_at
+        positions = (
+            [claims.START] if is_time_to_restart or self._position == claims.START else [self._position, claims.START]
+        )
+        for position in positions:
+            claimed = claims.claim(
+                connection,
+                self._holder,
+                limit=limit,
+                after=position,
+                busy=self._busy(),
+                one_per_destination=not self._sender.sends_many,
+            )
+            taken.restarted = position == claims.START
+            taken.position = claimed.last or claims.START
+            if claimed.last is not None:
+                break
+        taken.claims += claimed.claims
+        taken.expired = claimed.expired
+
+    def _busy(self) -> set[str]:
+        """Return where a send is under way: a destination gets its messages in order, one at a time."""
+        if self._sender.sends_many:
+            return set()  # One batch at a time, in order.
+        decided = {claim.message.id for claim, _ in self._decided}
+        in_hand = (claim for claim in self._in_hand.values() if claim.message.id not in decided)
+        return {claim.message.destination_jid for claim in (*in_hand, *self._overdue)}
+
+    def _note(self, taken: _Taken) -> None:
+        for claim, verdict in self._decided:
+            if self._in_hand.get(claim.message.id) is claim:
+                del self._in_hand[claim.message.id]
+            self._tally.add(claim, verdict, taken.recorded.get(claim.message.id))
+        self._decided.clear()
+        self._tally.expire(taken.expired)
+        if taken.position is not None:
+            self._position = taken.position
+        if taken.restarted:
+            self._restart_at = clock() + RESTART_SECONDS
+        if taken.recovered_all:
+            self._recover_at = clock() + self._lease / 4
+
+    def _start(self, taken: list[Claim]) -> None:
+        own = [claim for claim in taken if not claim.worker_lost]
+        self._in_hand |= {claim.message.id: claim for claim in taken}
+        if own:
+            self._start_at = clock() + self._worker.min_interval
+            if self._left is not None:
+                self._left -= len(own)
+        self._sender.start(taken)
+
+    # How much can be started now
+
+    def _wanted(self) -> int:
+        if self._stop.is_set() or self._failure is not None or clock() < self._start_at:
+            return 0
+        self._overdue = {claim for claim in self._overdue if claim.future and not claim.future.done()}
+        in_use = len(self._in_hand) - len(self._decided) + len(self._overdue)
+        free = self._worker.concurrency - in_use
+        if self._sender.sends_many and in_use > 0:
+            return 0
+        if self._worker.min_interval:
+            free = min(free, 1)
+        if self._left is not None:
+            free = min(free, self._left)
+        return free if free > 0 and self._is_ready() else 0
+
+    def _is_ready(self) -> bool:
+        """Ask the transport, at most once a second; what it has not answered yet counts as no."""
+        if clock() >= self._ask_at and (self._readiness is None or self._readiness.done()):
+            self._ask_at = clock() + READY_SECONDS
+            self._readiness = self._sender.ask_ready()
+        return self._readiness is None or (self._readiness.done() and _is_true(self._readiness))
+
+    @property
+    def _is_asking(self) -> bool:
+        return self._readiness is not None and not self._readiness.done()
+
+    # Waiting
+
+    def _wait(self) -> None:
+        if self._in_hand or self._is_asking:
+            self._collect(self._pause())
+        elif clock() < self._start_at:
+            self._stop.wait(self._start_at - clock())
+        else:
+            self._idle()
+
+    def _idle(self) -> None:
+        """Sleep until there is work. One small query a poll."""
+        if self._until_empty:
+            self._found_nothing = True  # Not ready: a cron job comes again.
+            return
+        while not self._stop.wait(self._worker.poll_interval):
+            self._collect(0)
+            is_waiting: bool | None = self._in_transaction(claims.is_work_waiting)
+            if self._decided or is_waiting:
+                self._recover_at = 0.0
+                return
+
+    def _collect(self, timeout: float) -> None:
+        """Wait for an answer, then take all that are there; extend leases and notice overdue sends on the way."""
+        arrived: list[tuple[Claim, Outcome] | None] = []
+        try:
+            arrived.append(
+                self._sender.answers.get(timeout=timeout) if timeout > 0 else self._sender.answers.get(block=False)
+            )
+            while True:
+                arrived.append(self._sender.answers.get(block=False))
+        except Empty:
+            pass
+        for answer in arrived:
+            if answer is not None:
+                self._decide(*answer)
+        self._give_up_overdue()
+        if clock() >= self._extend_at:
+            self._extend_leases()
+
+    def _pause(self) -> float:
+        """Return how long nothing has to be done unless an answer arrives."""
+        until = [self._extend_at]
+        if self._worker.send_timeout is not None:
+            until += [claim.started_at + self._worker.send_timeout for claim in self._in_hand.values()]
+        if len(self._in_hand) < self._worker.concurrency:
+            until.append(max(self._start_at, clock() + self._worker.poll_interval))
+        return max(min(until) - clock(), 0.001)
+
+    def _decide(self, claim: Claim, outcome: Outcome) -> None:
+        if claim.is_overdue and not isinstance(outcome, Sent):
+            return  # It is in doubt, and this adds nothing.
+        verdict = decide(
+            outcome,
+            retry_count=claim.message.retry_count,
+            max_retries=self._worker.max_retries,
+            idempotent=self._sender.idempotent,
+            worker_lost=claim.worker_lost,
+            backoff=self._worker.backoff,
+        )
+        self._decided.append((claim, verdict))
+
+    def _give_up_overdue(self) -> None:
+        timeout = self._worker.send_timeout
+        if timeout is None:
+            return
+        decided = {claim for claim, _ in self._decided}
+        for claim in self._in_hand.values():
+            if clock() >= claim.started_at + timeout and claim not in decided and claim.future is not None:
+                self._decide(claim, InDoubt(f"no answer within {timeout:g} s"))
+                claim.is_overdue = True
+                if not claim.future.cancel():
+                    self._overdue.add(claim)
+
+    def _extend_leases(self) -> None:
+        self._extend_at = clock() + self._lease / 3
+        if not self._in_hand:
+            return
+        try:
+            with self._worker.engine.begin() as connection:
+                claims.extend(connection, self._holder, self._in_hand)
+        except SQLAlchemyError as error:
+            if not claims.is_transient(error):
+                raise
+            self._extend_at = clock() + min(self._lease / 3, 1.0)
+            logger.warning("engagement.leases_not_extended error=%s", claims.describe(error))
+
+    # The database
+
+    def _in_transaction(self, work: Callable[[Connection], T]) -> T | None:
+        """Do `work` and commit, as often as it takes for the database to answer. None if stopped with nothing in hand.
+
+        An error after the send is no failed send: what is known stays known, and is recorded once the database is
+        back. A commit that was not acknowledged may have happened: settling twice is recognised, and claims that
+        nobody was told of are adopted.
+        """
+        first, longest = DATABASE_WAIT_SECONDS
+        lost_at, wait = clock(), first
+        while True:
+            try:
+                with self._worker.engine.begin() as connection:
+                    result = work(connection)
+            except SQLAlchemyError as error:
+                if not claims.is_transient(error) or self._gives_up(lost_at):
+                    raise
+                self._adopt_until = clock() + self._lease
+                logger.warning("engagement.database_lost error=%s wait_seconds=%.1f", claims.describe(error), wait)
+            else:
+                self._database_was_reached = True
+                return result
+            if self._stop.is_set() and not self._decided:
+                return None
+            self._sleep(wait * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
+            wait = min(wait * 2, longest)
+
+    def _gives_up(self, lost_at: float) -> bool:
+        return self._until_empty and (not self._database_was_reached or clock() > lost_at + self._lease)
+
+    def _sleep(self, seconds: float) -> None:
+        if self._stop.is_set():
+            time.sleep(seconds)  # A stop is no reason to forget what is to be settled.
+        else:
+            self._stop.wait(seconds)
+
+
+@dataclass(slots=True)
+class _Taken:
+    """What one transaction did, to be noted once it is committed."""
+
+    recorded: dict[int, MessageStatus] = field(default_factory=dict)
+    claims: list[Claim] = field(default_factory=list)
+    expired: list[int] = field(default_factory=list)
+    position: Position | None = None
+    restarted: bool = False
+    recovered_all: bool = False
+
+    @property
+    def any(self) -> bool:
+        return bool(self.claims or self.expired)
+
+
+def _is_true(answer: Future[Any]) -> bool:
+    if answer.cancelled() or answer.exception() is not None:
+        logger.warning("engagement.ready_failed error=%s", type(answer.exception()).__name__)
+        return False
+    return bool(answer.result())

@@ -1,0 +1,86 @@
+"""What a worker did: counted for its caller, logged for its operators.
+
+Logs name ids and events, never people or what they are told.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from engagement.models import MessageStatus
+from engagement.outcomes import Verdict
+from engagement.sending import Claim
+
+logger = logging.getLogger("engagement")
+logger.addHandler(logging.NullHandler())
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessResult:
+    """What was done.
+
+    `processed` is how many outcomes there were; the counts from `succeeded` to `cancelled` add up to it, but for claims
+    that were lost. `expired` messages were not tried. `errors` are (message_id, reason) pairs.
+    """
+
+    processed: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    retried: int = 0
+    in_doubt: int = 0
+    postponed: int = 0
+    cancelled: int = 0
+    expired: int = 0
+    errors: tuple[tuple[int, str], ...] = ()
+
+
+class Tally:
+    """Counts and logs what became of each attempt."""
+
+    def __init__(self, errors_kept: int | None) -> None:
+        self._counts: Counter[str] = Counter()
+        self._errors: deque[tuple[int, str]] = deque(maxlen=errors_kept)
+
+    def add(self, claim: Claim, verdict: Verdict, status: MessageStatus | None) -> None:
+        message = claim.message
+        if claim.is_overdue and verdict.status is MessageStatus.SENT:
+            logger.warning(
+                "engagement.late_sent message_id=%s attempt=%s status=%s", message.id, message.attempt, status
+            )
+            return
+        self._counts["processed"] += 1
+        if verdict.event in _TROUBLE:
+            self._errors.append((message.id, verdict.reason or ""))
+        if status is None:
+            logger.warning("engagement.claim_lost message_id=%s attempt=%s", message.id, message.attempt)
+            return
+        self._counts["postponed" if verdict.event == "postponed" else _COUNTED_AS[status]] += 1
+        level = logging.WARNING if verdict.event in _TROUBLE else logging.INFO
+        logger.log(
+            level,
+            "engagement.%s message_id=%s attempt=%s status=%s",
+            verdict.event,
+            message.id,
+            message.attempt,
+            status,
+        )
+
+    def expire(self, message_ids: list[int]) -> None:
+        self._counts["expired"] += len(message_ids)
+        for message_id in message_ids:
+            logger.info("engagement.expired message_id=%s", message_id)
+
+    def result(self) -> ProcessResult:
+        return ProcessResult(**self._counts, errors=tuple(self._errors))
+
+
+_TROUBLE = frozenset({"not_sent", "refused", "in_doubt"})
+_COUNTED_AS = {
+    MessageStatus.SENT: "succeeded",
+    MessageStatus.FAILED: "failed",
+    MessageStatus.PENDING: "retried",
+    MessageStatus.IN_DOUBT: "in_doubt",
+    MessageStatus.CANCELLED: "cancelled",
+}
