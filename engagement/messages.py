@@ -30,6 +30,8 @@ DELIVERY_NAMESPACE = uuid.UUID("6f0f6a3c-52d5-5f0e-9d8e-0f5d1b1c7a11")
 _MESSAGE_TYPE = re.compile(r"[a-z][a-z0-9_]*")
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+# Circles need no check: the nesting is bounded before.
+_to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")).encode
 # ASCII digits only, and always with fullmatch: `$` would let a newline pass, and `\d` the digits of other scripts.
 _JID = {
     Destination.INDIVIDUAL: re.compile(r"[1-9][0-9]{6,14}@s\.whatsapp\.net|[1-9][0-9]{4,19}@lid"),
@@ -135,15 +137,16 @@ class NewMessage:
     params_json: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        put = object.__setattr__
+        destination = _checked_destination(self.destination)
+        _check_times(self.scheduled_for, self.expires_at)
+        _checked_tz(self.tz)
+        put = object.__setattr__  # The class is frozen.
         put(self, "user_id", checked_text("user_id", self.user_id))
         put(self, "message_type", _checked_type("message_type", self.message_type))
         put(self, "message_key", checked_text("message_key", self.message_key))
         put(self, "params_json", _checked_params(self.message_params))
-        put(self, "destination", _checked_destination(self.destination))
-        put(self, "destination_jid", _checked_jid(self.destination_jid, Destination(self.destination)))
-        _check_times(self.scheduled_for, self.expires_at)
-        put(self, "tz", _checked_tz(self.tz))
+        put(self, "destination", destination)
+        put(self, "destination_jid", _checked_jid(self.destination_jid, destination))
         put(self, "idempotency_key", _checked_key(self))
 
     @property
@@ -313,7 +316,7 @@ def _checked_params(params: object) -> str:
         params = dict(params)
     _check_json(params, depth=1)
     try:
-        text = json.dumps(params, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = _to_json(params)
     except (ValueError, TypeError):
         # Only a number can still be wrong: NaN, Infinity, or an integer beyond what Python itself would read back.
         raise InvalidMessage("message_params", "holds a number that JSON or Python cannot represent") from None
@@ -321,7 +324,7 @@ def _checked_params(params: object) -> str:
         size = len(_utf8("message_params", text))
         if size > MAX_PARAMS_BYTES:
             raise InvalidMessage("message_params", f"has {size} bytes as JSON, more than {MAX_PARAMS_BYTES}")
-    if _ESCAPED_NUL.search(text):
+    if "\\u0000" in text and _ESCAPED_NUL.search(text):
         raise InvalidMessage("message_params", "holds a NUL character, which PostgreSQL cannot store")
     return text
 
