@@ -145,7 +145,6 @@ NewConnectionError.__module__ = "urllib3.exceptions"
     ("error", "usual", "strict"),
     [
         (TimeoutError(), InDoubt, InDoubt),
-        (TimeoutError(), InDoubt, InDoubt),
         (ConnectionResetError(), InDoubt, InDoubt),
         (BrokenPipeError(), InDoubt, InDoubt),
         (ConnectionAbortedError(), InDoubt, InDoubt),
@@ -169,7 +168,7 @@ NewConnectionError.__module__ = "urllib3.exceptions"
     ids=lambda value: value.__name__ if isinstance(value, type) else type(value).__name__,
 )
 def test_what_an_exception_says(error, usual, strict):
-    """A time-out or broken connection proves nothing, also as a cause; a connection never made proves that it did not leave."""
+    """A time-out or broken connection proves nothing, also as a cause; a connection never made proves it unsent."""
     assert type(classify_exception(error)) is usual
     assert type(classify_exception(error, strict=True)) is strict
 

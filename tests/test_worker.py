@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 
 import pytest
 from conftest import new_message, queue, row
@@ -244,7 +245,8 @@ def test_the_claim_is_committed_and_nothing_is_open_during_the_send(engine):
     def send(_message):
         open_transactions = execute(
             engine,
-            "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%' AND datname = current_database()",
+            "SELECT count(*) FROM pg_stat_activity "
+            "WHERE state LIKE 'idle in transaction%' AND datname = current_database()",
         ).scalar_one()
         found = row(engine, message_id)
         seen.append((found.status, found.attempt, found.lease_expires_at is not None, open_transactions))
@@ -305,7 +307,8 @@ def test_what_cannot_be_read_blocks_nobody(engine):
     first, second = queue(engine, new_message("a"), new_message("b"))
     execute(
         engine,
-        "UPDATE engagement_message_queue SET message_params = ('{\"n\": 1' || repeat('0', 5000) || '}')::jsonb WHERE id = :id",
+        "UPDATE engagement_message_queue "
+        "SET message_params = ('{\"n\": 1' || repeat('0', 5000) || '}')::jsonb WHERE id = :id",
         id=first,
     )
     sent = []
@@ -415,7 +418,7 @@ def test_min_interval_spaces_the_starts(engine):
     )
 
     assert len(starts) == 4
-    assert min(later - earlier for earlier, later in zip(starts, starts[1:], strict=False)) >= 0.14
+    assert min(later - earlier for earlier, later in pairwise(starts)) >= 0.14
 
 
 def test_a_message_that_became_due_behind_the_last_claim_is_found(engine):
@@ -458,7 +461,7 @@ def test_a_function_that_returns_a_coroutine(engine):
     async def send(_message):
         return Sent("x")
 
-    assert process_message_queue(engine, lambda message: send(message)).succeeded == 1
+    assert process_message_queue(engine, lambda message: send(message)).succeeded == 1  # noqa: PLW0108 - the point
 
 
 def test_an_async_send_that_is_cancelled_is_a_doubt(engine):
