@@ -19,9 +19,8 @@ from engagement import statements
 from engagement.messages import OutgoingMessage
 from engagement.models import EARLIEST, MessageStatus
 from engagement.outcomes import Refused, Verdict, clean_reason
-from engagement.sending import Claim, clock
+from engagement.sending import Claim, Position, clock
 
-Position = tuple[datetime, int]
 START: Position = (EARLIEST, 0)
 
 
@@ -181,7 +180,7 @@ def _claim(row: Row[Any], held_until: float, *, worker_lost: bool = False) -> Cl
         attempt=row.attempt,
         retry_count=row.retry_count,
     )
-    return Claim(message, held_until, worker_lost=worker_lost, known=None if worker_lost else known)
+    return Claim(message, _place(row), held_until, worker_lost=worker_lost, known=None if worker_lost else known)
 
 
 def _verdict_arrays(given: Iterable[tuple[OutgoingMessage, Verdict]]) -> dict[str, Any]:

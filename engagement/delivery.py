@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from queue import Empty
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,10 +22,10 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from engagement import claims
-from engagement.claims import Holder, Position
+from engagement.claims import Holder
 from engagement.models import MessageStatus
-from engagement.outcomes import InDoubt, Outcome, Sent, Verdict, decide
-from engagement.sending import Claim, Sender, clock
+from engagement.outcomes import InDoubt, Outcome, Postpone, Sent, Verdict, decide
+from engagement.sending import Claim, Position, Sender, clock
 from engagement.tally import ProcessResult, Tally, logger
 
 if TYPE_CHECKING:
@@ -72,11 +73,13 @@ class Delivery:
         return self._holder.lease.total_seconds()
 
     def run(self) -> ProcessResult:
+        """Work until there is nothing to do, or until told to stop; then say what was done."""
         try:
             while not self._is_over():
                 if not self._round() and not self._is_over():
                     self._wait()
         finally:
+            self._release_unstarted()
             self._sender.close()
         if self._failure is not None:
             raise self._failure
@@ -129,11 +132,8 @@ class Delivery:
         return taken
 
     def _claim(self, connection: Connection, taken: _Taken, *, limit: int) -> None:
-        is_time_to_restart = clock() >= self._restart_at
-        positions = (
-            [claims.START] if is_time_to_restart or self._position == claims.START else [self._position, claims.START]
-        )
-        for position in positions:
+        start = self._claim_from()
+        for position in [claims.START] if start == claims.START else [start, claims.START]:
             claimed = claims.claim(
                 connection,
                 self._holder,
@@ -149,12 +149,20 @@ class Delivery:
         taken.claims += claimed.claims
         taken.expired = claimed.expired
 
+    def _claim_from(self) -> Position:
+        if clock() >= self._restart_at:
+            return claims.START
+        if self._sender.sends_many:
+            return self._position
+        # Earlier claims passed over what goes to a destination in hand, which lies behind the message in hand.
+        return min([self._position, *(claim.place for claim in (*self._in_hand.values(), *self._overdue))])
+
     def _busy(self) -> set[str]:
         """Return where a send is under way: a destination gets its messages in order, one at a time."""
         if self._sender.sends_many:
             return set()  # One batch at a time, in order.
-        decided = {claim.message.id for claim, _ in self._decided}
-        in_hand = (claim for claim in self._in_hand.values() if claim.message.id not in decided)
+        decided = {claim for claim, _ in self._decided}
+        in_hand = (claim for claim in self._in_hand.values() if claim not in decided)
         return {claim.message.destination_jid for claim in (*in_hand, *self._overdue)}
 
     def _note(self, taken: _Taken) -> None:
@@ -186,7 +194,8 @@ class Delivery:
         if self._stop.is_set() or self._failure is not None or clock() < self._start_at:
             return 0
         self._overdue = {claim for claim in self._overdue if claim.future and not claim.future.done()}
-        in_use = len(self._in_hand) - len(self._decided) + len(self._overdue)
+        settling = sum(self._in_hand.get(claim.message.id) is claim for claim, _ in self._decided)
+        in_use = len(self._in_hand) - settling + len(self._overdue)
         free = self._worker.concurrency - in_use
         if self._sender.sends_many and in_use > 0:
             return 0
@@ -259,7 +268,10 @@ class Delivery:
     def _decide(self, claim: Claim, outcome: Outcome) -> None:
         if claim.is_overdue and not isinstance(outcome, Sent):
             return  # It is in doubt, and this adds nothing.
-        verdict = decide(
+        self._decided.append((claim, self._verdict(claim, outcome)))
+
+    def _verdict(self, claim: Claim, outcome: Outcome) -> Verdict:
+        return decide(
             outcome,
             retry_count=claim.message.retry_count,
             max_retries=self._worker.max_retries,
@@ -267,7 +279,6 @@ class Delivery:
             worker_lost=claim.worker_lost,
             backoff=self._worker.backoff,
         )
-        self._decided.append((claim, verdict))
 
     def _give_up_overdue(self) -> None:
         timeout = self._worker.send_timeout
@@ -295,6 +306,18 @@ class Delivery:
             logger.warning("engagement.leases_not_extended error=%s", claims.describe(error))
 
     # The database
+
+    def _release_unstarted(self) -> None:
+        """Give back claims whose commit was not acknowledged: nobody will start them now."""
+        if clock() >= self._adopt_until:
+            return
+        unstarted = Postpone(datetime.now(UTC), "the worker stopped before the send")
+        try:
+            with self._worker.engine.begin() as connection:
+                for claim in claims.adopt(connection, self._holder, held=self._in_hand):
+                    claims.settle(connection, [(claim.message, self._verdict(claim, unstarted))])
+        except SQLAlchemyError as error:
+            logger.warning("engagement.claims_not_released error=%s", claims.describe(error))
 
     def _in_transaction(self, work: Callable[[Connection], T]) -> T | None:
         """Do `work` and commit, as often as it takes for the database to answer. None if stopped with nothing in hand.

@@ -59,11 +59,16 @@ def _boot_clock() -> float:
 clock: Callable[[], float] = _boot_clock if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
 
 
+Position = tuple[datetime, int]
+"""A place in the queue: when a message is due, and its id."""
+
+
 @dataclass(slots=True, eq=False)
 class Claim:
-    """A message in hand. `held_until` is when its lease runs out, by `clock`."""
+    """A message in hand. `place` is where it stood in the queue, `held_until` when its lease runs out, by `clock`."""
 
     message: OutgoingMessage
+    place: Position
     held_until: float
     worker_lost: bool = False
     """It was claimed by another worker, whose lease ran out: the question is what became of it."""
@@ -236,10 +241,10 @@ class _Threads:
             else:
                 future.set_result(result)
 
-        if self._started < self._limit:
-            self._started += 1
-            threading.Thread(target=self._work, name=f"engagement-send-{self._started}", daemon=True).start()
         self._jobs.put(job)
+        if self._started < self._limit:
+            threading.Thread(target=self._work, name=f"engagement-send-{self._started}", daemon=True).start()
+            self._started += 1
         return future
 
     def close(self) -> None:

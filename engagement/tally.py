@@ -44,6 +44,7 @@ class Tally:
         self._errors: deque[tuple[int, str]] = deque(maxlen=errors_kept)
 
     def add(self, claim: Claim, verdict: Verdict, status: MessageStatus | None) -> None:
+        """Count a settled attempt; `status` None says that its claim was lost."""
         message = claim.message
         if claim.is_overdue and verdict.status is MessageStatus.SENT:
             logger.warning(
@@ -68,11 +69,13 @@ class Tally:
         )
 
     def expire(self, message_ids: list[int]) -> None:
+        """Count messages that had expired before they were claimed."""
         self._counts["expired"] += len(message_ids)
         for message_id in message_ids:
             logger.info("engagement.expired message_id=%s", message_id)
 
     def result(self) -> ProcessResult:
+        """Return what was counted."""
         return ProcessResult(**self._counts, errors=tuple(self._errors))
 
 

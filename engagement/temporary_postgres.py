@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
-from urllib.parse import quote
 
 StopMode = Literal["fast", "immediate"]
 
@@ -36,7 +35,9 @@ _USUAL_PLACES = (
 _DEFAULTS = {"fsync": "off", "full_page_writes": "off"}
 _SIGNALS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT}
 _PATIENCE_SECONDS = 60.0
-_LONGEST_PARENT = 60  # the socket's name adds 41 bytes, and 103 are what every system takes
+# A comma or a blank in it would have to be quoted in the URL and in the server's settings, and what is too long is
+# no socket's name: we add 41 bytes, and 103 are what every system takes.
+_PLAIN_DIRECTORY = re.compile(r"/[\w./-]{0,59}", re.ASCII)
 
 # `read` returns at our line or at the end of file. Who is told to quit may still write a last file: hence the
 # second `rm`.
@@ -69,8 +70,7 @@ class TemporaryPostgres:
         self.data_directory = place / "data"
         self.socket_directory = place / "socket"
         # The port is named, or libpq would take the caller's PGPORT.
-        host = quote(str(self.socket_directory))
-        self.url = f"postgresql+psycopg://engagement@/postgres?host={host}&port=5432"
+        self.url = f"postgresql+psycopg://engagement@/postgres?host={self.socket_directory}&port=5432"
         self._log = place / "log"
         self._command = command
         self._options = options
@@ -186,18 +186,17 @@ def _is_open_to_all(path: Path) -> bool:
     return all(part.stat().st_mode & stat.S_IXOTH for part in (real, *real.parents))
 
 
-def _temporary_parent(user: pwd.struct_passwd | None) -> Path:
+def _temporary_parent(user: pwd.struct_passwd | None) -> str:
     # Not `tempfile.gettempdir`, which tries a file and, interrupted, leaves it.
-    default = Path("/tmp")  # noqa: S108  # only `mktemp` works in it
-    wanted = Path(os.environ.get("TMPDIR", default))
-    is_usable = wanted.is_absolute() and os.access(wanted, os.W_OK | os.X_OK)
-    is_short = len(os.fsencode(wanted)) <= _LONGEST_PARENT
-    is_reachable = is_usable and (user is None or _is_open_to_all(wanted))
-    return wanted if is_short and is_reachable else default
+    wanted = os.environ.get("TMPDIR", "")
+    is_usable = _PLAIN_DIRECTORY.fullmatch(wanted) and os.access(wanted, os.W_OK | os.X_OK)
+    if is_usable and (user is None or _is_open_to_all(Path(wanted))):
+        return wanted
+    return "/tmp"  # noqa: S108  # only `mktemp` works in it
 
 
 @contextmanager
-def _kept_directory(parent: Path) -> Iterator[tuple[Path, int, IO[str]]]:
+def _kept_directory(parent: str) -> Iterator[tuple[Path, int, IO[str]]]:
     """Hand out a new directory, the process group that is ended before its removal, and the keeper's pipe."""
     keeper = subprocess.Popen(
         ["/bin/sh", "-c", _KEEPER, "sh", parent],
@@ -270,7 +269,7 @@ def _initdb(binaries: Path, place: Path, options: dict[str, Any]) -> None:
 
 
 def _server_command(binaries: Path, place: Path, settings: Mapping[str, str]) -> list[str]:
-    ours = {"listen_addresses": "", "port": "5432", "unix_socket_directories": f'"{place}/socket"'}
+    ours = {"listen_addresses": "", "port": "5432", "unix_socket_directories": f"{place}/socket"}
     command = [f"{binaries}/postgres", "-D", f"{place}/data"]
     for name, value in (_DEFAULTS | dict(settings) | ours).items():
         command += ["-c", f"{name}={value}"]
