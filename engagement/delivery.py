@@ -76,7 +76,9 @@ class Delivery:
         """Work until there is nothing to do, or until told to stop; then say what was done."""
         try:
             while not self._is_over():
-                if not self._round() and not self._is_over():
+                if self._round():
+                    self._collect(0)
+                elif not self._is_over():
                     self._wait()
         finally:
             self._release_unstarted()

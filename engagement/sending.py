@@ -231,6 +231,8 @@ class _Threads:
         future: Future[Any] = Future()
 
         def job() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 check()
                 result = function(*arguments)
