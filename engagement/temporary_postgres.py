@@ -39,8 +39,8 @@ _PATIENCE_SECONDS = 60.0
 # no socket's name: we add 41 bytes, and 103 are what every system takes.
 _PLAIN_DIRECTORY = re.compile(r"/[\w./-]{0,59}", re.ASCII)
 
-# `read` returns at our line or at the end of file. Who is told to quit may still write a last file: hence the
-# second `rm`.
+# `read` returns at our line or at the end of file. Who is told to quit may still write a last file: hence more than
+# one `rm`.
 _KEEPER = r"""
 trap '' HUP INT QUIT TERM PIPE
 place=$(mktemp -d "$1/engagement-XXXXXXXX") || exit
@@ -166,7 +166,11 @@ def _major_version(binaries: Path) -> int:
     """Return 0 if a program is missing or does not run."""
     if not all(os.access(binaries / name, os.X_OK) for name in _PROGRAMS):
         return 0
-    answer = subprocess.run([binaries / "postgres", "--version"], capture_output=True, text=True, check=False)
+    command = [f"{binaries}/postgres", "--version"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return 0
     version = re.search(r"\) (\d+)", answer.stdout)
     return int(version[1]) if version else 0
 
@@ -236,12 +240,13 @@ def _within_reach(binaries: Path, place: Path, user: pwd.struct_passwd | None) -
     prefix, above = binaries.parent, binaries.parent.parent.parent
     # The wheel's programs look for their libraries in `<package>.libs`, beside the package.
     libraries = above / f"{prefix.parent.name}.libs"
+    copies = place / "copies"
     for original in filter(Path.is_dir, (prefix, libraries)):
-        target = place / "copies" / original.relative_to(above)
+        target = copies / original.relative_to(above)
         shutil.copytree(original, target, symlinks=True, ignore=shutil.ignore_patterns("include", "*.a"))
-    for path in (place / "copies").rglob("*"):
+    for path in (copies, *copies.rglob("*")):
         os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
-    return place / "copies" / binaries.relative_to(above)
+    return copies / binaries.relative_to(above)
 
 
 def _launch_options(place: Path, group: int, user: pwd.struct_passwd | None) -> dict[str, Any]:
