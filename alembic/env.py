@@ -8,6 +8,7 @@ import os
 
 from alembic import context
 from sqlalchemy import create_engine, pool
+from sqlalchemy.schema import CreateSchema
 
 from engagement.migrations import VERSION_TABLE, includes_ours, wait_for_turn
 from engagement.models import EngagementBase
@@ -33,15 +34,21 @@ def database_url() -> str:
 def run_offline() -> None:
     """Print the SQL."""
     context.configure(dialect_name="postgresql", literal_binds=True, dialect_opts={"paramstyle": "named"}, **options)
-    with context.begin_transaction():
-        context.run_migrations()
+    run()
 
 
 def run_online(connection) -> None:
     """Run on `connection`; its transaction, if it has one, stays the caller's."""
     wait_for_turn(connection, schema)
     context.configure(connection=connection, **options)
+    run()
+
+
+def run():
+    """Run the migrations, in the schema that was asked for."""
     with context.begin_transaction():
+        if schema is not None:
+            context.execute(CreateSchema(schema, if_not_exists=True))
         context.run_migrations()
 
 

@@ -11,8 +11,10 @@ down_revision = ${repr(down_revision)}
 branch_labels = ${repr(branch_labels)}
 depends_on = ${repr(depends_on)}
 
-# Where the table is, if not on the search path: the version table is beside it.
-SCHEMA = op.get_context().opts.get("version_table_schema")
+
+def schema():
+    """Return where the table is, if not on the search path: the version table is beside it."""
+    return op.get_context().opts.get("version_table_schema")
 
 
 def upgrade() -> None:

@@ -39,10 +39,10 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """What one claim returned; `last` is the place in the queue of the last message of it."""
+    """What one claim returned: what is to be sent, and what had expired. `last` is the place of its last message."""
 
     claims: list[Claim]
-    expired: list[int]
+    ended: dict[int, MessageStatus]
     last: Position | None
 
 
@@ -69,7 +69,7 @@ def claim(
     rows = sorted(rows, key=_place)
     return Claimed(
         claims=[_claim(row, until) for row in rows if row.status == MessageStatus.SENDING],
-        expired=[row.id for row in rows if row.status == MessageStatus.EXPIRED],
+        ended={row.id: row.status for row in rows if row.status != MessageStatus.SENDING},
         last=_place(rows[-1]) if rows else None,
     )
 
@@ -116,9 +116,19 @@ def settle(connection: Connection, verdicts: Iterable[tuple[OutgoingMessage, Ver
     if missing:
         for row in connection.execute(statements.attempts_of(), {"ids": sorted(missing)}):
             message, verdict = given[row.id]
-            if row.attempt == message.attempt and row.status == verdict.status:
+            if row.attempt == message.attempt and row.status in _ways_to_record(verdict.status):
                 recorded[row.id] = row.status
     return recorded
+
+
+def _ways_to_record(status: MessageStatus) -> set[MessageStatus]:
+    # What was forgotten is not tried again, and what is in doubt does not end as unsent.
+    also = {
+        MessageStatus.PENDING: {MessageStatus.CANCELLED, MessageStatus.IN_DOUBT},
+        MessageStatus.FAILED: {MessageStatus.IN_DOUBT},
+        MessageStatus.CANCELLED: {MessageStatus.IN_DOUBT},
+    }
+    return {status} | also.get(status, set())
 
 
 def is_work_waiting(connection: Connection) -> bool:
@@ -191,6 +201,7 @@ def _verdict_arrays(given: Iterable[tuple[OutgoingMessage, Verdict]]) -> dict[st
         "given_id": [message.id for message, _ in pairs],
         "given_attempt": [message.attempt for message, _ in pairs],
         "given_failures": [int(verdict.counts_as_failure) for verdict in verdicts],
+        "given_has_doubt": [verdict.has_doubt for verdict in verdicts],
         "given_delay": [None if verdict.delay is None else verdict.delay.total_seconds() for verdict in verdicts],
         "given_status": join([verdict.status for verdict in verdicts]),
         "given_event": join([verdict.event for verdict in verdicts]),

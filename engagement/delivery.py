@@ -149,7 +149,7 @@ class Delivery:
             if claimed.last is not None:
                 break
         taken.claims += claimed.claims
-        taken.expired = claimed.expired
+        taken.ended = claimed.ended
 
     def _claim_from(self) -> Position:
         if clock() >= self._restart_at:
@@ -173,7 +173,7 @@ class Delivery:
                 del self._in_hand[claim.message.id]
             self._tally.add(claim, verdict, taken.recorded.get(claim.message.id))
         self._decided.clear()
-        self._tally.expire(taken.expired)
+        self._tally.expire(taken.ended)
         if taken.position is not None:
             self._position = taken.position
         if taken.restarted:
@@ -363,14 +363,14 @@ class _Taken:
 
     recorded: dict[int, MessageStatus] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
-    expired: list[int] = field(default_factory=list)
+    ended: dict[int, MessageStatus] = field(default_factory=dict)
     position: Position | None = None
     restarted: bool = False
     recovered_all: bool = False
 
     @property
     def any(self) -> bool:
-        return bool(self.claims or self.expired)
+        return bool(self.claims or self.ended)
 
 
 def _is_true(answer: Future[Any]) -> bool:

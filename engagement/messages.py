@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from engagement.models import EARLIEST, LATEST, Destination, MessageStatus
 
@@ -134,6 +134,8 @@ class NewMessage:
     expires_at: datetime | None = None
     idempotency_key: str | None = None
     tz: tzinfo = UTC
+    key: str = field(init=False)
+    """The idempotency key that the message is queued under: the given one, or the computed one."""
     params_json: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -147,16 +149,10 @@ class NewMessage:
         put(self, "params_json", _checked_params(self.message_params))
         put(self, "destination", destination)
         put(self, "destination_jid", _checked_jid(self.destination_jid, destination))
-        put(self, "idempotency_key", _checked_key(self))
-
-    @property
-    def key(self) -> str:
-        """The idempotency key that the message is queued under."""
-        assert self.idempotency_key is not None
-        return self.idempotency_key
+        put(self, "key", _checked_key(self))
 
     def __hash__(self) -> int:
-        return hash(self.idempotency_key)
+        return hash(self.key)
 
     def __repr__(self) -> str:
         return f"NewMessage(message_type={self.message_type!r}, key_hash={key_hash(self.key)!r})"
@@ -271,7 +267,7 @@ def _checked_tz(value: object) -> tzinfo:
 
 def _checked_destination(value: object) -> Destination:
     try:
-        return Destination(str(value))
+        return Destination(cast("str", value))  # Also a member of a host's own enum of text.
     except ValueError:
         raise InvalidMessage("destination", "must be individual or group") from None
 
@@ -289,7 +285,8 @@ def _check_times(scheduled_for: datetime | None, expires_at: datetime | None) ->
     if expires_at is None:
         return
     checked_moment("expires_at", expires_at)
-    if expires_at <= (scheduled_for or datetime.now(UTC)):
+    # In UTC: two moments of one zone are compared by its wall clock, which shows an hour twice in autumn.
+    if expires_at.astimezone(UTC) <= (scheduled_for or datetime.now(UTC)).astimezone(UTC):
         raise InvalidMessage("expires_at", "is not after scheduled_for (or now, if that is not given)")
 
 

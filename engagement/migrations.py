@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from sqlalchemy import Connection, Engine, func, select
-from sqlalchemy.schema import CreateSchema
 
 from engagement.models import TABLE_NAME
 
@@ -39,8 +38,6 @@ def upgrade(bind: Engine | Connection, revision: str = "head", *, schema: str | 
     from alembic import command
 
     with _connected(bind) as connection:
-        if schema is not None:
-            connection.execute(CreateSchema(schema, if_not_exists=True))
         command.upgrade(_config(connection=connection, schema=schema), revision)
 
 

@@ -127,6 +127,9 @@ class EngagementMessageMixin:
     """How many times it was claimed: the fencing token. It only grows, so that a late worker can be told apart."""
     retry_count: Mapped[int] = mapped_column(server_default=text("0"))
     """How many attempts failed. Unlike `attempt`, it is set back when a person asks for another try."""
+    has_doubt: Mapped[bool] = mapped_column(server_default=text("false"))
+    """An earlier attempt may have left, and is tried again under its delivery id by an idempotent transport. Until that
+    is resolved, the message cannot end as if nothing had been sent."""
     lease_expires_at: Mapped[datetime | None] = mapped_column(_MOMENT)
     """Until when the claim holds, by the database's clock."""
     claimed_by: Mapped[str | None] = mapped_column(Text)
@@ -157,6 +160,7 @@ class EngagementMessageMixin:
             _check("counters_not_negative", "attempt >= 0 AND retry_count >= 0"),
             _check("sent_iff_sent_at", "(status = 'sent') = (sent_at IS NOT NULL)"),
             _check("sending_iff_lease", "(status = 'sending') = (lease_expires_at IS NOT NULL)"),
+            _check("ended_without_doubt", f"NOT (has_doubt AND status IN ({_words(FINISHED)}))"),
             _check("pending_has_destination", "status <> 'pending' OR destination_jid IS NOT NULL"),
             # A private text must not end in a group because of a hand-written UPDATE.
             _check("jid_fits_destination", "(destination = 'group') = (right(destination_jid, 5) = '@g.us')"),

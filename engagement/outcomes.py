@@ -92,6 +92,8 @@ class Verdict:
     event: str
     reason: str | None = None
     counts_as_failure: bool = False
+    has_doubt: bool | None = None
+    """Whether an attempt may have left; None says nothing about earlier ones. Nothing ends as unsent in doubt."""
     delay: timedelta | None = None
     until: datetime | None = None
     provider_message_id: str | None = None
@@ -133,22 +135,34 @@ def decide(
     """
     failures = retry_count + 1
 
-    def again_or(last: MessageStatus, event: str, reason: str, at_least: timedelta = timedelta(0)) -> Verdict:
-        if failures >= max_retries:
-            return Verdict(status=last, event=event, reason=reason, counts_as_failure=True)
-        delay = min(max(backoff(failures), at_least), LONGEST_DELAY)
-        return Verdict(status=MessageStatus.PENDING, event=event, reason=reason, counts_as_failure=True, delay=delay)
+    def again_or(
+        last: MessageStatus, event: str, reason: str, *, has_doubt: bool | None, at_least: timedelta = timedelta(0)
+    ) -> Verdict:
+        is_last = failures >= max_retries
+        return Verdict(
+            status=last if is_last else MessageStatus.PENDING,
+            event=event,
+            reason=reason,
+            counts_as_failure=True,
+            has_doubt=has_doubt,
+            delay=None if is_last else min(max(backoff(failures), at_least), LONGEST_DELAY),
+        )
 
     match outcome:
         case Sent(provider_message_id):
-            verdict = Verdict(status=MessageStatus.SENT, event="sent", provider_message_id=provider_message_id)
+            verdict = Verdict(
+                status=MessageStatus.SENT, event="sent", has_doubt=False, provider_message_id=provider_message_id
+            )
         case NotSent(reason, retry_after):
             last = MessageStatus.IN_DOUBT if worker_lost else MessageStatus.FAILED
-            verdict = again_or(last, "not_sent", reason, retry_after or timedelta(0))
+            # A send speaks of itself. A look-up speaks of the delivery id, and so of all attempts.
+            has_doubt = False if worker_lost else None
+            at_least = retry_after or timedelta(0)
+            verdict = again_or(last, "not_sent", reason, has_doubt=has_doubt, at_least=at_least)
         case InDoubt(reason) if idempotent:
-            verdict = again_or(MessageStatus.IN_DOUBT, "in_doubt", reason)
+            verdict = again_or(MessageStatus.IN_DOUBT, "in_doubt", reason, has_doubt=True)
         case InDoubt(reason):
-            verdict = Verdict(status=MessageStatus.IN_DOUBT, event="in_doubt", reason=reason)
+            verdict = Verdict(status=MessageStatus.IN_DOUBT, event="in_doubt", reason=reason, has_doubt=True)
         case Refused(reason):
             verdict = Verdict(status=MessageStatus.FAILED, event="refused", reason=reason)
         case Postpone(until, reason):

@@ -69,6 +69,8 @@ class EngagementMessageRepository:
             message = NewMessage(**fields)
         elif fields:
             raise TypeError("queue_message takes a NewMessage or its fields, not both")
+        else:
+            _check_message(message)
         created_id = self._execute(statements.insert_message(), _parameters(message)).scalar_one_or_none()
         if created_id is not None:
             return Queued(True, created_id, message.key, MessageStatus.PENDING)  # noqa: FBT003 - a value's first field
@@ -135,15 +137,18 @@ class EngagementMessageRepository:
     # Changing
 
     def cancel_message(self, message_id: int, reason: str | None = None) -> Cancellation:
-        """Cancel a pending message. Never says cancelled of a message that is or may have been sent."""
+        """Cancel a pending message. Never says cancelled of a message that is or may have been sent.
+
+        A pending message that an idempotent transport may have sent before becomes in doubt, and is not sent again.
+        """
         values = {"message_id": checked_id(message_id), "reason": clean_reason(reason)}
         found = self._execute(statements.cancel_if_pending(), values).one_or_none()
         if found is None:
             return Cancellation("not_found", None)
-        status, is_cancelled = found
-        if is_cancelled:
-            return Cancellation("cancelled", MessageStatus.CANCELLED)
-        return Cancellation("already_cancelled" if status == MessageStatus.CANCELLED else "too_late", status)
+        before, now = found
+        if now == MessageStatus.CANCELLED:
+            return Cancellation("cancelled", now)
+        return Cancellation("already_cancelled" if before == MessageStatus.CANCELLED else "too_late", now or before)
 
     def cancel_pending_messages(self, user_id: str, message_type: str | None = None, reason: str | None = None) -> int:
         """Cancel what is pending for the user, of one type or of all, and return how many messages that were."""
@@ -151,7 +156,7 @@ class EngagementMessageRepository:
         values = {"of_user": checked_text("user_id", user_id), "reason": clean_reason(reason)}
         if message_type is not None:
             values["of_type"] = checked_text("message_type", message_type)
-        return len(self._execute(statement, values).all())
+        return sum(status == MessageStatus.CANCELLED for status in self._execute(statement, values).scalars())
 
     def reschedule_message(self, message_id: int, scheduled_for: datetime) -> bool:
         """Move a pending message to another time; its key stays. False if it is not pending or expires before then."""
@@ -178,10 +183,10 @@ class EngagementMessageRepository:
 
         Keys stay, and still block. A message that is being sent at this moment is blanked too, and not tried again.
         """
-        were_pending = (
+        were_cancelled = (
             self._execute(statements.forget_user(), {"of_user": checked_text("user_id", user_id)}).scalars().all()
         )
-        return Forgotten(cancelled=sum(were_pending), blanked=len(were_pending))
+        return Forgotten(cancelled=sum(were_cancelled), blanked=len(were_cancelled))
 
     def prune_messages(self, older_than: timedelta, limit: int = 10_000) -> int:
         """Blank finished messages that were last due longer than `older_than` ago; return how many, at most `limit`.
@@ -201,7 +206,7 @@ class EngagementMessageRepository:
         try:
             return self._session.execute(statement, values, execution_options=self._options)
         except StatementError as error:
-            error.hide_parameters = True  # They are people's; the host logs what we raise.
+            _hide_values(error)
             raise
 
     def _changed(self, statement: Executable, values: Mapping[str, Any]) -> bool:
@@ -292,9 +297,21 @@ def _chunks(messages: Iterable[NewMessage]) -> Iterator[list[NewMessage]]:
     remaining = iter(messages)
     while chunk := list(islice(remaining, CHUNK)):
         for message in chunk:
-            if not isinstance(message, NewMessage):
-                raise InvalidMessage("messages", f"must be NewMessage values, not {type(message).__name__}")
+            _check_message(message)
         yield chunk
+
+
+def _check_message(message: object) -> None:
+    if not isinstance(message, NewMessage):
+        raise InvalidMessage("message", f"must be a NewMessage, not {type(message).__name__}")
+
+
+def _hide_values(error: StatementError) -> None:
+    """Keep people's data out of what the host will log: the parameters, and a DETAIL that shows the row."""
+    error.hide_parameters = True
+    for shown in (error, error.orig):
+        if shown is not None and shown.args:
+            shown.args = (str(shown.args[0]).partition("\n")[0], *shown.args[1:])
 
 
 def _parameters(message: NewMessage) -> dict[str, Any]:

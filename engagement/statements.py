@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import (
     ARRAY,
     BigInteger,
+    Boolean,
     Column,
     ColumnElement,
     Executable,
@@ -45,7 +46,7 @@ from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.schema import CreateTable, DropTable
 
-from engagement.models import FINISHED, EngagementMessage, MessageStatus
+from engagement.models import FINISHED, EngagementMessage
 
 QUEUE: Table = EngagementMessage.__table__  # type: ignore[assignment]  # declared as FromClause
 C = QUEUE.c
@@ -66,10 +67,15 @@ def _word(word: str) -> ColumnElement[Any]:
 
 
 PENDING, SENDING, SENT = (_word(status) for status in ("pending", "sending", "sent"))
-EXPIRED, CANCELLED, IN_DOUBT = (_word(status) for status in ("expired", "cancelled", "in_doubt"))
+FAILED, EXPIRED, CANCELLED, IN_DOUBT = (_word(status) for status in ("failed", "expired", "cancelled", "in_doubt"))
 
 _is_due = and_(C.status == PENDING, C.next_attempt_at <= NOW)
 _is_forgotten = C.destination_jid.is_(None)
+
+
+def _unless_in_doubt(status: ColumnElement[Any], has_doubt: ColumnElement[bool]) -> ColumnElement[Any]:
+    """Return `status`, but never let a message that may have left end as if it had not."""
+    return case((and_(has_doubt, status.in_([FAILED, CANCELLED, EXPIRED])), IN_DOUBT), else_=status)
 
 
 def _history_with(event: ColumnElement[Any], reason: ColumnElement[Any]) -> ColumnElement[Any]:
@@ -222,7 +228,7 @@ def _durably() -> ColumnElement[Any]:
 def claim(*, one_per_destination: bool) -> Executable:
     """Claim the oldest due messages after (`after_at`, `after_id`), `limit` at most, none to a destination in `busy`.
 
-    Returns them with the new attempt; those that have expired are marked so and returned too. With
+    Returns them with the new attempt; those that have expired end here, and are returned too. With
     `one_per_destination` only the first to each destination is claimed, so that one worker keeps their order.
     """
     due = (
@@ -245,7 +251,7 @@ def claim(*, one_per_destination: bool) -> Executable:
         # An array, not a join or IN: a planner that repeats the sub-select would claim more than `limit`.
         .where(C.id == any_(func.array(chosen.scalar_subquery())))
         .values(
-            status=case((expired, EXPIRED), else_=SENDING),
+            status=case((expired, _unless_in_doubt(EXPIRED, C.has_doubt)), else_=SENDING),
             attempt=C.attempt + case((expired, 0), else_=1),
             lease_expires_at=case((expired, null()), else_=_LEASE),
             claimed_by=case((expired, C.claimed_by), else_=bindparam("worker", type_=Text)),
@@ -325,14 +331,16 @@ def settle_if_claimed() -> Executable:
     again.
     """
     given = _verdicts().c
-    status = case((and_(given.status == PENDING, _is_forgotten), CANCELLED), else_=given.status)
+    has_doubt = func.coalesce(given.has_doubt, C.has_doubt)
+    wanted = case((and_(given.status == PENDING, _is_forgotten), CANCELLED), else_=given.status)
     event = case((and_(given.status == SENT, C.status != SENDING), _word("resolved")), else_=given.event)
     reason = case((_is_forgotten, null()), else_=given.reason)
     is_late_but_sent = and_(given.status == SENT, C.status.in_([IN_DOUBT, PENDING]))
     return (
         update(QUEUE)
         .values(
-            status=status,
+            status=_unless_in_doubt(wanted, has_doubt),
+            has_doubt=has_doubt,
             lease_expires_at=null(),
             sent_at=case((given.status == SENT, NOW)),
             retry_count=C.retry_count + given.failures,
@@ -352,7 +360,13 @@ def settle_if_claimed() -> Executable:
 
 
 def _verdicts() -> TableValuedAlias:
-    numbers: dict[str, Any] = {"id": BigInteger(), "attempt": Integer(), "failures": Integer(), "delay": Float()}
+    numbers: dict[str, Any] = {
+        "id": BigInteger(),
+        "attempt": Integer(),
+        "failures": Integer(),
+        "has_doubt": Boolean(),
+        "delay": Float(),
+    }
     texts = ("status", "event", "reason", "until", "provider_message_id")
     unnested = func.unnest(
         *(bindparam(f"given_{name}", type_=ARRAY(type_)) for name, type_ in numbers.items()),
@@ -392,24 +406,30 @@ _id = C.id == bindparam("message_id", type_=BigInteger)
 
 @cache
 def cancel_if_pending() -> Executable:
-    """Cancel a message and return (its status before, whether it was cancelled now); nothing if it does not exist."""
+    """Cancel a message and return (its status before, its status if it was changed); nothing if it does not exist."""
     # Locked first, so that the answer speaks of the same moment as the change.
-    found = select(C.id, C.status).where(_id).with_for_update().cte("found")
+    found = select(C.id, C.status, C.has_doubt).where(_id).with_for_update().cte("found")
     cancelled = (
         update(QUEUE)
         .where(C.id == found.c.id, found.c.status == PENDING)
-        .values(status=CANCELLED, history=_history_with(_word("cancelled"), _text("reason")))
-        .returning(C.id)
+        .values(
+            status=_unless_in_doubt(CANCELLED, found.c.has_doubt),
+            has_doubt=found.c.has_doubt,
+            # Of a pending message both are NULL. They are said again because PostgreSQL checks constraints once with
+            # what the row was before we waited for it.
+            lease_expires_at=null(),
+            sent_at=null(),
+            history=_history_with(_word("cancelled"), _text("reason")),
+        )
+        .returning(C.id, C.status)
         .cte("cancelled")
     )
-    return select(found.c.status, cancelled.c.id.is_not(None)).outerjoin_from(
-        found, cancelled, found.c.id == cancelled.c.id
-    )
+    return select(found.c.status, cancelled.c.status).outerjoin_from(found, cancelled, found.c.id == cancelled.c.id)
 
 
 @cache
 def cancel_pending_of_user(*, of_one_type: bool) -> Executable:
-    """Cancel a user's pending messages and return their ids."""
+    """Cancel a user's pending messages and return their statuses."""
     wanted = [C.user_id == bindparam("of_user"), C.status == PENDING]
     if of_one_type:
         wanted.append(C.message_type == bindparam("of_type"))
@@ -417,14 +437,19 @@ def cancel_pending_of_user(*, of_one_type: bool) -> Executable:
     return (
         update(QUEUE)
         .where(C.id == pending.c.id)
-        .values(status=CANCELLED, history=_history_with(_word("cancelled"), _text("reason")))
-        .returning(C.id)
+        .values(
+            status=_unless_in_doubt(CANCELLED, pending.c.has_doubt),
+            has_doubt=pending.c.has_doubt,
+            history=_history_with(_word("cancelled"), _text("reason")),
+        )
+        .returning(C.status)
     )
 
 
 def _locked(*wanted: ColumnElement[bool]) -> Any:
     # In one order everywhere, or two statements over the same rows would deadlock.
-    return select(C.id, C.status).where(*wanted).order_by(C.id).with_for_update().cte("locked")
+    columns = (C.id, C.status, C.has_doubt, C.lease_expires_at, C.sent_at)
+    return select(*columns).where(*wanted).order_by(C.id).with_for_update().cte("locked")
 
 
 @cache
@@ -461,7 +486,7 @@ def retry_if_ended() -> Executable:
     """Make a failed or expired message due again, with all its retries; an expiry that has passed is lifted."""
     return (
         update(QUEUE)
-        .where(_id, C.status.in_([_word(MessageStatus.FAILED), EXPIRED]), C.destination_jid.is_not(None))
+        .where(_id, C.status.in_([FAILED, EXPIRED]), C.destination_jid.is_not(None))
         .values(
             status=PENDING,
             retry_count=0,
@@ -479,9 +504,9 @@ def resolve_if_in_doubt(*, sent: bool) -> Executable:
     resolved = update(QUEUE).where(_id, C.status == IN_DOUBT).returning(C.id)
     history = _history_with(_word("resolved"), _text("reason"))
     if sent:
-        return resolved.values(status=SENT, sent_at=NOW, history=history)
+        return resolved.values(status=SENT, has_doubt=False, sent_at=NOW, history=history)
     return resolved.where(C.destination_jid.is_not(None)).values(
-        status=PENDING, retry_count=0, next_attempt_at=NOW, history=history
+        status=PENDING, has_doubt=False, retry_count=0, next_attempt_at=NOW, history=history
     )
 
 
@@ -497,14 +522,21 @@ def _blanked(event: str) -> dict[str, ColumnElement[Any]]:
 
 @cache
 def forget_user() -> Executable:
-    """Cancel a user's pending messages, blank all of them, and return for each whether it was pending."""
+    """Cancel a user's pending messages, blank all of them, and return for each whether it was cancelled now."""
     locked = _locked(C.user_id == bindparam("of_user"), C.destination_jid.is_not(None))
     was_pending = locked.c.status == PENDING
     return (
         update(QUEUE)
         .where(C.id == locked.c.id)
-        .values(status=case((was_pending, CANCELLED), else_=C.status), **_blanked("forgotten"))
-        .returning(was_pending)
+        .values(
+            # What the lock found, also where it stays: see cancel_if_pending.
+            status=case((was_pending, _unless_in_doubt(CANCELLED, locked.c.has_doubt)), else_=locked.c.status),
+            has_doubt=locked.c.has_doubt,
+            lease_expires_at=locked.c.lease_expires_at,
+            sent_at=locked.c.sent_at,
+            **_blanked("forgotten"),
+        )
+        .returning(and_(was_pending, ~locked.c.has_doubt))
     )
 
 

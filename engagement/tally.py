@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engagement.models import MessageStatus
@@ -68,11 +69,11 @@ class Tally:
             status,
         )
 
-    def expire(self, message_ids: list[int]) -> None:
-        """Count messages that had expired before they were claimed."""
-        self._counts["expired"] += len(message_ids)
-        for message_id in message_ids:
-            logger.info("engagement.expired message_id=%s", message_id)
+    def expire(self, ended: Mapping[int, MessageStatus]) -> None:
+        """Count messages that had expired before they were claimed: as in doubt, if an earlier attempt is."""
+        for message_id, status in ended.items():
+            self._counts["expired" if status is MessageStatus.EXPIRED else "in_doubt"] += 1
+            logger.info("engagement.expired message_id=%s status=%s", message_id, status)
 
     def result(self) -> ProcessResult:
         """Return what was counted."""

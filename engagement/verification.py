@@ -1,41 +1,42 @@
-"""Looks for broken promises, with SQL that only reads: one condition for each, and what the catalog says of the guards.
+"""Looks for broken promises with SQL that only reads: one condition for each promise, and the catalog for the guards.
 
-The table's constraints keep most of these promises themselves. Rows are searched all the same: a constraint may have
-been dropped, weakened or added as NOT VALID, and a promise of the worker's has no constraint at all.
+Most promises are guarded by a CHECK of the table, and are looked for all the same: a constraint may have been dropped,
+weakened, or added again as NOT VALID.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
+    ARRAY,
     CheckConstraint,
     ColumnElement,
-    Constraint,
+    Executable,
+    FromClause,
     Interval,
-    PrimaryKeyConstraint,
     Select,
     Text,
-    UniqueConstraint,
     and_,
     bindparam,
-    case,
     column,
     exists,
     func,
     literal_column,
+    not_,
     or_,
     select,
     table,
+    union_all,
 )
-from sqlalchemy.dialects.postgresql import JSONPATH, OID, dialect
 
-from engagement.models import TABLE_NAME, Destination, MessageStatus
-from engagement.statements import IN_DOUBT, NOW, PENDING, QUEUE, SENDING, SENT, C
+from engagement.messages import _JID
+from engagement.models import EARLIEST, LATEST, TABLE_NAME, MessageStatus
+from engagement.statements import NOW, PENDING, QUEUE, SENDING, C
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -43,9 +44,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """A promise that is broken: its name, by which message (None: by the table), and what is wrong. Nothing personal.
+    """A broken promise: its name, the message that breaks it (None: the table does), and what is wrong.
 
-    A promise that a constraint guards has the constraint's name without the table's.
+    Holds nothing personal. A promise that a CHECK guards is named as the constraint is, without the table's name.
     """
 
     promise: str
@@ -60,30 +61,31 @@ def verify(
     overdue: timedelta = timedelta(hours=1),
     limit: int = 100,
 ) -> list[Violation]:
-    """Return the broken promises that the queue shows; none in a healthy one, also while it is busy.
+    """Return the broken promises in the queue: none if it is healthy, also while it is busy.
 
-    Up to `limit` messages are named for each promise. A message that has been due, and a lease that has run out, for
-    longer than `overdue` is a broken promise: nobody delivers. Only reads, in the session's transaction, and most of
-    it reads the whole table: run it nightly rather than every minute.
+    Names up to `limit` messages for each promise. That a message has been due, or a lease has been over, for longer
+    than `overdue` is a broken promise too: nobody delivers. It only reads, in the session's transaction; most of it
+    reads the whole table, so run it nightly, not every minute.
 
-    A key of the host's own is no violation, unless it reads as the daily key of this user's message of another type,
-    or of another user's message of this type: it would block that message. Nothing can be said of the key's date,
-    since a message may be rescheduled.
+    Any key of the host's own is fine, but for one that reads as the daily key of another user's message of this type,
+    or of this user's message of another type, which it would block. The key's date says nothing: a message may have
+    been rescheduled.
     """
     if overdue < timedelta(0):
         raise ValueError("overdue: must not be negative")
     if limit < 1:
         raise ValueError("limit: must be at least 1")
-    options = {"schema_translate_map": {None: schema}}
+    options = {} if schema is None else {"schema_translate_map": {None: schema}}
     found = list(_missing_guards(session, schema))
     for promise in _promises():
-        values = {"overdue": overdue, "at_most": limit}
-        broken_by = session.execute(promise.broken_by(), values, execution_options=options).scalars()
-        found += [Violation(promise.name, message_id, promise.problem) for message_id in broken_by]
+        ids = session.execute(
+            promise.messages_that_break_it(), {"overdue": overdue, "at_most": limit}, execution_options=options
+        ).scalars()
+        found += [Violation(promise.name, message_id, promise.problem) for message_id in ids]
     return found
 
 
-# What a row tells -----------------------------------------------------------------------------------------------------
+# What a row tells ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,116 +94,151 @@ class _Promise:
     problem: str
     is_broken: ColumnElement[bool]
 
-    def broken_by(self) -> Select[Any]:
-        # Not ordered: whoever sorts by id may read the whole table by its primary key to find nothing.
+    def messages_that_break_it(self) -> Select[Any]:
+        # Unordered: to find nothing in the order of ids, a planner may read the whole table by its primary key.
         return select(C.id).where(self.is_broken).limit(bindparam("at_most"))
 
 
 @cache
 def _promises() -> tuple[_Promise, ...]:
-    """Return what must hold for each message, in the order of the message's life."""
+    return (*(_guarded_by(constraint) for constraint in _checks()), *_unguarded())
+
+
+def _checks() -> list[CheckConstraint]:
+    checks = [constraint for constraint in QUEUE.constraints if isinstance(constraint, CheckConstraint)]
+    return sorted(checks, key=lambda constraint: str(constraint.name))
+
+
+def _guarded_by(constraint: CheckConstraint) -> _Promise:
+    sql = str(constraint.sqltext)
+    is_kept: ColumnElement[bool] = literal_column(f"({sql})")
+    return _Promise(str(constraint.name).removeprefix(f"{TABLE_NAME}_"), f"is not so: {sql}", not_(is_kept))
+
+
+def _unguarded() -> tuple[_Promise, ...]:
+    claimed = MessageStatus.SENDING, MessageStatus.SENT, MessageStatus.FAILED, MessageStatus.IN_DOUBT
     long_ago = NOW - bindparam("overdue", type_=Interval)
-    is_unclaimed = C.attempt < 1
     return (
-        # Queueing
-        _Promise("status_known", "has a status that is none", _is_none_of(C.status, MessageStatus)),
-        _Promise("destination_known", "has a destination that is none", _is_none_of(C.destination, Destination)),
-        _Promise("message_type_format", "has a type that is none", ~C.message_type.op("~")("^[a-z][a-z0-9_]*$")),
-        _Promise("message_params_is_object", "has params that are no object", _is_no("object", C.message_params)),
-        _Promise("history_is_array", "has a history that is no array", _is_no("array", C.history)),
-        _Promise("history_entries", "has an entry in its history without at, attempt or event", _has_bad_entry()),
-        _Promise("jid_fits_destination", "has a JID that does not fit its destination", _jid_does_not_fit()),
-        _Promise("expires_after_scheduled", "expires before it is scheduled", C.expires_at <= C.scheduled_for),
-        _Promise("times_readable", "has a time that Python cannot hold", _has_unreadable_time()),
-        _Promise("idempotency_key_key", "has the key of an earlier message", _has_key_of_an_earlier_one()),
-        _Promise("key_given", "has no key, and so blocks no duplicate", C.idempotency_key.is_(None)),
-        _Promise("key_fits", "has a key that reads as another user's or type's daily key", _key_does_not_fit()),
         _Promise(
-            "pending_has_destination",
-            "is pending without a JID",
-            and_(C.status == PENDING, C.destination_jid.is_(None)),
+            "values_given",
+            "lacks a value that every message has",
+            or_(*(value.is_(None) for value in C if not value.nullable)),
         ),
-        # Delivery
+        _Promise("key_unique", "has the key of an earlier message", _has_key_of_an_earlier_message()),
+        _Promise("key_fits", "has a key that reads as the daily key of another message", _key_reads_as_anothers()),
+        _Promise("jid_form", "has a JID that is none", not_(_is_jid())),
+        _Promise("moments_readable", "has a moment that Python cannot hold", _has_unreadable_moment()),
         _Promise(
-            "due_is_claimed",
-            "has been due for longer than it should be",
-            and_(C.status == PENDING, C.next_attempt_at < long_ago),
+            "due_is_claimed", "has been due for too long", and_(C.status == PENDING, C.next_attempt_at < long_ago)
         ),
         _Promise(
-            "leases_are_recovered",
-            "has a lease that ran out long ago",
+            "lease_is_recovered",
+            "has a lease that ran out too long ago",
             and_(C.status == SENDING, C.lease_expires_at < long_ago),
         ),
-        _Promise(
-            "sending_iff_lease",
-            "is sending without a lease",
-            and_(C.status == SENDING, C.lease_expires_at.is_(None)),
-        ),
-        _Promise(
-            "sending_iff_lease",
-            "has a lease and is not sending",
-            and_(C.status != SENDING, C.lease_expires_at.is_not(None)),
-        ),
-        _Promise("sent_iff_sent_at", "is sent without sent_at", and_(C.status == SENT, C.sent_at.is_(None))),
-        _Promise("sent_iff_sent_at", "has sent_at and is not sent", and_(C.status != SENT, C.sent_at.is_not(None))),
-        # By the clock of now, not of the statement's start: a worker may settle in between.
+        # The clock as it is at this row: a worker may have settled since the statement began.
         _Promise("sent_in_the_past", "was sent in the future", C.sent_at > func.clock_timestamp()),
-        _Promise("counters_not_negative", "has a negative counter", or_(C.attempt < 0, C.retry_count < 0)),
         _Promise(
-            "claim_counts_attempt",
+            "claim_counts",
             "was claimed, but has no attempt",
-            and_(C.status.in_([SENDING, SENT, IN_DOUBT, literal_column("'failed'", Text)]), is_unclaimed),
+            and_(C.status.in_([_word(status) for status in claimed]), C.attempt < 1),
         ),
-        _Promise("failure_is_attempt", "failed more often than it was tried", C.retry_count > C.attempt),
-        _Promise("attempt_only_grows", "has an attempt that went back", _attempt_went_back()),
+        _Promise("failure_is_attempt", "failed more often than it was claimed", C.retry_count > C.attempt),
+        _Promise(
+            "attempt_only_grows", "has a later attempt in its history", _history_has("$[*].attempt ? (@ > $attempt)")
+        ),
+        _Promise(
+            "history_entries", "has a history with an entry that lacks at, attempt or event", _history_has(_BAD_ENTRY)
+        ),
     )
 
 
-def _is_none_of(word: ColumnElement[Any], words: Iterable[str]) -> ColumnElement[bool]:
-    known = ", ".join(f"'{known}'" for known in words)
-    # As text: a word that is none of the enumeration's must reach the database as it is.
-    return or_(word.is_(None), func.concat(word).not_in([literal_column(f"{known}", Text)]))
+_BAD_ENTRY = '$[*] ? (!(@.at.type() == "string" && @.attempt.type() == "number" && @.event.type() == "string"))'
 
 
-def _is_no(json_type: str, value: ColumnElement[Any]) -> ColumnElement[bool]:
-    return func.jsonb_typeof(value).is_distinct_from(json_type)
+def _history_has(path: str) -> ColumnElement[bool]:
+    # By a JSON path, which raises no error in the caller's transaction whatever a hand-written history holds.
+    attempt = func.jsonb_build_object(_word("attempt"), C.attempt)
+    has: ColumnElement[bool] = func.jsonb_path_exists(C.history, literal_column(f"'{path}'"), attempt)
+    return and_(func.jsonb_typeof(C.history) == _word("array"), has)
 
 
-def _exists_in_history(path: str, **values: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Ask by a JSON path, which is no error whatever a hand-written history holds."""
-    given = [part for name, value in values.items() for part in (literal_column(f"'{name}'", Text), value)]
-    found: ColumnElement[bool] = func.jsonb_path_exists(
-        C.history, literal_column(f"'{path}'", JSONPATH), func.jsonb_build_object(*given)
-    )
-    return found
-
-
-def _has_bad_entry() -> ColumnElement[bool]:
-    complete = '@.at.type() == "string" && @.attempt.type() == "number" && @.event.type() == "string"'
-    return and_(func.jsonb_typeof(C.history) == "array", _exists_in_history(f"$[*] ? (!({complete}))"))
-
-
-def _attempt_went_back() -> ColumnElement[bool]:
-    return _exists_in_history("$[*].attempt ? (@ > $attempt)", attempt=C.attempt)
-
-
-def _jid_does_not_fit() -> ColumnElement[bool]:
-    individual = r"^([1-9][0-9]{6,14}@s\.whatsapp\.net|[1-9][0-9]{4,19}@lid)$"
-    group = r"^([1-9][0-9]{14,19}@g\.us|[1-9][0-9]{4,14}-[0-9]{10}@g\.us)$"
-    form = case((C.destination == Destination.GROUP, group), else_=individual)
-    return ~C.destination_jid.op("~")(form)
-
-
-def _has_unreadable_time() -> ColumnElement[bool]:
-    readable = "BETWEEN '0001-01-02 00:00:00+00' AND '9999-12-30 00:00:00+00'"
-    moments = (C.scheduled_for, C.expires_at, C.next_attempt_at, C.lease_expires_at, C.sent_at, C.created_at)
-    return or_(*(~moment.op(readable.partition(" ")[0])(literal_column(readable.partition(" ")[2])) for moment in moments))
-
-
-def _has_key_of_an_earlier_one() -> ColumnElement[bool]:
+def _has_key_of_an_earlier_message() -> ColumnElement[bool]:
     earlier = QUEUE.alias("earlier")
     return exists().where(earlier.c.idempotency_key == C.idempotency_key, earlier.c.id < C.id)
 
 
-def _key_does_not_fit() -> ColumnElement[bool]:
-    raise NotImplementedError
+def _key_reads_as_anothers() -> ColumnElement[bool]:
+    """Whether the key has the daily form, and one of its user and type is the message's own, but not the other.
+
+    If neither is, it is more likely a key of the host's own that happens to have three parts and end in a date.
+    """
+    form = literal_column(r"'^(.+):([a-z][a-z0-9_]*):[0-9]{4}-[0-9]{2}-[0-9]{2}$'", Text)
+    reading: ColumnElement[Any] = func.regexp_match(C.idempotency_key, form, type_=ARRAY(Text))
+    one_fits = (reading[1] == C.user_id) != (reading[2] == C.message_type)
+    # Compared first, since the expression is a hundred times slower and most keys are the message's own.
+    own = C.user_id + _word(":") + C.message_type
+    return and_(func.left(C.idempotency_key, -len(":YYYY-MM-DD")) != own, one_fits)
+
+
+def _is_jid() -> ColumnElement[bool]:
+    forms = "|".join(form.pattern for form in _JID.values())
+    return C.destination_jid.regexp_match(f"^({forms})$")
+
+
+def _has_unreadable_moment() -> ColumnElement[bool]:
+    unguarded = C.created_at, C.lease_expires_at, C.sent_at
+    return or_(*(not_(moment.between(EARLIEST, LATEST)) for moment in unguarded))
+
+
+# What the catalog tells ----------------------------------------------------------------------------------------------
+
+
+def _missing_guards(session: Session, schema: str | None) -> Iterator[Violation]:
+    in_force = {(kind, name) for kind, name in session.execute(_guards_in_force(), {"queue": _qualified(schema)})}
+    for kind, name in _guards():
+        if (kind, name) not in in_force:
+            yield Violation("guards_in_force", None, f"the {kind} {name} is missing or not valid")
+
+
+_CONSTRAINT, _INDEX, _NOT_NULL = "constraint", "index", "NOT NULL of"
+
+
+def _guards() -> list[tuple[str, str]]:
+    constraints = [(_CONSTRAINT, str(constraint.name)) for constraint in QUEUE.constraints]
+    indexes = [(_INDEX, str(index.name)) for index in QUEUE.indexes]
+    return sorted(constraints + indexes) + [(_NOT_NULL, value.name) for value in C if not value.nullable]
+
+
+def _qualified(schema: str | None) -> str:
+    if schema is None:
+        return TABLE_NAME
+    quoted = schema.replace('"', '""')
+    return f'"{quoted}".{TABLE_NAME}'
+
+
+@cache
+def _guards_in_force() -> Executable:
+    """Return (kind, name) of the constraints and indexes that hold, and of the columns that are NOT NULL."""
+    queue = func.to_regclass(bindparam("queue", type_=Text))
+    constraints = _catalog("pg_constraint", "conname", "conrelid", "conindid", "convalidated")
+    indexes = _catalog("pg_index", "indexrelid", "indrelid", "indisvalid")
+    relations = _catalog("pg_class", "oid", "relname")
+    columns = _catalog("pg_attribute", "attname", "attrelid", "attnotnull")
+    return union_all(
+        select(_word(_CONSTRAINT), constraints.c.conname)
+        .outerjoin_from(constraints, indexes, indexes.c.indexrelid == constraints.c.conindid)
+        .where(constraints.c.conrelid == queue, constraints.c.convalidated, func.coalesce(indexes.c.indisvalid, True)),
+        select(_word(_INDEX), relations.c.relname)
+        .join_from(relations, indexes, indexes.c.indexrelid == relations.c.oid)
+        .where(indexes.c.indrelid == queue, indexes.c.indisvalid),
+        select(_word(_NOT_NULL), columns.c.attname).where(columns.c.attrelid == queue, columns.c.attnotnull),
+    )
+
+
+def _catalog(name: str, *columns: str) -> FromClause:
+    return table(name, *(column(each) for each in columns), schema="pg_catalog")
+
+
+def _word(word: str) -> ColumnElement[str]:
+    return literal_column(f"'{word}'", Text)

@@ -1,0 +1,96 @@
+"""Work 4: drain messages with a transport that does nothing."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from multiprocessing import get_context
+
+from sqlalchemy import URL, text
+
+from benchmarks.floors import Floor
+from benchmarks.given import given
+from benchmarks.measuring import Contender, compare, timed
+from benchmarks.ours import Ours
+from benchmarks.peers import peers
+from benchmarks.queues import Queue
+from benchmarks.server import Database, database
+from benchmarks.setup import Setup
+
+HEAD_START_SECONDS = 0.05
+"""How long before a common start the processes are told of it."""
+
+
+def drain(setup: Setup) -> Iterator[str]:
+    """Drain in batches, with many threads, and one at a time; then with two processes."""
+    size, few = setup.size(20_000, 400), setup.size(1_000, 40)
+    with database(setup.url) as db, peers(setup) as others:
+        floor = Floor(db, batch=1000)
+        batches, threads = Ours(db, many=True, concurrency=1000), Ours(db, concurrency=100)
+        contenders = [
+            Contender(floor.name, partial(_drained, floor, size)),
+            Contender(batches.name, partial(_drained, batches, size), floor.name, 0.9),
+            Contender(threads.name, partial(_drained, threads, size), floor.name, 0.45),
+            *(Contender(peer.name, partial(_drained, peer, size // 10), floor.name) for peer in others),
+        ]
+        yield compare(f"drain {size:,}", contenders, rounds=setup.rounds, warm_up=not setup.small).table()
+        floor, ours = Floor(db, batch=1), Ours(db)
+        contenders = [
+            Contender(floor.name, partial(_drained, floor, few)),
+            Contender(ours.name, partial(_drained, ours, few), floor.name, 0.9),
+        ]
+        yield compare(f"drain {few:,}", contenders, rounds=setup.rounds, warm_up=not setup.small).table()
+        with _processes(db) as drained_by:
+            for concurrency, how_many in ((1, 2 * few), (100, size)):
+                contenders = [
+                    Contender("one process", partial(drained_by, 1, concurrency, how_many)),
+                    Contender("two processes", partial(drained_by, 2, concurrency, how_many), "one process", 1.4),
+                ]
+                title = f"drain {how_many:,}, a function, concurrency={concurrency}"
+                yield compare(title, contenders, rounds=setup.rounds, warm_up=not setup.small).table()
+
+
+def _drained(queue: Queue, size: int) -> float:
+    queue.empty()
+    queue.fill(given(size))
+    part = queue.drain()
+    with timed() as timer:
+        part()
+    return size / timer.seconds
+
+
+@contextmanager
+def _processes(db: Database) -> Iterator[Callable[[int, int, int], float]]:
+    """Yield a function that drains with so many processes, and returns their common rate."""
+    with ExitStack() as stack:
+        pools = [stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn"))) for _ in range(2)]
+
+        def drained_by(processes: int, concurrency: int, size: int) -> float:
+            Floor(db).empty()
+            Floor(db).fill(given(size))
+            for pool in pools:
+                pool.submit(_warm_up, db.url).result()
+            start_at = time.monotonic() + HEAD_START_SECONDS
+            runs = [pool.submit(_drain_in_a_process, db.url, concurrency, start_at) for pool in pools[:processes]]
+            return size / (max(run.result() for run in runs) - start_at)
+
+        yield drained_by
+
+
+@cache
+def _database(url: URL) -> Database:
+    return Database(url)
+
+
+def _warm_up(url: URL) -> None:
+    with _database(url).engine.connect() as connection:
+        connection.execute(text("SELECT 1"))
+
+
+def _drain_in_a_process(url: URL, concurrency: int, start_at: float) -> float:
+    """Return when it was done: the monotonic clock is the same in all processes."""
+    part = Ours(_database(url), concurrency=concurrency).drain()
+    time.sleep(max(0.0, start_at - time.monotonic()))
+    part()
+    return time.monotonic()

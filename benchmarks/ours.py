@@ -1,0 +1,61 @@
+"""Our side, through the public names and nothing else, with every check and guarantee on."""
+
+from collections.abc import Sequence
+
+from sqlalchemy.orm import Session
+
+from benchmarks.floors import Floor
+from benchmarks.given import Given, new_messages
+from benchmarks.queues import Timed
+from benchmarks.server import Database
+from engagement import EngagementMessageRepository, OutgoingMessage, Sent, process_message_queue
+
+
+def send(message: OutgoingMessage) -> None:
+    """Send nothing."""
+
+
+class SendMany:
+    """Send nothing, many at a time."""
+
+    def send_many(self, messages: Sequence[OutgoingMessage]) -> list[Sent]:
+        """Say of all that they were sent."""
+        return [Sent()] * len(messages)
+
+
+class Ours:
+    """Our queue, with a transport of one kind and so many messages in hand."""
+
+    def __init__(self, db: Database, *, many: bool = False, concurrency: int = 1) -> None:
+        self.name = f"ours, send_many of {concurrency:,}" if many else f"ours, a function, concurrency={concurrency}"
+        self._db = db
+        self._transport = SendMany() if many else send
+        self._concurrency = concurrency
+        self.empty, self.fill = Floor(db).empty, Floor(db).fill
+
+    def queue_many(self, rows: list[Given]) -> Timed:
+        """`queue_messages`: the values are made and checked in the timed part."""
+
+        def queue() -> None:
+            with Session(self._db.engine) as session, session.begin():
+                EngagementMessageRepository(session).queue_messages(new_messages(rows))
+
+        return queue
+
+    def queue_each(self, rows: list[Given]) -> Timed:
+        """`queue_message` in a session and a transaction of its own, for each row."""
+
+        def queue() -> None:
+            for message in new_messages(rows):
+                with Session(self._db.engine) as session, session.begin():
+                    EngagementMessageRepository(session).queue_message(message)
+
+        return queue
+
+    def drain(self) -> Timed:
+        """`process_message_queue`."""
+
+        def drain() -> None:
+            process_message_queue(self._db.engine, self._transport, concurrency=self._concurrency)
+
+        return drain

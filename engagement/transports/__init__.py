@@ -1,0 +1,83 @@
+"""Transports that come with the package, one file for each, and how a transport is found by name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from typing import Any
+
+from engagement.sending import Transport
+
+
+class TransportNotFound(ValueError):  # noqa: N818 - it reads as what happened
+    """There is no transport of that name; the text says on one line what is wrong."""
+
+
+def load_transport(name: str) -> Transport:
+    """Return the transport that `package.module:name` names, as the command line does.
+
+    It may be a function that takes a message, an object with `send` or `send_many`, or a class or other callable
+    without arguments that makes one. The current directory can be imported from. Raises `TransportNotFound`.
+    """
+    module_name, _, attributes = name.partition(":")
+    if not module_name or not attributes:
+        raise TransportNotFound("write it as package.module:name")
+    found: Any = _import(module_name)
+    for attribute in attributes.split("."):
+        try:
+            found = getattr(found, attribute)
+        except AttributeError:
+            raise TransportNotFound(f"{module_name} has no {attributes}") from None
+    if _is_factory(found):
+        found = _made_by(found, name)
+    if not any(callable(candidate) for candidate in (found, *_sends(found))):
+        raise TransportNotFound(
+            f"{name} is a {type(found).__name__}, not a function or an object with send or send_many"
+        )
+    transport: Transport = found
+    return transport
+
+
+def _import(module_name: str) -> Any:
+    if os.getcwd() not in sys.path and "" not in sys.path:  # noqa: PTH109 - sys.path holds text
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109 - as `python -m` does
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            raise TransportNotFound(f"there is no module {error.name} here or in this Python's packages") from None
+        raise TransportNotFound(f"{module_name} cannot be imported: {_one_line(error)}") from error
+    except Exception as error:  # a host's module may raise whatever it likes
+        raise TransportNotFound(f"{module_name} cannot be imported: {_one_line(error)}") from error
+
+
+def _sends(found: object) -> list[Any]:
+    return [getattr(found, name, None) for name in ("send", "send_many")]
+
+
+def _is_factory(found: object) -> bool:
+    """Whether it is to be called to get the transport: a class, or what cannot take a message."""
+    if inspect.isclass(found):
+        return True
+    if not callable(found) or any(map(callable, _sends(found))):
+        return False
+    try:
+        inspect.signature(found).bind(object())
+    except TypeError:
+        return True
+    except ValueError:  # written in C, without a signature
+        return False
+    return False
+
+
+def _made_by(factory: Any, name: str) -> Any:
+    try:
+        return factory()
+    except Exception as error:  # likewise
+        raise TransportNotFound(f"{name}() failed: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,278 @@
+"""The client through which the transports speak HTTP.
+
+A request is made once: nothing is retried and no redirect is followed here, since only the queue knows what may be
+sent again. What a provider says is recognised, never quoted: it may repeat the message, the number or the key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from time import monotonic, sleep
+from typing import assert_never
+
+import httpx
+
+from engagement.messages import OutgoingMessage
+from engagement.outcomes import InDoubt, NotSent, Outcome, Postpone, Refused, Sent
+from engagement.transports.http import Answer, Proof, Silence, what_it_proves
+
+LARGEST_ANSWER = 256 * 1024
+"""Bytes that are read of an answer."""
+IDLE_CONNECTION_SECONDS = 2.0
+"""Well below the 5 s after which Node's HTTP server closes an idle connection: a request that is written to one that
+is just being closed would be in doubt for nothing."""
+FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=1), timedelta(minutes=15)
+PATIENCE_SECONDS = 4.0
+"""A pause that is over so soon is waited out by `ready()`: a run for a cron job ends when it hears no."""
+FIRST_STOP, LONGEST_STOP = timedelta(minutes=1), timedelta(hours=1)
+"""How long a message is postponed for the sender's trouble, doubled at each attempt: runs of a cron job remember no
+pause."""
+STOPPED_ATTEMPTS = 50
+"""After so many attempts, two days, a status alone no longer blames the sender: a message that a firewall refuses for
+its words would be postponed for ever."""
+PROBE_TIMEOUT = timedelta(seconds=5)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a failure proves, in our own words; `wait` is how long to wait if the answer does not say."""
+
+    proof: Proof
+    reason: str
+    wait: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Prepared:
+    """A request that only has to be sent. Holds what is personal, and shows none of it."""
+
+    path: str
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class ProviderClient:
+    """A pooled client for one provider, with explicit time-outs. Thread-safe; once it sends, no error leaves it.
+
+    It remembers trouble: it pauses after it, each time twice as long, until a message gets through. It is `is_suspect`
+    after trouble, and at the beginning, until something gets through.
+
+    `headers` are sent with every request and may hold the key. `verify` is True or an `ssl.SSLContext`. Proxies are
+    those of the environment.
+    """
+
+    def __init__(
+        self,
+        provider: str,
+        base_url: str,
+        *,
+        headers: Mapping[str, str],
+        answer_within: timedelta,
+        connect_within: timedelta = timedelta(seconds=5),
+        connections: int = 100,
+        verify: ssl.SSLContext | bool = True,
+    ) -> None:
+        self._provider = provider
+        self._answer_within = answer_within.total_seconds()
+        self._connect_within = connect_within.total_seconds()
+        if self._answer_within <= 0 or self._connect_within <= 0:
+            raise ValueError("answer_within and connect_within: must be positive")
+        self._client = httpx.Client(
+            base_url=_checked_url(base_url),
+            # Compressed answers would have to be trusted to be small.
+            headers={"User-Agent": "engagement", "Accept-Encoding": "identity", **_checked_headers(headers)},
+            follow_redirects=False,
+            verify=verify,
+            limits=httpx.Limits(
+                max_connections=connections,
+                max_keepalive_connections=connections,
+                keepalive_expiry=IDLE_CONNECTION_SECONDS,
+            ),
+        )
+        self._lock = threading.Lock()
+        self._troubles = 0
+        self._paused_until = 0.0
+        self._is_suspect = True  # A cron job's process may have been started into an outage.
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def deliver(
+        self,
+        message: OutgoingMessage,
+        prepared: Prepared,
+        read: Callable[[Answer], Sent | Finding | None],
+        *,
+        statuses: Mapping[int, Proof] | None = None,
+    ) -> Outcome:
+        """Send once, and return what is known of the message then. During a pause, postpone it instead.
+
+        `read` recognises the provider's words in an answer, or returns None; then the status counts, by `statuses`
+        and by `what_it_proves`.
+        """
+        if not self.may_try():
+            # Claimed with the one that met the trouble, or before `ready` was asked again.
+            return Postpone(
+                _from_now(timedelta(seconds=self.seconds_paused)), f"{self._provider}: paused after trouble"
+            )
+        result = self.request("POST", prepared.path, prepared.body, headers=prepared.headers)
+        found = self._read(result, read) or self._finding(result, statuses or {}, message)
+        if isinstance(found, Sent):
+            self.note_success()
+            return found
+        retry_after = result.retry_after if isinstance(result, Answer) else None
+        return self._outcome(found, retry_after or found.wait, message)
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        within: timedelta | None = None,
+    ) -> Answer | Silence:
+        """Make one request; `path` may hold a query. `within` bounds the wait for an answer."""
+        seconds = within.total_seconds() if within else self._answer_within
+        deadline = monotonic() + seconds
+        request = self._client.build_request(
+            method,
+            path,
+            content=body,
+            headers={"Content-Type": "application/json", **(headers or {})} if body is not None else headers,
+            timeout=httpx.Timeout(seconds, connect=self._connect_within, pool=self._connect_within),
+        )
+        request.url = _DiscreetURL(request.url)
+        try:
+            response = self._client.send(request, stream=True)
+        except Exception as error:  # noqa: BLE001 - also one that is not httpx's may come after the request was written
+            return Silence(type(error))
+        try:
+            return Answer(response.status_code, response.headers, _body(response, deadline))
+        finally:
+            with contextlib.suppress(httpx.HTTPError):
+                response.close()
+
+    def may_try(self) -> bool:
+        """Whether there is no pause; a short one is waited out."""
+        left = self.seconds_paused
+        if 0 < left <= PATIENCE_SECONDS:
+            sleep(left)
+        return left <= PATIENCE_SECONDS
+
+    @property
+    def seconds_paused(self) -> float:
+        """How long nothing should be tried yet."""
+        with self._lock:
+            return max(self._paused_until - monotonic(), 0.0)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it should be asked whether it works, before a message is risked."""
+        with self._lock:
+            return self._is_suspect
+
+    def note_trouble(self, wait: timedelta | None = None) -> None:
+        """Pause for `wait`, and at least twice as long as the last time if the pause before is over."""
+        now = monotonic()
+        with self._lock:
+            if now >= self._paused_until:  # The failures of one pause, in twenty threads, are one trouble.
+                self._troubles += 1
+            pause = max(FIRST_PAUSE * 2 ** min(self._troubles - 1, 10), wait or timedelta(0))
+            self._paused_until = max(self._paused_until, now + min(pause, LONGEST_PAUSE).total_seconds())
+            self._is_suspect = True
+
+    def note_answer(self) -> None:
+        """Believe that it works: it was asked. Whether messages get through is still to be seen."""
+        with self._lock:
+            self._is_suspect = False
+
+    def note_success(self) -> None:
+        """Forget all trouble."""
+        with self._lock:
+            self._troubles, self._paused_until, self._is_suspect = 0, 0.0, False
+
+    def _read(self, result: Answer | Silence, read: Callable[[Answer], Sent | Finding | None]) -> Sent | Finding | None:
+        try:
+            return read(result) if isinstance(result, Answer) else None
+        except Exception as error:  # noqa: BLE001 - an answer that is not understood must not look like one unsent
+            return Finding(Proof.IN_DOUBT, f"{self._provider}: the answer could not be read, {type(error).__name__}")
+
+    def _finding(self, failure: Answer | Silence, statuses: Mapping[int, Proof], message: OutgoingMessage) -> Finding:
+        if isinstance(failure, Silence):
+            return Finding(what_it_proves(failure), f"{self._provider}: {failure.error.__name__}")
+        proof = statuses.get(failure.status) or what_it_proves(failure)
+        if proof is Proof.STOPPED and message.attempt > STOPPED_ATTEMPTS:
+            proof = Proof.NOT_SENT
+        return Finding(proof, f"{self._provider}: HTTP {failure.status}")
+
+    def _outcome(self, finding: Finding, wait: timedelta | None, message: OutgoingMessage) -> Outcome:
+        reason = finding.reason
+        match finding.proof:
+            case Proof.NOT_SENT:
+                return NotSent(reason, wait)
+            case Proof.REFUSED:
+                self.note_success()  # It works, and says no.
+                return Refused(reason)
+            case Proof.WAIT:
+                self.note_trouble(wait)
+                return NotSent(reason, wait)
+            case Proof.IN_DOUBT:
+                self.note_trouble()
+                return InDoubt(reason)
+            case Proof.STOPPED:
+                wait = max(wait or FIRST_STOP, FIRST_STOP)
+                self.note_trouble(wait)
+                longer = min(FIRST_STOP * 2 ** min(message.attempt - 1, 10), LONGEST_STOP)
+                return Postpone(_from_now(max(wait, longer)), reason)
+            case _:
+                assert_never(finding.proof)
+
+
+class _DiscreetURL(httpx.URL):
+    """A URL that shows only its host: httpx logs each request's URL, and that may hold a token or a number."""
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.host}/…"
+
+    __repr__ = __str__
+
+
+def _body(response: httpx.Response, deadline: float) -> bytes:
+    """Return what comes of the body before the deadline. The status line has spoken; a cut body takes nothing back."""
+    parts: list[bytes] = []
+    size = 0
+    with contextlib.suppress(httpx.HTTPError):
+        for part in response.iter_raw():
+            parts.append(part)
+            size += len(part)
+            if size > LARGEST_ANSWER or monotonic() > deadline:
+                break
+    return b"".join(parts)
+
+
+def _from_now(wait: timedelta) -> datetime:
+    return datetime.now(UTC) + wait
+
+
+def _checked_url(url: str) -> httpx.URL:
+    try:
+        checked = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError):
+        checked = httpx.URL("")
+    if checked.scheme not in {"http", "https"} or not checked.host:
+        raise ValueError("url: must be an http or https URL with a host")
+    return checked
+
+
+def _checked_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
+    for name, value in headers.items():
+        if not value or not value.isascii() or not value.isprintable() or value != value.strip():
+            raise ValueError(f"{name}: must be printable ASCII, without blanks around it")
+    return headers

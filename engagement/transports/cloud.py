@@ -1,0 +1,209 @@
+"""WhatsApp through Meta's Cloud API.
+
+From Meta's WhatsApp Business Platform documentation, as of 2026-09: "Messages API" (reference/
+whatsapp-business-phone-number/message-api), "Messaging and Calling Health Status" (support/health-status), "Throughput"
+(throughput); and from its Graph API documentation: "Rate Limits" (overview/rate-limiting).
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Self
+
+from engagement.messages import OutgoingMessage
+from engagement.outcomes import LONGEST_DELAY, NotSent, Outcome, Refused, Sent
+from engagement.transports.client import PROBE_TIMEOUT, Finding, Prepared, ProviderClient
+from engagement.transports.cloud_codes import Code, code_of
+from engagement.transports.http import Answer, what_it_proves
+from engagement.transports.rendering import Render, as_json, refusal_of, words_of
+from engagement.transports.settings import Settings, required
+
+LONGEST_TEXT = 4096
+"""Characters of a text message ("Messages API")."""
+BASE_URL = "https://graph.facebook.com"
+VERSION = "v25.0"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Template:
+    """An approved template, for whoever has not written within 24 hours: what `render` returns instead of text.
+
+    `components` are as Meta documents them: `{"type": "body", "parameters": [{"type": "text", "text": "Ana"}]}`.
+    """
+
+    name: str
+    language: str
+    components: Sequence[Mapping[str, Any]] = field(default=())
+
+
+_BLOCKED = timedelta(minutes=1)
+"""A blocked account is asked for this often."""
+
+
+class WhatsAppCloud:
+    """Sends text and template messages. Thread-safe; made once for a process.
+
+    - `phone_number_id`, `token`: the sender's, from Meta's app dashboard.
+    - `render`: turns a message into its text, or into a `Template`. What cannot be said is `Refused`.
+
+    Messages go to phone numbers only: a `@lid` or a group is `Refused`. `biz_opaque_callback_data` is the delivery id,
+    so that the status webhooks can be matched to a message that is in doubt. It is no idempotency key, and the Cloud
+    API has none: sending again may be a second message, so this transport is never `idempotent`.
+
+    `Sent` means that Meta took the message, also if its answer says `held_for_quality_assessment`. What becomes of it
+    then, such as 131026, 131049 or a paused template, is told to the host's status webhook.
+    """
+
+    idempotent = False
+
+    def __init__(
+        self,
+        *,
+        phone_number_id: str,
+        token: str,
+        render: Render[str | Template],
+        version: str = VERSION,
+        base_url: str = BASE_URL,
+        answer_within: timedelta = timedelta(seconds=30),
+        connect_within: timedelta = timedelta(seconds=5),
+        connections: int = 100,
+        verify: ssl.SSLContext | bool = True,
+    ) -> None:
+        if not re.fullmatch(r"[0-9]{1,32}", phone_number_id):
+            raise ValueError("phone_number_id: must be digits; it is not the phone number")
+        if not re.fullmatch(r"v[0-9]{1,3}\.[0-9]{1,2}", version):
+            raise ValueError("version: must be written as v25.0")
+        self._render = render
+        self._node = f"/{version}/{phone_number_id}"
+        self._client = ProviderClient(
+            "Cloud API",
+            base_url,
+            headers={"Authorization": f"Bearer {token}"},
+            answer_within=answer_within,
+            connect_within=connect_within,
+            connections=connections,
+            verify=verify,
+        )
+
+    @classmethod
+    def from_environment(
+        cls, *, environ: Mapping[str, str] | None = None, render: Render[str | Template] | None = None
+    ) -> Self:
+        """Make one from variables: ENGAGEMENT_RENDER, and ENGAGEMENT_CLOUD_ before each of these.
+
+        PHONE_NUMBER_ID, TOKEN (or TOKEN_FILE), VERSION, BASE_URL, ANSWER_SECONDS (30), CONNECT_SECONDS (5). Raises
+        `ValueError` that names the variable.
+        """
+        settings = Settings("ENGAGEMENT_CLOUD_", environ)
+        return cls(
+            phone_number_id=settings.text("PHONE_NUMBER_ID"),
+            token=settings.secret("TOKEN") or settings.text("TOKEN"),
+            render=required(render or settings.render()),
+            version=settings.text("VERSION", VERSION),
+            base_url=settings.text("BASE_URL", BASE_URL),
+            answer_within=settings.seconds("ANSWER_SECONDS", timedelta(seconds=30)),
+            connect_within=settings.seconds("CONNECT_SECONDS", timedelta(seconds=5)),
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def ready(self) -> bool:
+        """Whether nothing is known against it. At first and after trouble, Meta is asked for the sender's health.
+
+        It is not asked while all is well: each question counts against the rate limit.
+        """
+        if not self._client.may_try():
+            return False
+        return not self._client.is_suspect or self._is_healthy()
+
+    def prepare(self, message: OutgoingMessage) -> Prepared | Refused | NotSent:
+        """Return the request that `send` makes, or why there is none."""
+        number = re.fullmatch(r"([1-9][0-9]{6,14})@s\.whatsapp\.net", message.destination_jid)
+        if number is None:
+            return Refused("the Cloud API sends to phone numbers only, not to a @lid or a group")
+        words = words_of(self._render, message)
+        if isinstance(words, Refused | NotSent):
+            return words
+        content = _content(words)
+        if isinstance(content, Refused):
+            return content
+        payload = {
+            "messaging_product": "whatsapp",
+            "recipient_type": "individual",
+            "to": number[1],
+            **content,
+            "biz_opaque_callback_data": str(message.delivery_id),
+        }
+        try:
+            body = as_json(payload)
+        except (TypeError, ValueError) as error:
+            return Refused(f"the template's components are no JSON: {type(error).__name__}")
+        return Prepared(f"{self._node}/messages", body)
+
+    def send(self, message: OutgoingMessage) -> Outcome:
+        """Send once."""
+        prepared = self.prepare(message)
+        return self._client.deliver(message, prepared, _read) if isinstance(prepared, Prepared) else prepared
+
+    def _is_healthy(self) -> bool:
+        answer = self._client.request("GET", f"{self._node}?fields=health_status", within=PROBE_TIMEOUT)
+        if not isinstance(answer, Answer):
+            self._client.note_trouble()
+        elif not answer.is_success:
+            finding = _read(answer)
+            self._client.note_trouble(finding.wait if isinstance(finding, Finding) else None)
+        elif _is_blocked(answer.json):
+            self._client.note_trouble(_BLOCKED)
+        else:
+            self._client.note_answer()
+        return not self._client.is_suspect
+
+
+def _content(words: object) -> dict[str, Any] | Refused:
+    if isinstance(words, Template):
+        template: dict[str, Any] = {"name": words.name, "language": {"code": words.language}}
+        if words.components:
+            template["components"] = list(words.components)
+        return {"type": "template", "template": template}
+    refusal = refusal_of(words, most_characters=LONGEST_TEXT)
+    return refusal or {"type": "text", "text": {"body": words}}
+
+
+def _read(answer: Answer) -> Sent | Finding | None:
+    data = answer.json if isinstance(answer.json, dict) else {}
+    if answer.is_success:
+        try:
+            provider_id = data["messages"][0]["id"]
+        except (LookupError, TypeError):
+            return None
+        return Sent(provider_id) if isinstance(provider_id, str) and provider_id else None
+    error = data.get("error")
+    if not isinstance(error, dict) or not isinstance(given := error.get("code"), int):
+        return None
+    code = code_of(given, error.get("type")) or Code(given, "not listed", what_it_proves(answer))
+    trace = error.get("fbtrace_id")
+    is_trace = isinstance(trace, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", trace)
+    reason = f"Cloud API: {given}, {code.means} (HTTP {answer.status}{f', trace {trace}' if is_trace else ''})"
+    return Finding(code.proof, reason, _time_to_regain_access(answer) or code.wait)
+
+
+def _time_to_regain_access(answer: Answer) -> timedelta | None:
+    """Return what X-Business-Use-Case-Usage estimates, in minutes (Graph API, "Rate Limits")."""
+    usage = answer.headers.get("x-business-use-case-usage", "")
+    minutes = [int(given) for given in re.findall(r'"estimated_time_to_regain_access"\s*:\s*([0-9]{1,6})\b', usage)]
+    longest = timedelta(minutes=max(minutes, default=0))
+    return min(longest, LONGEST_DELAY) or None
+
+
+def _is_blocked(data: Any) -> bool:
+    """Whether a node that a message needs is blocked. The overall status also counts what only calls need."""
+    try:
+        return any(entity["can_send_message"] == "BLOCKED" for entity in data["health_status"]["entities"])
+    except (LookupError, TypeError):
+        return False

@@ -1,0 +1,99 @@
+"""Meta's error codes, and what each proves.
+
+From "Error codes" (support/error-codes) of Meta's WhatsApp Business Platform documentation, read as of 2026-09-11; all
+that can answer a message are here. Meta asks to go by the code and not by the HTTP status.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+from engagement.transports.http import Proof
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """An error code of Meta's, and what it proves. `wait` is how long to wait if the answer does not say."""
+
+    code: int
+    means: str
+    proof: Proof
+    wait: timedelta | None = None
+    last: int = 0
+    """The last code of a range."""
+    section: str = "other"
+    """Where Meta's "Error codes" page lists it."""
+
+    def __contains__(self, code: object) -> bool:
+        return isinstance(code, int) and self.code <= code <= (self.last or self.code)
+
+
+_ACCOUNT = timedelta(minutes=15)
+"""What a person has to mend is tried again this often, by a message."""
+
+# `STOPPED` is what is wrong with the sender and not with the message: a token, an account, a payment, a limit of the
+# whole account that lasts. Such a message is postponed, not failed: after three failures it would be lost, and with it
+# the whole queue, to one expired token. `WAIT` are the short limits, where a failure counts, as for any other provider.
+CODES = (
+    Code(0, "the app user could not be authenticated", Proof.STOPPED, _ACCOUNT, section="authorization"),
+    Code(3, "capability or permissions issue", Proof.STOPPED, _ACCOUNT, section="authorization"),
+    Code(10, "permission not granted or removed", Proof.STOPPED, _ACCOUNT, section="authorization"),
+    Code(190, "the access token has expired", Proof.STOPPED, _ACCOUNT, section="authorization"),
+    Code(200, "no token, or no permission", Proof.STOPPED, _ACCOUNT, last=299, section="authorization"),
+    Code(368, "the account is restricted for a policy violation", Proof.STOPPED, _ACCOUNT, section="integrity"),
+    Code(130497, "the account may not message users in this country", Proof.REFUSED, section="integrity"),
+    Code(131031, "the account is locked", Proof.STOPPED, _ACCOUNT, section="integrity"),
+    Code(4, "the app's call rate limit", Proof.WAIT, timedelta(minutes=1), section="throttling"),
+    Code(80007, "the account's rate limit", Proof.WAIT, timedelta(minutes=1), section="throttling"),
+    Code(130429, "the message throughput is reached", Proof.WAIT, timedelta(seconds=2), section="throttling"),
+    Code(131048, "spam rate limit of this phone number", Proof.STOPPED, _ACCOUNT, section="throttling"),
+    Code(131056, "too many messages to the same recipient", Proof.NOT_SENT, timedelta(minutes=1), section="throttling"),
+    Code(131064, "messaging limit after template violations", Proof.STOPPED, _ACCOUNT, section="throttling"),
+    Code(1, "invalid request or possible server error", Proof.IN_DOUBT),
+    Code(2, "temporary downtime or overload", Proof.WAIT, timedelta(seconds=30)),
+    Code(33, "the business phone number has been deleted", Proof.STOPPED, _ACCOUNT),
+    Code(100, "invalid parameter", Proof.REFUSED),
+    Code(130403, "this business has blocked the user", Proof.REFUSED),
+    Code(130472, "not sent as part of an experiment", Proof.REFUSED),
+    Code(131000, "unknown error", Proof.IN_DOUBT),
+    Code(131005, "permission not granted or removed", Proof.STOPPED, _ACCOUNT),
+    Code(131008, "a required parameter is missing", Proof.REFUSED),
+    Code(131009, "a parameter value is invalid", Proof.REFUSED),
+    Code(131016, "a service is temporarily unavailable", Proof.WAIT, timedelta(seconds=30)),
+    Code(131021, "sender and recipient are the same", Proof.REFUSED),
+    Code(131026, "undeliverable: no WhatsApp number, old version or terms not accepted", Proof.REFUSED),
+    Code(131037, "the sender's display name is not approved", Proof.STOPPED, _ACCOUNT),
+    Code(131042, "payment issue of the account", Proof.STOPPED, _ACCOUNT),
+    Code(131045, "the sender's phone number is not registered", Proof.STOPPED, _ACCOUNT),
+    Code(131047, "more than 24 hours since the recipient wrote: needs a template", Proof.REFUSED),
+    Code(131049, "not delivered, to maintain healthy ecosystem engagement", Proof.REFUSED),
+    Code(131050, "the recipient has stopped marketing messages", Proof.REFUSED),
+    Code(131051, "unsupported message type", Proof.REFUSED),
+    Code(131053, "the media could not be uploaded", Proof.REFUSED),
+    Code(131057, "the account is in maintenance mode", Proof.STOPPED, timedelta(minutes=1)),
+    Code(131063, "marketing templates are disabled for the account", Proof.REFUSED),
+    Code(132000, "wrong number of template parameters", Proof.REFUSED),
+    Code(132001, "no such approved template in this language", Proof.REFUSED),
+    Code(132005, "the translated text is too long", Proof.REFUSED),
+    Code(132007, "the template violates a policy", Proof.REFUSED),
+    Code(132012, "template parameter in the wrong format", Proof.REFUSED),
+    Code(132015, "the template is paused for low quality", Proof.REFUSED),
+    Code(132016, "the template is disabled for low quality", Proof.REFUSED),
+    Code(132068, "the flow is blocked", Proof.REFUSED),
+    Code(132069, "the flow is throttled: 10 messages an hour", Proof.NOT_SENT, timedelta(hours=1)),
+    Code(133004, "the server is temporarily unavailable", Proof.WAIT, timedelta(seconds=30)),
+    Code(133010, "the sender's phone number is not registered", Proof.STOPPED, _ACCOUNT),
+    Code(134011, "payments terms are not accepted", Proof.REFUSED),
+    Code(135000, "unknown error with the request parameters", Proof.IN_DOUBT),
+)
+
+# What else answers with code 100 is a phone number id that is not there or not ours, which is no message's fault.
+_WRONG_NODE = Code(100, "there is no such phone number id for this token", Proof.STOPPED, _ACCOUNT)
+
+
+def code_of(given: int, kind: object) -> Code | None:
+    """Return what is known of a code, with the `type` that came with it."""
+    if given == _WRONG_NODE.code and kind == "GraphMethodException":
+        return _WRONG_NODE
+    return next((code for code in CODES if given in code), None)

@@ -1,0 +1,186 @@
+"""How the gateways to WhatsApp are spoken to: Evolution API, WAHA and wuzapi, each a small dialect.
+
+What they take and answer was read in their sources, at these versions:
+
+- Evolution API 2.3.7 and 2.4.0-rc2 (evolution-foundation/evolution-api, `main` and `develop` of 2026-05): in `src`,
+  `api/routes/sendMessage.router.ts`, `api/dto/sendMessage.dto.ts`, `main.ts`, `licensing/runtime.ts` and
+  `api/integrations/channel/whatsapp/whatsapp.baileys.service.ts`;
+- WAHA 2024.10 (devlikeapro/waha): `src/api/chatting.controller.ts`, `src/core/abc/manager.abc.ts`,
+  `src/nestjs/AllExceptionsFilter.ts`; and `src/structures/chatting.dto.ts` of 2025, which still takes no message id;
+- wuzapi of 2025-05 (asternic/wuzapi): `handlers.go`, `API.md`; whatsmeow of 2026-08 (tulir/whatsmeow): `send.go`;
+- Baileys 7.0.0-rc13 (WhiskeySockets/Baileys): `src/Socket/socket.ts`, `src/Socket/messages-send.ts`,
+  `src/Utils/generics.ts`.
+
+Baileys refuses nothing while it is asked: it has written to WhatsApp's socket when the gateway answers, and what
+WhatsApp does not take is told later, to the gateway's own webhooks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engagement.messages import OutgoingMessage
+from engagement.transports.http import Proof
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Words of a gateway that say more than its status. `text` is compared whole, or as a beginning if it ends in …."""
+
+    status: int
+    text: str
+    proof: Proof
+    because: str
+
+    def match(self, status: int, text: str) -> bool:
+        """Whether an answer says this."""
+        begins = self.text.endswith("…") and text.startswith(self.text[:-1])
+        return status == self.status and (begins or text == self.text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
+    """How one kind of gateway is spoken to. Paths may hold `{session}`."""
+
+    name: str
+    key_header: str
+    send_path: str
+    payload: Callable[[str, OutgoingMessage, str, str], Mapping[str, Any]]
+    """From session, message, text and message id to the JSON that is posted."""
+    success: int
+    """The status with which the gateway, and hardly anything else, says that the message was sent: proof by itself."""
+    provider_id: Callable[[Any], str | None]
+    """From the JSON of a success to WhatsApp's message id."""
+    error_text: Callable[[Any], str]
+    """From the JSON of a failure to the words in it that say what happened."""
+    words: tuple[Words, ...]
+    statuses: Mapping[int, Proof]
+    """Statuses that mean something else here than `what_it_proves` says."""
+    state_path: str
+    is_connected: Callable[[Any], bool]
+    """From the JSON of the session's state to whether it can send."""
+    takes_message_id: bool
+    first_with_message_id: tuple[int, int] | None = None
+    """The first version that takes one, if that has to be asked for at the gateway's root."""
+    find_path: str | None = None
+    """Where a message can be looked up by its id, if anywhere."""
+
+
+def value_at(data: Any, *path: str | int) -> Any:
+    """Return what is at `path` in JSON, or None."""
+    for step in path:
+        try:
+            data = data[step]
+        except (LookupError, TypeError):
+            return None
+    return data
+
+
+def _first_text(*candidates: Any) -> str | None:
+    return next((text for text in candidates if isinstance(text, str) and text), None)
+
+
+def _evolution_error(data: Any) -> str:
+    said = value_at(data, "response", "message")
+    while isinstance(said, list) and said:
+        said = said[0]
+    if isinstance(said, dict) and said.get("exists") is False:
+        return "exists: false"
+    return _first_text(value_at(data, "code"), said) or ""
+
+
+# In 2.3.7 and 2.4.0 whatever goes wrong after the number was checked is a 400, also when the message has left and only
+# its record could not be stored (sendMessageWithTyping). That is why a 400 proves nothing here but by its words.
+EVOLUTION = Dialect(
+    name="Evolution API",
+    key_header="apikey",
+    send_path="/message/sendText/{session}",
+    # Versions before 2.4 ignore messageId.
+    payload=lambda _, message, text, message_id: {
+        "number": message.destination_jid,
+        "text": text,
+        "messageId": message_id,
+    },
+    success=201,
+    provider_id=lambda data: _first_text(value_at(data, "key", "id")),
+    error_text=_evolution_error,
+    words=(
+        Words(400, "exists: false", Proof.REFUSED, "the number is not on WhatsApp; checked before the send"),
+        Words(400, "Text is required", Proof.REFUSED, "checked before the send"),
+        Words(400, "Error: Connection Closed", Proof.WAIT, "Baileys' socket was closed before it was written to"),
+        Words(500, "Connection Closed", Proof.WAIT, "likewise, while the number was checked"),
+        Words(503, "LICENSE_REQUIRED", Proof.STOPPED, "the gateway is not activated; said before any route"),
+    ),
+    statuses={400: Proof.IN_DOUBT, 408: Proof.IN_DOUBT},
+    state_path="/instance/connectionState/{session}",
+    is_connected=lambda data: value_at(data, "instance", "state") == "open",
+    takes_message_id=True,
+    first_with_message_id=(2, 4),
+    find_path="/chat/findMessages/{session}",
+)
+
+WAHA = Dialect(
+    name="WAHA",
+    key_header="X-Api-Key",
+    send_path="/api/sendText",
+    payload=lambda session, message, text, _: {
+        "session": session,
+        # Its engines know users as @c.us.
+        "chatId": re.sub(r"@s\.whatsapp\.net\Z", "@c.us", message.destination_jid),
+        "text": text,
+    },
+    success=201,
+    provider_id=lambda data: _first_text(
+        value_at(data, "id"), value_at(data, "id", "_serialized"), value_at(data, "key", "id")
+    ),
+    error_text=lambda data: _first_text(value_at(data, "error"), value_at(data, "exception", "message")) or "",
+    words=(
+        Words(
+            422,
+            "Session status is not as expected…",
+            Proof.STOPPED,
+            "the session is not WORKING; checked before the send",
+        ),
+        Words(500, "Connection Closed", Proof.WAIT, "Baileys' socket was closed before it was written to"),
+    ),
+    statuses={408: Proof.IN_DOUBT},
+    state_path="/api/sessions/{session}",
+    is_connected=lambda data: value_at(data, "status") == "WORKING",
+    takes_message_id=False,
+)
+
+WUZAPI = Dialect(
+    name="wuzapi",
+    key_header="token",
+    send_path="/chat/send/text",
+    payload=lambda _, message, text, message_id: {"Phone": message.destination_jid, "Body": text, "Id": message_id},
+    success=200,
+    provider_id=lambda data: _first_text(value_at(data, "data", "Id")),
+    error_text=lambda data: _first_text(value_at(data, "error")) or "",
+    words=(
+        Words(500, "No session", Proof.STOPPED, "the session is not started; checked before the send"),
+        Words(
+            500,
+            "Error sending message: server returned error…",
+            Proof.REFUSED,
+            "WhatsApp answered that it does not take the message (ErrServerReturnedError)",
+        ),
+        Words(
+            500,
+            "Error sending message: the store doesn't contain a device JID…",
+            Proof.STOPPED,
+            "the session is not logged in; checked before the send (ErrNotLoggedIn)",
+        ),
+    ),
+    statuses={408: Proof.IN_DOUBT},
+    state_path="/session/status",
+    is_connected=lambda data: (
+        value_at(data, "data", "Connected") is True and value_at(data, "data", "LoggedIn") is True
+    ),
+    takes_message_id=True,
+)
+
+DIALECTS: Mapping[str, Dialect] = {"evolution": EVOLUTION, "waha": WAHA, "wuzapi": WUZAPI}

@@ -1,0 +1,195 @@
+"""WhatsApp through an HTTP gateway that the host runs. What differs between the gateways is in `dialects`."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import ssl
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from functools import partial
+from typing import Any, Self
+from urllib.parse import quote
+
+from engagement.messages import OutgoingMessage
+from engagement.outcomes import NotSent, Outcome, Refused, Sent
+from engagement.tally import logger
+from engagement.transports.client import PROBE_TIMEOUT, Finding, Prepared, ProviderClient
+from engagement.transports.dialects import DIALECTS, EVOLUTION, Dialect, value_at
+from engagement.transports.http import Answer
+from engagement.transports.rendering import Render, as_json, refusal_of, words_of
+from engagement.transports.settings import Settings, required
+
+LONGEST_TEXT = 65_536
+"""Characters that WhatsApp takes in one text message."""
+
+
+def whatsapp_message_id(delivery_id: uuid.UUID) -> str:
+    """Return the message id of every attempt of a delivery: in the form that Baileys gives its own (generics.ts)."""
+    return "3EB0" + hashlib.sha256(str(delivery_id).encode()).hexdigest()[:18].upper()
+
+
+class WhatsAppGateway:
+    """Sends text messages through a gateway. Thread-safe; made once for a process.
+
+    - `url`, `key`, `session`: where the gateway is, its key, and the name of its session (wuzapi knows it by the key).
+    - `render`: turns a message into its text. What cannot be said or is empty is `Refused`, and nothing is sent.
+    - `dialect`: `EVOLUTION`, `WAHA`, `WUZAPI`, or one of the host's own.
+    - `answer_within`: how long an answer is waited for. What takes longer is in doubt, so leave it long: Baileys waits
+      60 s and whatsmeow 75 s for WhatsApp.
+
+    **The message id.** Evolution API from 2.4 on and wuzapi are given the WhatsApp message id, the same for every
+    attempt. That a repeated id is shown once is *practice*: WhatsApp's apps have kept one message per chat, sender and
+    id, and whatsmeow counts on it when it writes the same frame again after a reconnect. It is *guaranteed* by nobody:
+    not by WhatsApp, whose protocol is not published, nor by a gateway. `idempotent=True` is the host's decision to rely
+    on it: a message in doubt is then sent again with its id, and parked at the end of its retries. It is refused for a
+    dialect without message ids; an Evolution API that is too old for them, or answers with an id of its own, is never
+    `ready()`.
+
+    `look_up` asks Evolution API for the message by that id. What is found was sent. What is not found may have been:
+    the gateway stores a message after it has sent it, and only if it is configured to.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        key: str,
+        render: Render[str],
+        session: str = "default",
+        dialect: Dialect = EVOLUTION,
+        idempotent: bool = False,
+        answer_within: timedelta = timedelta(seconds=90),
+        connect_within: timedelta = timedelta(seconds=5),
+        connections: int = 100,
+        verify: ssl.SSLContext | bool = True,
+    ) -> None:
+        if idempotent and not dialect.takes_message_id:
+            raise ValueError(f"idempotent: {dialect.name} takes no message id, so nothing could tell a repeat")
+        self.idempotent = idempotent
+        self._dialect = dialect
+        self._render = render
+        self._session = session
+        self._ids_are_taken = not idempotent or dialect.first_with_message_id is None
+        self._ids_are_ignored = threading.Event()
+        self._client = ProviderClient(
+            dialect.name,
+            url,
+            headers={dialect.key_header: key},
+            answer_within=answer_within,
+            connect_within=connect_within,
+            connections=connections,
+            verify=verify,
+        )
+
+    @classmethod
+    def from_environment(cls, *, environ: Mapping[str, str] | None = None, render: Render[str] | None = None) -> Self:
+        """Make one from variables: ENGAGEMENT_RENDER, and ENGAGEMENT_GATEWAY_ before each of these.
+
+        URL, KEY (or KEY_FILE), SESSION (`default`), DIALECT (`evolution`, `waha` or `wuzapi`; default `evolution`),
+        IDEMPOTENT (`no`), ANSWER_SECONDS (90), CONNECT_SECONDS (5). Raises `ValueError` that names the variable.
+        """
+        settings = Settings("ENGAGEMENT_GATEWAY_", environ)
+        name = settings.text("DIALECT", "evolution").lower()
+        if name not in DIALECTS:
+            raise ValueError(f"ENGAGEMENT_GATEWAY_DIALECT: must be one of {', '.join(DIALECTS)}")
+        return cls(
+            url=settings.text("URL"),
+            key=settings.secret("KEY") or settings.text("KEY"),
+            render=required(render or settings.render()),
+            session=settings.text("SESSION", "default"),
+            dialect=DIALECTS[name],
+            idempotent=settings.flag("IDEMPOTENT"),
+            answer_within=settings.seconds("ANSWER_SECONDS", timedelta(seconds=90)),
+            connect_within=settings.seconds("CONNECT_SECONDS", timedelta(seconds=5)),
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def ready(self) -> bool:
+        """Ask the gateway whether its session is connected. No answer is no."""
+        if self._ids_are_ignored.is_set() or not self._client.may_try():
+            return False
+        state = self._ask("GET", self._dialect.state_path)
+        return state is not None and self._dialect.is_connected(state) and self._takes_ids()
+
+    def prepare(self, message: OutgoingMessage) -> Prepared | Refused | NotSent:
+        """Return the request that `send` makes, or why there is none."""
+        text = words_of(self._render, message)
+        if isinstance(text, Refused | NotSent):
+            return text
+        refusal = refusal_of(text, most_characters=LONGEST_TEXT)
+        if refusal is not None:
+            return refusal
+        payload = self._dialect.payload(self._session, message, text, whatsapp_message_id(message.delivery_id))
+        return Prepared(self._path(self._dialect.send_path), as_json(payload))
+
+    def send(self, message: OutgoingMessage) -> Outcome:
+        """Send once."""
+        prepared = self.prepare(message)
+        if not isinstance(prepared, Prepared):
+            return prepared
+        outcome = self._client.deliver(message, prepared, self._read, statuses=self._dialect.statuses)
+        if self.idempotent and isinstance(outcome, Sent):
+            self._check_id(message, outcome)
+        return outcome
+
+    @property
+    def look_up(self) -> Callable[[OutgoingMessage], Sent | None] | None:
+        """Asks for a message: `Sent` if the gateway stored it; None proves nothing. Is None where none can be asked."""
+        find_path = self._dialect.find_path
+        return None if find_path is None else partial(self._find, find_path)
+
+    def _find(self, find_path: str, message: OutgoingMessage) -> Sent | None:
+        message_id = whatsapp_message_id(message.delivery_id)
+        found = self._ask("POST", find_path, {"where": {"key": {"id": message_id, "fromMe": True}}})
+        records = value_at(found, "messages", "records")
+        for record in records if isinstance(records, list) else []:
+            updates = value_at(record, "MessageUpdate")
+            is_refused = isinstance(updates, list) and any(value_at(update, "status") == "ERROR" for update in updates)
+            if value_at(record, "key", "id") == message_id and not is_refused:
+                return Sent(message_id)
+        return None
+
+    def _read(self, answer: Answer) -> Sent | Finding | None:
+        if answer.is_success:
+            provider_id = self._dialect.provider_id(answer.json)
+            return Sent(provider_id) if provider_id or self._proves_itself(answer) else None
+        said = self._dialect.error_text(answer.json)
+        for words in self._dialect.words:
+            if words.match(answer.status, said):
+                return Finding(words.proof, f"{self._dialect.name}: {words.because} (HTTP {answer.status})")
+        return None
+
+    def _proves_itself(self, answer: Answer) -> bool:
+        # A 201 is rare enough to be the gateway's own; any page of a proxy is a 200.
+        return answer.status == self._dialect.success == 201  # noqa: PLR2004
+
+    def _takes_ids(self) -> bool:
+        """Whether the gateway is known to take message ids, if that matters; once yes, always yes."""
+        if not self._ids_are_taken:
+            version = value_at(self._ask("GET", "/"), "version")
+            numbers = re.match(r"([0-9]{1,4})\.([0-9]{1,4})\.", version) if isinstance(version, str) else None
+            first = self._dialect.first_with_message_id
+            self._ids_are_taken = bool(numbers and first and (int(numbers[1]), int(numbers[2])) >= first)
+            if numbers and not self._ids_are_taken:
+                logger.error("engagement.gateway_ignores_message_ids transport=%s", self._dialect.name)
+        return self._ids_are_taken
+
+    def _check_id(self, message: OutgoingMessage, outcome: Sent) -> None:
+        """Stop for good if the gateway made an id of its own: with it a repeat would be a second message."""
+        if outcome.provider_message_id not in {None, whatsapp_message_id(message.delivery_id)}:
+            self._ids_are_ignored.set()
+            logger.error("engagement.gateway_ignores_message_ids transport=%s", self._dialect.name)
+
+    def _ask(self, method: str, path: str, payload: Mapping[str, Any] | None = None) -> Any:
+        body = None if payload is None else as_json(payload)
+        answer = self._client.request(method, self._path(path), body, within=PROBE_TIMEOUT)
+        return answer.json if isinstance(answer, Answer) and answer.is_success else None
+
+    def _path(self, path: str) -> str:
+        return path.format(session=quote(self._session, safe=""))

@@ -1,0 +1,138 @@
+"""What an HTTP failure proves about a message, before the provider's own words are looked at."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from enum import StrEnum
+from typing import Any
+
+import httpx
+
+from engagement.outcomes import LONGEST_DELAY
+
+
+class Proof(StrEnum):
+    """What is known of a message after its request failed."""
+
+    NOT_SENT = "not sent"
+    """It did not leave, and may be tried again: `NotSent`."""
+    WAIT = "not sent, wait"
+    """Likewise, and nothing else would leave now: `NotSent`, and `ready()` is False for a moment."""
+    STOPPED = "not sent, stopped"
+    """The sender is at fault, its key, account or address: `Postpone`, which costs the message no retry, and `ready()`
+    is False for a while. With `NotSent`, one expired key would fail the whole queue."""
+    REFUSED = "refused"
+    """It did not leave and never will: `Refused`."""
+    IN_DOUBT = "in doubt"
+    """It may have left: `InDoubt`, and `ready()` is False for a moment, so that a provider that answers nothing but
+    errors does not put one message after the other in doubt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back: the status line and headers, and as much of the body as came."""
+
+    status: int
+    headers: httpx.Headers = field(default_factory=httpx.Headers, repr=False)
+    body: bytes = field(default=b"", repr=False)
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the status is a 2xx."""
+        return 200 <= self.status < 300  # noqa: PLR2004 - statuses have no better names
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON, or None if it is none (also if it came only in part)."""
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            return None
+
+    @property
+    def retry_after(self) -> timedelta | None:
+        """What Retry-After asks for; a date in it is read by the server's own clock if the answer tells it."""
+        given = self.headers.get("retry-after", "").strip()
+        if re.fullmatch(r"[0-9]{1,10}", given):
+            return _bounded(timedelta(seconds=int(given)))
+        until = _http_date(given)
+        if until is None:
+            return None
+        return _bounded(until - (_http_date(self.headers.get("date", "")) or datetime.now(UTC)))
+
+
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """No status line came back; `error` is the kind of error. The error itself is dropped: httpx's hold the key."""
+
+    error: type[Exception]
+
+
+def what_it_proves(failure: Answer | Silence) -> Proof:
+    """Return what a failed request proves by itself, before the provider's own words are looked at.
+
+    | failure | it proves | because |
+    |---|---|---|
+    | ConnectError, ConnectTimeout, PoolTimeout, ProxyError, UnsupportedProtocol | not sent, wait | there was no \
+connection (DNS, refused, TLS, proxy, no free place in the pool), so nothing was written |
+    | WriteError, WriteTimeout | in doubt | the last byte may have been written before |
+    | ReadTimeout, ReadError, RemoteProtocolError, every other error of httpx | in doubt | the request was or may have \
+been written, and no answer came |
+    | 2xx | in doubt | it succeeded, but not in the provider's words: the page of a proxy, half an answer |
+    | 300, 302, 303, 304 | in doubt | what redirects like this may have acted before (RFC 9110, 15.4.4) |
+    | 301, 307, 308 | not sent, stopped | the address has moved (RFC 9110, 15.4.2, 15.4.8, 15.4.9); it is not followed |
+    | 401, 402, 403, 407 | not sent, stopped | the sender is not allowed to |
+    | 404, 405, 406, 410, 411, 415, 421, 426 | not sent, stopped | the address or what is spoken there is wrong, for \
+every message alike |
+    | 408 | not sent | the server did not get the whole request (RFC 9110, 15.5.9) |
+    | 409 | in doubt | it conflicts with what is there: perhaps the same message, still being sent |
+    | 425 | not sent | the server would not risk it yet (RFC 8470, 5.2) |
+    | 429 | not sent, wait | too many requests (RFC 6585, 4), with Retry-After or without |
+    | 400, 413, 414, 422, 431, 451 | refused | the request was understood, and is wrong as it is |
+    | every other 4xx | refused | the error is the client's (RFC 9110, 15.5) |
+    | 503 with Retry-After | not sent, wait | the server asks to come back (RFC 9110, 15.6.4) |
+    | 503 without Retry-After | in doubt | proxies say it too when what is behind them hung up in the middle |
+    | 501, 505, 511 | not sent, stopped | the server, or a login page before it, does not do this at all |
+    | every other 5xx | in doubt | it may have failed after it had acted; for 502 and 504 see 503 |
+
+    Nothing is `refused` or `not sent` that could have left. What a provider documents otherwise comes before this.
+    """
+    if isinstance(failure, Silence):
+        return Proof.WAIT if issubclass(failure.error, _NO_CONNECTION) else Proof.IN_DOUBT
+    if failure.status == httpx.codes.SERVICE_UNAVAILABLE and failure.retry_after is not None:
+        return Proof.WAIT
+    is_client_error = 400 <= failure.status < 500  # noqa: PLR2004
+    return _BY_STATUS.get(failure.status, Proof.REFUSED if is_client_error else Proof.IN_DOUBT)
+
+
+_NO_CONNECTION = (
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    httpx.PoolTimeout,
+    httpx.ProxyError,
+    httpx.UnsupportedProtocol,
+)
+_BY_STATUS = (
+    dict.fromkeys((301, 307, 308), Proof.STOPPED)
+    | dict.fromkeys((401, 402, 403, 407), Proof.STOPPED)
+    | dict.fromkeys((404, 405, 406, 410, 411, 415, 421, 426), Proof.STOPPED)
+    | dict.fromkeys((408, 425), Proof.NOT_SENT)
+    | {409: Proof.IN_DOUBT, 429: Proof.WAIT}
+    | dict.fromkeys((501, 505, 511), Proof.STOPPED)
+)
+
+
+def _http_date(text: str) -> datetime | None:
+    try:
+        moment = parsedate_to_datetime(text)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _bounded(delay: timedelta) -> timedelta:
+    return min(max(delay, timedelta(0)), LONGEST_DELAY)

@@ -1,0 +1,57 @@
+"""A dry run: does everything but send."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol
+
+from engagement.messages import OutgoingMessage
+from engagement.outcomes import Postpone
+from engagement.tally import logger
+from engagement.transports.client import Prepared
+
+
+class PreparingTransport(Protocol):
+    """A transport that can say what it would send: each of this package's that speaks HTTP."""
+
+    def prepare(self, message: OutgoingMessage, /) -> Any:
+        """Return the request, or the outcome that there would be instead of one."""
+
+
+class Shadow:
+    """Prepares each message as `transport` would and sends none, so that it can run on production data.
+
+    Every message stays pending and is postponed by `again_after`: a dry run calls nothing sent that was not, and
+    nothing failed. Its history then tells what would have become of it. `ready` and `look_up` are the transport's own.
+    """
+
+    idempotent = False
+
+    def __init__(self, transport: PreparingTransport, *, again_after: timedelta = timedelta(hours=1)) -> None:
+        if again_after <= timedelta(0):
+            raise ValueError("again_after: must be positive")
+        self._transport = transport
+        self._again_after = again_after
+
+    @property
+    def look_up(self) -> Callable[[OutgoingMessage], Any] | None:
+        """What became of a message that a real worker left behind."""
+        found: Callable[[OutgoingMessage], Any] | None = getattr(self._transport, "look_up", None)
+        return found
+
+    def ready(self) -> bool:
+        """Ask the transport."""
+        ask = getattr(self._transport, "ready", None)
+        return True if ask is None else bool(ask())
+
+    def send(self, message: OutgoingMessage) -> Postpone:
+        """Prepare the message, and put it off."""
+        prepared = self._transport.prepare(message)
+        if isinstance(prepared, Prepared):
+            reason = f"shadow: would be sent, {len(prepared.body)} bytes"
+        else:
+            outcome = type(prepared).__name__
+            reason = f"shadow: would be {outcome}: {getattr(prepared, 'reason', '')}"
+        logger.info("engagement.shadow message_id=%s attempt=%s %s", message.id, message.attempt, reason)
+        return Postpone(datetime.now(UTC) + self._again_after, reason)

@@ -1,0 +1,175 @@
+"""Any HTTP endpoint of the host's, which does the sending."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import ssl
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, Self
+
+import httpx
+
+from engagement.messages import OutgoingMessage
+from engagement.outcomes import NotSent, Outcome, Refused, Sent
+from engagement.transports.client import PROBE_TIMEOUT, Prepared, ProviderClient
+from engagement.transports.http import Answer, Silence
+from engagement.transports.rendering import Render, as_json, refusal_of, words_of
+from engagement.transports.settings import Settings
+
+LONGEST_TEXT = 1_000_000
+SECRET_PREFIX = "whsec_"  # noqa: S105 - the form of a secret, not one
+SHORTEST_SECRET = 24
+
+
+class Webhook:
+    """Posts each message as JSON. Thread-safe; made once for a process.
+
+    The body holds delivery_id, message_id, message_type, message_key, message_params, user_id, destination,
+    destination_jid, scheduled_for and, with a `render`, text: the same bytes at every attempt, as long as `render` says
+    the same. The header `Idempotency-Key` is the delivery id; `Engagement-Attempt` counts the attempts.
+
+    With a `secret` the request is signed as Standard Webhooks 1.0 describes it, so that the receiver can check it with
+    one of that project's libraries: `webhook-signature` is `v1,` and the Base64 of the HMAC-SHA256 of
+    `{webhook-id}.{webhook-timestamp}.{body}`, where the id is the delivery id. The secret is `whsec_` and 24 bytes or
+    more in Base64. An old request can thus not be replayed, if the receiver looks at the timestamp.
+
+    Any 2xx means that the endpoint took the message: `Sent`, with `provider_message_id` if the answer is JSON that has
+    one. All else is `what_it_proves`. Set `idempotent` if the endpoint does a delivery id once for good, also when two
+    requests for it come at the same time: a message in doubt is sent again then.
+
+    `authorization` is sent as the header of that name. `url` may hold a token; only its host is ever shown.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        render: Render[str] | None = None,
+        secret: str | None = None,
+        authorization: str | None = None,
+        idempotent: bool = False,
+        answer_within: timedelta = timedelta(seconds=30),
+        connect_within: timedelta = timedelta(seconds=5),
+        connections: int = 100,
+        verify: ssl.SSLContext | bool = True,
+    ) -> None:
+        self.idempotent = idempotent
+        self._url = url
+        self._render = render
+        self._key = None if secret is None else signing_key(secret)
+        self._client = ProviderClient(
+            "webhook",
+            url,
+            headers={} if authorization is None else {"Authorization": authorization},
+            answer_within=answer_within,
+            connect_within=connect_within,
+            connections=connections,
+            verify=verify,
+        )
+
+    @classmethod
+    def from_environment(cls, *, environ: Mapping[str, str] | None = None, render: Render[str] | None = None) -> Self:
+        """Make one from variables: ENGAGEMENT_RENDER (may be left out), and ENGAGEMENT_WEBHOOK_ before each of these.
+
+        URL (or URL_FILE), SECRET (or SECRET_FILE), AUTHORIZATION (or AUTHORIZATION_FILE), IDEMPOTENT (`no`),
+        ANSWER_SECONDS (30), CONNECT_SECONDS (5). Raises `ValueError` that names the variable.
+        """
+        settings = Settings("ENGAGEMENT_WEBHOOK_", environ)
+        return cls(
+            url=settings.secret("URL") or settings.text("URL"),
+            render=render or settings.render(),
+            secret=settings.secret("SECRET"),
+            authorization=settings.secret("AUTHORIZATION"),
+            idempotent=settings.flag("IDEMPOTENT"),
+            answer_within=settings.seconds("ANSWER_SECONDS", timedelta(seconds=30)),
+            connect_within=settings.seconds("CONNECT_SECONDS", timedelta(seconds=5)),
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def ready(self) -> bool:
+        """Whether nothing is known against it. At first and after trouble, any answer to HEAD but a 5xx will do."""
+        if not self._client.may_try():
+            return False
+        return not self._client.is_suspect or self._answers()
+
+    def prepare(self, message: OutgoingMessage) -> Prepared | Refused | NotSent:
+        """Return the request that `send` makes, or why there is none."""
+        payload: dict[str, Any] = {
+            "delivery_id": str(message.delivery_id),
+            "message_id": message.id,
+            "message_type": message.message_type,
+            "message_key": message.message_key,
+            "message_params": message.message_params,
+            "user_id": message.user_id,
+            "destination": str(message.destination),
+            "destination_jid": message.destination_jid,
+            "scheduled_for": message.scheduled_for.isoformat(),
+        }
+        if self._render is not None:
+            text = words_of(self._render, message)
+            if isinstance(text, Refused | NotSent):
+                return text
+            refusal = refusal_of(text, most_characters=LONGEST_TEXT)
+            if refusal is not None:
+                return refusal
+            payload["text"] = text
+        body = as_json(payload)
+        return Prepared(self._url, body, self._headers(message, body))
+
+    def send(self, message: OutgoingMessage) -> Outcome:
+        """Send once."""
+        prepared = self.prepare(message)
+        return self._client.deliver(message, prepared, _read) if isinstance(prepared, Prepared) else prepared
+
+    def _headers(self, message: OutgoingMessage, body: bytes) -> dict[str, str]:
+        delivery_id = str(message.delivery_id)
+        headers = {"Idempotency-Key": delivery_id, "Engagement-Attempt": str(message.attempt)}
+        if self._key is not None:
+            timestamp = int(time.time())
+            headers |= {
+                "webhook-id": delivery_id,
+                "webhook-timestamp": str(timestamp),
+                "webhook-signature": signature(self._key, delivery_id, timestamp, body),
+            }
+        return headers
+
+    def _answers(self) -> bool:
+        answer = self._client.request("HEAD", self._url, within=PROBE_TIMEOUT)
+        if isinstance(answer, Silence) or answer.status >= httpx.codes.INTERNAL_SERVER_ERROR:
+            self._client.note_trouble()
+        else:
+            self._client.note_answer()
+        return not self._client.is_suspect
+
+
+def _read(answer: Answer) -> Sent | None:
+    if not answer.is_success:
+        return None
+    data = answer.json
+    provider_id = data.get("provider_message_id") if isinstance(data, dict) else None
+    return Sent(provider_id if isinstance(provider_id, str) else None)
+
+
+def signature(key: bytes, webhook_id: str, timestamp: int, body: bytes) -> str:
+    """Return the signature of a request, as Standard Webhooks 1.0 describes it."""
+    digest = hmac.digest(key, f"{webhook_id}.{timestamp}.".encode() + body, hashlib.sha256)
+    return f"v1,{base64.b64encode(digest).decode()}"
+
+
+def signing_key(secret: str) -> bytes:
+    """Return the key that a secret stands for; raise `ValueError` if it is none or weak."""
+    try:
+        key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if not secret.startswith(SECRET_PREFIX) or len(key) < SHORTEST_SECRET:
+        raise ValueError(f"secret: must be {SECRET_PREFIX} and {SHORTEST_SECRET} bytes or more in Base64")
+    return key

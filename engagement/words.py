@@ -1,0 +1,248 @@
+"""From a message's key and params to words in the person's language, or to a clear no, before anything is sent.
+
+A person never sees a placeholder: what cannot be said whole is not said.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engagement.messages import OutgoingMessage
+from engagement.outcomes import Outcome, Refused
+from engagement.policies import Gate, plain_function
+from engagement.sending import Transport
+
+if TYPE_CHECKING:
+    from fluent.runtime import FluentBundle
+
+    from engagement.lint_catalogues import Catalogue
+
+CATALOGUES = Path(__file__).parent / "catalogues"
+"""The words of the demo: English and Brazilian Portuguese, and an example to start from."""
+
+Renderer = Callable[[str, Mapping[str, Any], str], str]
+"""`renderer(message_key, message_params, locale)` returns the text, or raises `NoWords`. It is called from several
+threads at once."""
+
+_FLUENT_ID = re.compile(r"[a-zA-Z][a-zA-Z0-9_-]*")
+
+
+class NoWords(LookupError):  # noqa: N818 - what happened
+    """A message that cannot be said whole. The text names keys, locales and parameters, never their values."""
+
+
+class LocaleUnknown(RuntimeError):  # noqa: N818 - what happened
+    """The host's `locale_of` failed or answered no text. Trying again may help."""
+
+
+def speaking(renderer: Renderer, locale_of: Callable[[OutgoingMessage], str]) -> Callable[[OutgoingMessage], str]:
+    """Return a function from a message to its text in the person's language: what our transports take as `render`.
+
+    It raises `NoWords` for what cannot be said, an empty text included, which a transport answers with `Refused`;
+    `LocaleUnknown` if `locale_of` fails, and whatever else `renderer` raises, both of them `NotSent`.
+    """
+    plain_function("renderer", renderer)
+    plain_function("locale_of", locale_of)
+
+    def say(message: OutgoingMessage) -> str:
+        try:
+            locale = locale_of(message)
+        except Exception as error:
+            # A KeyError of the host's must not look like a message that cannot be said.
+            raise LocaleUnknown(f"locale_of raised {type(error).__name__}") from error
+        if not isinstance(locale, str):
+            raise LocaleUnknown(f"locale_of answered {type(locale).__name__}, not text")
+        text = renderer(message.message_key, message.message_params, locale)
+        if not isinstance(text, str) or not says_something(text):
+            raise NoWords(f"{message.message_key} is empty in {locale}")
+        return text
+
+    return say
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class RenderedMessage(OutgoingMessage):
+    """An `OutgoingMessage` with its words: what a transport inside `Rendered` is given."""
+
+    text: str
+
+    __hash__ = OutgoingMessage.__hash__
+
+
+class Rendered(Gate):
+    """Gives any transport inside each message with its `text`, in the person's language, as `speaking` finds it.
+
+    What cannot be said is `Refused`, with the reason; a look-up that fails is `NotSent`. Nothing has left by then.
+    """
+
+    def __init__(self, transport: Transport, renderer: Renderer, locale_of: Callable[[OutgoingMessage], str]) -> None:
+        super().__init__(transport)
+        self._say = speaking(renderer, locale_of)
+
+    def check(self, message: OutgoingMessage) -> OutgoingMessage | Outcome:
+        """Return the message with its words."""
+        try:
+            text = self._say(message)
+        except NoWords as error:
+            return Refused(f"no words: {error}")
+        given = {field.name: getattr(message, field.name) for field in fields(OutgoingMessage)}
+        return RenderedMessage(**given, text=text)
+
+
+def says_something(text: str) -> bool:
+    """Whether a person would see anything: spaces and invisible characters are nothing."""
+    return any(character.isprintable() and not character.isspace() for character in text)
+
+
+def fluent_id(message_key: str) -> str:
+    """Return the id of a key in the catalogues: each dot becomes a hyphen, and nothing else changes.
+
+    >>> fluent_id("goodbye.14_days")
+    'goodbye-14_days'
+
+    Raises `NoWords` if that is no id: a letter, then letters, digits, `_` and `-`.
+    """
+    name = message_key.replace(".", "-")
+    if not _FLUENT_ID.fullmatch(name):
+        raise NoWords("the message key is no key of a catalogue: a letter, then letters, digits, '.', '_' and '-'")
+    return name
+
+
+class FluentRenderer:
+    """Renders with Project Fluent, from the catalogues in `path`: `<locale>/*.ftl`. Needs the extra `words`.
+
+    A text is looked for in the locale asked for, in each shorter form of it, and in `default`: `pt-BR`, `pt`, `en`.
+    `fallbacks` puts others in between: `{"pt": ["pt-BR"]}` gives somebody from Portugal Brazilian words rather than
+    English ones. Case and `_` for `-` do not matter. A locale without a catalogue gets the default.
+
+    Numbers are given as JSON numbers, true and false as the words for variants, and dates as ISO 8601 text that the
+    catalogue declares to be a date: `{ DATETIME($day, dateStyle: "long") }`. A time is shown in its own offset.
+
+    Thread-safe. Raises `ValueError` if a file cannot be parsed, or `default` has no catalogue.
+    """
+
+    def __init__(
+        self,
+        path: Path | str = CATALOGUES,
+        *,
+        default: str = "en",
+        fallbacks: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        from engagement.lint_catalogues import read_catalogues
+
+        if not Path(path).is_dir():
+            raise ValueError("catalogues: the path is no folder")
+        catalogues = read_catalogues(path)
+        unreadable = [str(problem) for catalogue in catalogues.values() for problem in catalogue.problems]
+        if unreadable:
+            raise ValueError(f"catalogues: {'; '.join(unreadable)}")
+        self._voices = {_tag(locale): _Voice(catalogue) for locale, catalogue in catalogues.items()}
+        self._fallbacks = {_tag(locale): list(map(_tag, others)) for locale, others in (fallbacks or {}).items()}
+        self._default = _tag(default)
+        if self._default not in self._voices:
+            raise ValueError(f"default: there is no catalogue for {default}")
+
+    def __call__(self, message_key: str, message_params: Mapping[str, Any], locale: str) -> str:
+        """Return the text, or raise `NoWords`."""
+        name = fluent_id(message_key)
+        for voice in self._chain(locale):
+            if voice.knows(name):
+                return voice.say(name, message_params)
+        raise NoWords(f"{name} is in no catalogue for {locale}")
+
+    def _chain(self, locale: str) -> list[_Voice]:
+        tags: list[str] = []
+        for tag in (*_shorter_forms(_tag(locale)), *_shorter_forms(self._default)):
+            tags += [tag, *self._fallbacks.get(tag, ())]
+        return [self._voices[tag] for tag in dict.fromkeys(tags) if tag in self._voices]
+
+
+def __getattr__(name: str) -> Any:
+    """Make `render` when it is asked for, so that broken catalogues stop a command before anything is claimed.
+
+    For hosts that only configure: `ENGAGEMENT_RENDER=engagement.words:render` says each message from the catalogues in
+    ENGAGEMENT_CATALOGUES (default: the demo's), in the locale that its params name as `locale` (default: English).
+    """
+    if name != "render":
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    renderer = FluentRenderer(os.environ.get("ENGAGEMENT_CATALOGUES") or CATALOGUES)
+    return speaking(renderer, lambda message: message.message_params.get("locale", ""))
+
+
+class _Voice:
+    """One locale's catalogue, ready to speak."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._locale = catalogue.locale
+        self._bundle = _bundle(catalogue)
+        # Found now, since Fluent itself shows some of them to the person without calling them errors.
+        self._faults = {key: needs.faults for key in catalogue.messages if (needs := catalogue.needs(key)).faults}
+
+    def knows(self, name: str) -> bool:
+        return self._bundle.has_message(name)
+
+    def say(self, name: str, params: Mapping[str, Any]) -> str:
+        pattern = self._bundle.get_message(name).value
+        if pattern is None or name in self._faults:
+            raise NoWords(f"{name} in {self._locale} {'; '.join(self._faults.get(name, ['has no text']))}")
+        try:
+            text, errors = self._bundle.format_pattern(pattern, {key: _value(params[key]) for key in params})
+        except Exception as error:  # noqa: BLE001 - whatever it is, the text is not whole
+            errors, text = [error], ""
+        if errors:
+            raise NoWords(f"{name} in {self._locale}: {'; '.join(map(_without_values, errors))}") from None
+        if not isinstance(text, str) or not says_something(text):
+            raise NoWords(f"{name} in {self._locale} is empty")
+        return text
+
+
+def _bundle(catalogue: Catalogue) -> FluentBundle:
+    from fluent.runtime import FluentBundle
+    from fluent.syntax import ast
+
+    # Isolation marks would stay visible in what a person copies out of a chat.
+    bundle = FluentBundle([catalogue.locale], functions={"DATETIME": _datetime}, use_isolating=False)
+    bundle.add_resource(ast.Resource([*catalogue.messages.values(), *catalogue.terms.values()]))
+    return bundle
+
+
+def _value(value: Any) -> Any:
+    # Fluent takes a bool for a number and would say 1.
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _datetime(value: Any, **options: Any) -> Any:
+    from fluent.runtime.types import fluent_date
+
+    return fluent_date(_moment(value) if isinstance(value, str) else value, **options)
+
+
+def _moment(text: str) -> date | datetime:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        return datetime.fromisoformat(text)
+
+
+def _without_values(error: Exception) -> str:
+    from fluent.runtime.errors import FluentReferenceError
+
+    # These name what is missing; the texts of others may quote a parameter.
+    return (
+        str(error) if isinstance(error, FluentReferenceError) else f"a parameter does not fit: {type(error).__name__}"
+    )
+
+
+def _tag(locale: str) -> str:
+    return re.split(r"[.@]", locale, maxsplit=1)[0].replace("_", "-").lower()
+
+
+def _shorter_forms(tag: str) -> list[str]:
+    parts = tag.split("-")
+    return ["-".join(parts[:length]) for length in range(len(parts), 0, -1)]

@@ -1,0 +1,20 @@
+"""The host's migrations. Autogenerate looks at everything but our tables."""
+
+import os
+
+from alembic import context
+from own_history import Base
+from sqlalchemy import create_engine
+from sqlalchemy.pool import NullPool
+
+from engagement import migrations
+
+engine = create_engine(os.environ["DATABASE_URL"], poolclass=NullPool)
+with engine.connect() as connection:
+    context.configure(
+        connection=connection,
+        target_metadata=Base.metadata,
+        include_name=migrations.includes_all_but_ours,
+    )
+    with context.begin_transaction():
+        context.run_migrations()

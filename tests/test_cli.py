@@ -1,0 +1,764 @@
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import pytest
+from conftest import new_message, queue, row
+from sqlalchemy import text
+
+from engagement import migrations
+from engagement.cli import cli, duration, masked, positive_duration
+from engagement.transports import TransportNotFound, load_transport
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 20
+CONSOLE = "engagement.transports.console:Console"
+
+
+class Ran(NamedTuple):
+    """What came of a command."""
+
+    status: int
+    out: str
+    err: str
+
+
+def url_of(engine) -> str:
+    return engine.url.render_as_string(hide_password=False)
+
+
+@pytest.fixture(name="run")
+def _run(monkeypatch, capfd, tmp_path):
+    """Run a command in this process, in a directory of its own, and return its status and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ENGAGEMENT_DATABASE_URL", raising=False)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+
+    def run(*arguments, on=None):
+        if on is not None:
+            monkeypatch.setenv("ENGAGEMENT_DATABASE_URL", url_of(on))
+        with pytest.raises(SystemExit) as leaving:
+            cli.main(args=[str(argument) for argument in arguments], prog_name="engagement")
+        printed = capfd.readouterr()
+        return Ran(leaving.value.code, printed.out, printed.err)
+
+    return run
+
+
+def program(*arguments, on=None, **options):
+    """Start the command as a process of its own, in a session of its own, as a terminal or a supervisor does."""
+    environment = (
+        os.environ | {"PYTHONPATH": str(ROOT)} | ({} if on is None else {"ENGAGEMENT_DATABASE_URL": url_of(on)})
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    command = [sys.executable, "-m", "engagement.cli", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+
+
+@contextmanager
+def killed_at_the_end(process):
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def scalar(engine, sql):
+    with engine.connect() as connection:
+        return connection.scalar(text(sql))
+
+
+def statuses(engine):
+    with engine.connect() as connection:
+        return list(connection.scalars(text("SELECT status FROM engagement_message_queue ORDER BY id")))
+
+
+def line(user_id="ana", **fields) -> str:
+    given = {
+        "user_id": user_id,
+        "message_type": "goodbye",
+        "message_key": "goodbye.14_days",
+        "destination": "individual",
+        "destination_jid": "447700900101@s.whatsapp.net",
+    }
+    return json.dumps(given | fields) + "\n"
+
+
+# The table
+
+
+def test_the_table_is_made_kept_and_taken_away(run, empty_engine):
+    """Upgrade makes the table, twice is as good as once, `current` tells, and downgrade takes it away."""
+    assert run("current", on=empty_engine)[:2] == (3, "revision=\nnewest=eng_0001\n")
+    assert run("upgrade")[:2] == (0, "upgraded to eng_0001\n")
+    assert run("upgrade")[:2] == (0, "already at eng_0001\n")
+    assert json.loads(run("current", "--json").out) == {"revision": "eng_0001", "newest": "eng_0001"}
+    assert run("downgrade")[:2] == (0, "downgraded to base: the table is gone\n")
+    assert scalar(empty_engine, "SELECT to_regclass('engagement_message_queue')") is None
+
+
+def test_nobody_loses_messages_to_a_downgrade_unasked(run, empty_engine):
+    """A downgrade that would drop messages is refused where nobody can be asked, until it is told --yes."""
+    migrations.upgrade(empty_engine)
+    queue(empty_engine, new_message())
+
+    refused = run("downgrade", on=empty_engine)
+    assert (refused.status, refused.err) == (
+        2,
+        "engagement: there are 1 messages. To downgrade all the same, add --yes\n",
+    )
+    assert statuses(empty_engine) == ["pending"]
+    assert run("downgrade", "--yes").status == 0
+
+
+def test_every_command_finds_the_table_in_its_schema(run, empty_engine):
+    """A schema that is named is created by upgrade and used by all the others."""
+    run("upgrade", "--schema", "messaging", on=empty_engine)
+    Path("messages.jsonl").write_text(line())
+
+    assert run("queue", "messages.jsonl", "--schema", "messaging").status == 0
+    assert run("process", "--transport", CONSOLE, "--schema", "messaging").status == 0
+    assert json.loads(run("status", "--json", "--schema", "messaging").out)["sent"] == 1
+    assert run("current", "--schema", "messaging").status == 0
+    assert scalar(empty_engine, "SELECT status FROM messaging.engagement_message_queue") == "sent"
+    assert "upgrade --schema other" in run("status", "--schema", "other").err
+
+
+def test_the_sql_of_an_upgrade_can_be_run_by_a_person(run, empty_engine):
+    """`upgrade --sql` needs no database, and what it prints makes the same table."""
+    printed = run("upgrade", "--sql")
+    with empty_engine.begin() as connection:
+        connection.exec_driver_sql(printed.out.replace("BEGIN;", "").replace("COMMIT;", "").replace("%", "%%"))
+
+    assert printed.status == 0
+    assert run("current", on=empty_engine).status == 0
+
+
+def test_an_unknown_revision_is_told(run, engine):
+    """A revision that is not there is one clear line."""
+    assert run("upgrade", "eng_9999", on=engine)[::2] == (
+        2,
+        "engagement: Can't locate revision identified by 'eng_9999'\n",
+    )
+
+
+# Where the database is
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg", "postgresql+asyncpg"])
+def test_any_spelling_of_a_postgresql_url_will_do(run, engine, scheme):
+    """Hosts spell their URLs for other drivers; ours is used."""
+    url = url_of(engine).replace("postgresql+psycopg", scheme)
+
+    assert run("status", "--database-url", url).status == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("", "no database given. Set ENGAGEMENT_DATABASE_URL="),
+        ("host=localhost password=hunter2", "the database URL cannot be read. It looks like postgresql://"),
+        ("postgresql://me:hunter2@localhost:port/x", "the database URL cannot be read. It looks like postgresql://"),
+        ("mysql://me:hunter2@localhost/x", "the database URL is none of PostgreSQL."),
+        ("postgresql://me:hunter@2hunter2@localhost/x", "the database URL has an @ too many."),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_told_on_one_line_without_the_password(run, url, problem):
+    """What is wrong with the URL is said in one line with status 2, and its password is not."""
+    ran = run("status", "--database-url", url)
+
+    assert ran.status == 2
+    assert ran.err.startswith(f"engagement: {problem}")
+    assert ran.err.count("\n") == 1
+    assert "hunter" not in ran.out + ran.err
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:hunter2@127.0.0.1:1/hunter2",
+        "postgresql:///x?host=/nowhere&password=hunter2",
+        "postgresql://localhost/x?no_such_option=hunter2&password=hunter2",
+    ],
+)
+@pytest.mark.parametrize("command", [["status"], ["upgrade"], ["process", "--transport", CONSOLE]])
+def test_a_database_that_cannot_be_reached_is_status_3(run, url, command):
+    """An unreachable database is one line and status 3."""
+    ran = run(*command, "--database-url", url)
+
+    assert (ran.status, ran.out) == (3, "")
+    assert ran.err.startswith("engagement: cannot reach the database: ")
+    assert ran.err.count("\n") == 1
+    assert "hunter2" not in ran.err
+
+
+def test_a_password_is_masked_where_the_server_repeats_it(run, engine):
+    """A person whose name is the password is refused by name: even so it is not shown."""
+    url = engine.url.set(username="hunter2", password="hunter2").render_as_string(hide_password=False)
+    ran = run("status", "--database-url", url)
+
+    assert ran.status == 3
+    assert '"***"' in ran.err
+    assert "hunter2" not in ran.err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["queue", "messages.jsonl"], ["status"], ["process", "--transport", CONSOLE], ["work", "--transport", CONSOLE]],
+)
+def test_a_database_without_the_table_is_status_3(run, empty_engine, command):
+    """A table that is missing is one line that says what to run, before anything else is said."""
+    Path("messages.jsonl").write_text("{oops}\n")
+    ran = run(*command, on=empty_engine)
+
+    assert ran == (3, "", "engagement: the queue's table is missing or old. Run: engagement upgrade\n")
+
+
+def test_what_the_database_refuses_is_told_without_its_text(run, engine):
+    """An error of the server is named by its class and SQLSTATE: its text may show a row."""
+    with engine.begin() as connection:
+        connection.execute(text("CREATE ROLE engagement_nobody LOGIN"))
+    try:
+        url = engine.url.set(username="engagement_nobody").render_as_string(hide_password=False)
+        ran = run("status", "--database-url", url)
+    finally:
+        with engine.begin() as connection:
+            connection.execute(text("DROP ROLE engagement_nobody"))
+
+    assert ran == (3, "", "engagement: the database refused: InsufficientPrivilege 42501\n")
+
+
+# Queueing
+
+
+def test_the_good_lines_are_queued_and_the_bad_ones_told(run, engine):
+    """Good lines are queued, repeated ones counted, and each bad one is a line on standard error and makes status 1."""
+    Path("messages.jsonl").write_text(line("a") + "{oops}\n" + line("b", tz="Nowhere/City") + line("c") + line("a"))
+    first = run("queue", "messages.jsonl", on=engine)
+    again = run("queue", "messages.jsonl", "--json")
+
+    assert first[:2] == (1, "queued=2\nduplicates=1\nbad=2\n")
+    assert [problem.partition(": ")[0] for problem in first.err.splitlines()] == ["line 2", "line 3"]
+    assert "line 3: tz: is no time zone" in first.err
+    assert (again.status, json.loads(again.out)) == (1, {"queued": 0, "duplicates": 3, "bad": 2})
+    assert statuses(engine) == ["pending", "pending"]
+
+
+def test_a_file_without_bad_lines_is_status_0_also_the_second_time(run, engine):
+    """Duplicates are ordinary: queueing the same file again is well, and says that nothing was queued."""
+    Path("messages.jsonl").write_text(line("a") + line("b"))
+
+    assert run("queue", "messages.jsonl", on=engine)[:2] == (0, "queued=2\nduplicates=0\nbad=0\n")
+    assert run("queue", "messages.jsonl")[:2] == (0, "queued=0\nduplicates=2\nbad=0\n")
+
+
+def test_a_file_is_queued_whole_or_not_at_all(engine):
+    """Interrupted half-way, with thousands of lines already at the server, nothing is queued, and the status is 130."""
+    many = "".join(line(f"user{number}") for number in range(10_050)).encode()
+    with killed_at_the_end(program("queue", "-", on=engine)) as process:
+        process.stdin.write(many)
+        process.stdin.flush()
+        gathered = (
+            "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle in transaction'"
+            " AND query LIKE 'INSERT INTO pg_temp%' AND datname = current_database()"
+        )
+        wait_until(lambda: scalar(engine, gathered))
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=PATIENCE)
+
+    assert (process.returncode, err.strip()) == (130, b"engagement: interrupted")
+    assert statuses(engine) == []
+
+
+def wait_until(happened):
+    pause = threading.Event()
+    for _ in range(PATIENCE * 50):
+        if happened():
+            return
+        pause.wait(0.02)
+    pytest.fail(f"waited for {PATIENCE} seconds")
+
+
+def test_a_file_that_is_not_there_is_status_2(run, engine):
+    """A file that cannot be opened is one line."""
+    ran = run("queue", "nothing.jsonl", on=engine)
+
+    assert (ran.status, ran.err.count("\n")) == (2, 1)
+    assert "nothing.jsonl" in ran.err
+
+
+@pytest.mark.parametrize("source", ["messages.jsonl", "-"])
+def test_progress_is_shown_to_a_person_who_watches_a_file(engine, tmp_path, source):
+    """A progress bar appears on a terminal while a file is read, and not for a pipe, whose length nobody knows."""
+    many = "".join(line(f"user{number}") for number in range(1200)).encode()
+    (tmp_path / "messages.jsonl").write_bytes(many)
+    with terminal() as (screen, theirs):
+        with killed_at_the_end(program("queue", source, on=engine, cwd=tmp_path, stderr=theirs)) as process:
+            out, _ = process.communicate(many if source == "-" else None, PATIENCE)
+        shown = screen()
+
+    assert (process.returncode, out) == (0, b"queued=1200\nduplicates=0\nbad=0\n")
+    assert ("messages read" in shown) is (source != "-")
+
+
+@contextmanager
+def terminal():
+    """Hand out a function that returns what a terminal showed, and the terminal's other end for a process."""
+    ours, theirs = pty.openpty()
+    shown = bytearray()
+
+    def read():
+        with open(ours, "rb", buffering=0, closefd=False) as source:
+            try:
+                while some := source.read(4096):
+                    shown.extend(some)
+            except OSError:  # the last process that had it is gone
+                return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+
+    def screen():
+        if reader.is_alive():
+            os.close(theirs)
+            reader.join(PATIENCE)
+        return shown.decode()
+
+    try:
+        yield screen, theirs
+    finally:
+        screen()
+        os.close(ours)
+
+
+# Delivery
+
+
+def transport(source: str, name="transports") -> str:
+    """Write a module with `send` into the current directory, and return the option that names it."""
+    Path(f"{name}.py").write_text(textwrap.dedent(source))
+    sys.modules.pop(name, None)
+    return f"--transport={name}:send"
+
+
+def test_what_is_due_is_sent_and_summed_up(run, engine):
+    """A run without trouble prints what was sent, masked, then the counts, and is status 0."""
+    queue(engine, new_message("ana"), new_message("ben"))
+    ran = run("process", "--transport", CONSOLE, on=engine)
+
+    assert ran.status == 0
+    assert ran.out.startswith("message 1 to an individual: goodbye.14_days\nmessage 2 to an individual: ")
+    assert "processed=2\nsucceeded=2\nfailed=0\n" in ran.out
+    assert not re.search("ana|ben|Ana|@", ran.out + ran.err)
+    assert statuses(engine) == ["sent", "sent"]
+
+
+def test_json_is_all_that_standard_output_holds(run, engine):
+    """With --json what a transport prints goes to standard error, so that the output can be parsed."""
+    queue(engine, new_message())
+    ran = run("process", "--transport", CONSOLE, "--json", on=engine)
+
+    assert json.loads(ran.out)["succeeded"] == 1
+    assert ran.err == "message 1 to an individual: goodbye.14_days\n"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "expected"),
+    [
+        ("Sent()", 0, "sent"),
+        ("NotSent('+44 7700 900101 is busy')", 0, "pending"),
+        ("Refused('447700900101 is unknown')", 1, "failed"),
+        ("InDoubt('a@b.example did not answer')", 1, "in_doubt"),
+    ],
+)
+def test_failed_messages_and_doubts_are_status_1_with_their_reasons(run, engine, outcome, status, expected):
+    """What needs a person makes status 1; reasons are shown without numbers and addresses, or with them on demand."""
+    option = transport(f"from engagement import *\ndef send(message): return {outcome}\n")
+    queue(engine, new_message("a"))
+    ran = run("process", option, on=engine)
+    queue(engine, new_message("b"))
+    revealed = run("process", option, "--reveal", "--json")
+
+    assert (ran.status, revealed.status) == (status, status)
+    assert statuses(engine) == [expected, expected]
+    assert not re.search(r"900101|@", ran.out + ran.err)
+    for error in json.loads(revealed.out)["errors"]:
+        assert re.search(r"900101|a@b\.example", error["reason"])
+        assert f"message 1: {masked(error['reason'])}\n" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("HTTP 503 at 2026-01-31 09:00, code 131026", "HTTP 503 at 2026-01-31 09:00, code 131026"),
+        ("no account for 447700900101", "no account for ***"),
+        ("no account for +55 (11) 99999-0000", "no account for ***"),
+        ("447700900101@s.whatsapp.net is gone", "*** is gone"),
+    ],
+)
+def test_only_what_looks_personal_is_masked(reason, shown):
+    """Numbers and addresses of people are masked; codes, statuses and times are what an operator needs."""
+    assert masked(reason) == shown
+
+
+def test_warnings_are_logged_and_all_events_on_demand(run, engine):
+    """Standard error shows warnings only, and every event with --verbose."""
+    queue(engine, new_message("a"), new_message("b"))
+    quiet = run("process", "--transport", CONSOLE, "--limit=1", on=engine)
+    verbose = run("process", "--transport", CONSOLE, "--verbose")
+
+    assert quiet.err == ""
+    assert re.fullmatch(r"[-\d]+ [:,\d]+ INFO engagement\.sent message_id=2 attempt=1 status=sent\n", verbose.err)
+
+
+def test_the_limit_is_kept(run, engine):
+    """No more than --limit messages are sent, and none with 0."""
+    queue(engine, *(new_message(user) for user in "abc"))
+
+    assert "processed=0\n" in run("process", "--transport", CONSOLE, "--limit=0", on=engine).out
+    assert "processed=2\n" in run("process", "--transport", CONSOLE, "--limit=2").out
+    assert statuses(engine) == ["sent", "sent", "pending"]
+
+
+def test_the_other_options_reach_the_worker(run, engine):
+    """Retries, strictness, time-out, lease, pace and concurrency are what the command line says."""
+    ids = queue(engine, *(new_message(user) for user in "abcdef"))
+    failing = transport("def send(message): raise RuntimeError('oops')", "failing")
+    stuck = transport("import threading\ndef send(message): threading.Event().wait(10)", "stuck")
+    together = transport(
+        """
+        import threading
+        barrier = threading.Barrier(2, timeout=10)
+        def send(message):
+            barrier.wait()
+        """,
+        "together",
+    )
+
+    run("process", failing, "--limit=1", "--max-retries=1", on=engine)
+    run("process", failing, "--limit=1", "--strict")
+    run("process", stuck, "--limit=1", "--send-timeout=50ms")
+    run("process", together, "--limit=2", "--concurrency=2")
+    leased = run("process", reads_its_lease(), "--limit=1", "--lease=2h", "--reveal")
+
+    assert statuses(engine)[:5] == ["failed", "in_doubt", "in_doubt", "sent", "sent"]
+    assert row(engine, ids[2]).error_message == "no answer within 0.05 s"
+    assert f"message {ids[5]}: 2:00\n" in leased.err
+
+
+def reads_its_lease():
+    return transport(
+        """
+        import os
+        from sqlalchemy import create_engine, text
+        from engagement import Refused
+        HELD = "SELECT to_char(lease_expires_at - now() + interval '1 min', 'FMHH24:MI') FROM engagement_message_queue"
+        def send(message):
+            engine = create_engine(os.environ["ENGAGEMENT_DATABASE_URL"])
+            with engine.connect() as connection:
+                held = connection.scalar(text(HELD + f" WHERE id = {message.id}"))
+            engine.dispose()
+            return Refused(held)
+        """,
+        "leased",
+    )
+
+
+def test_sends_are_paced(run, engine):
+    """Between the starts of two sends lies at least --min-interval."""
+    queue(engine, *(new_message(user) for user in "abc"))
+    option = transport(
+        """
+        import time
+        from engagement import Refused
+        def send(message): return Refused(f"{time.monotonic():.6f}")
+        """,
+        "paced",
+    )
+    ran = run("process", option, "--min-interval=150ms", "--concurrency=3", "--json", on=engine)
+
+    times = [float(error["reason"]) for error in json.loads(ran.out)["errors"]]
+    assert [later - earlier >= 0.14 for earlier, later in pairwise(times)] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("given", "length"),
+    [
+        ("500ms", timedelta(milliseconds=500)),
+        ("30s", timedelta(seconds=30)),
+        ("1.5m", timedelta(seconds=90)),
+        ("2h", timedelta(hours=2)),
+        ("366d", timedelta(days=366)),
+        ("0s", timedelta(0)),
+    ],
+)
+def test_durations_are_written_with_a_unit(given, length):
+    """A number and a unit make a duration."""
+    assert duration(given) == length
+
+
+@pytest.mark.parametrize("given", ["", "5", "-5s", "5 s", "5min", "1e3s", "367d", "\u0665s", "5s\n", "nan"])
+def test_other_durations_are_refused(given):
+    """Without a unit it is anybody's guess, and over a year it is a mistake."""
+    with pytest.raises(click.BadParameter):
+        duration(given)
+
+
+def test_a_lease_of_nothing_is_refused(run, engine):
+    """Where nothing makes no sense it is a usage error on one line."""
+    ran = run("process", "--transport", CONSOLE, "--lease=0s", on=engine)
+
+    assert (ran.status, ran.err.count("\n")) == (2, 1)
+    assert "'--lease'" in ran.err
+    assert positive_duration("1ms") == timedelta(milliseconds=1)
+
+
+# How a transport is found
+
+FORMS = """
+from engagement import Sent
+made = []
+def function(message): return None
+def with_default(message=None): return None
+def factory():
+    made.append("factory")
+    return function
+class Class:
+    def __init__(self): made.append("class")
+    def send(self, message): return Sent()
+class Batches:
+    def send_many(self, messages): return Sent()
+class Callable:
+    def __call__(self, message): return None
+object_ = Class()
+callable_object = Callable()
+class Space:
+    inner = Class()
+number = 3
+def broken(): raise RuntimeError("no token\\nis set")
+class Needs:
+    def __init__(self, token): ...
+"""
+
+
+@pytest.fixture(name="forms")
+def _forms(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    (tmp_path / "forms.py").write_text(FORMS)
+    (tmp_path / "needs.py").write_text("import a_package_that_is_not_there")
+    (tmp_path / "oops.py").write_text("def (:")
+    yield
+    for name in ("forms", "needs", "oops"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("forms")
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("function", []),
+        ("with_default", []),
+        ("object_", ["class"]),
+        ("callable_object", []),
+        ("Space.inner", ["class"]),
+        ("factory", ["factory"]),
+        ("Class", ["class"]),
+        ("Batches", []),
+        ("Callable", []),
+    ],
+)
+def test_a_transport_may_have_any_of_these_forms(name, made):
+    """Functions and objects are taken as they are; classes and callables without arguments make one."""
+    found = load_transport(f"forms:{name}")
+    module = sys.modules["forms"]
+
+    assert not isinstance(found, type)
+    assert found is not module.factory
+    assert module.made[2:] == made if name in {"Class", "factory"} else module.made[:2] == ["class", "class"]
+
+
+@pytest.mark.usefixtures("forms")
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("forms", "write it as package.module:name"),
+        ("forms:", "write it as package.module:name"),
+        (":send", "write it as package.module:name"),
+        ("no_such.module:send", "there is no module no_such here or in this Python's packages"),
+        ("engagement.no_such:send", "there is no module engagement.no_such here or in this Python's packages"),
+        ("forms:no_such", "forms has no no_such"),
+        ("forms:number", "forms:number is a int, not a function or an object with send or send_many"),
+        ("forms:broken", "forms:broken() failed: RuntimeError: no token is set"),
+        ("forms:Needs", "forms:Needs() failed: TypeError: "),
+        ("needs:send", "needs cannot be imported: ModuleNotFoundError: No module named 'a_package_that_is_not_there'"),
+        ("oops:send", "oops cannot be imported: SyntaxError: "),
+    ],
+)
+def test_what_is_no_transport_is_told_on_one_line(run, engine, name, problem):
+    """Whatever is wrong with --transport is one line with status 2, and no traceback."""
+    ran = run("process", "--transport", name, on=engine)
+
+    assert (ran.status, ran.out) == (2, "")
+    assert f"Invalid value for '--transport': {problem}" in ran.err
+    assert ran.err.count("\n") == 1
+    with pytest.raises(TransportNotFound):
+        load_transport(name)
+
+
+# Stopping
+
+SLOW = """
+def send(message):
+    with open("started", "w") as started:
+        started.write(str(message.id))
+    with open("go") as go:
+        go.read()
+"""
+
+
+@pytest.fixture(name="stage")
+def _stage(engine, tmp_path):
+    """Prepare three messages, and a transport that says over a pipe when it sends, and waits at another to go on."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    os.mkfifo(tmp_path / "started")
+    os.mkfifo(tmp_path / "go")
+    queue(engine, *(new_message(user) for user in "abc"))
+    return tmp_path
+
+
+@contextmanager
+def in_a_send(engine, stage, command):
+    """Hand out a real process in the middle of its first send."""
+    with killed_at_the_end(program(command, "--transport=slow:send", "--lease=5m", on=engine, cwd=stage)) as process:
+        assert (stage / "started").read_text() == "1"
+        yield process
+
+
+@pytest.mark.parametrize(("command", "number"), [("work", signal.SIGTERM), ("process", signal.SIGINT)])
+def test_the_first_signal_lets_the_send_in_hand_finish(engine, stage, command, number):
+    """After a first signal the send in hand is finished and settled, nothing else is claimed, and the status is 0."""
+    with in_a_send(engine, stage, command) as process:
+        process.send_signal(number)
+        notice = process.stderr.readline().decode()
+        assert statuses(engine) == ["sending", "pending", "pending"]
+        (stage / "go").write_text("")
+        out, err = process.communicate(timeout=PATIENCE)
+
+    assert notice.startswith(f"engagement: {number.name}: stopping when the sends in hand are settled")
+    assert (process.returncode, err) == (0, b"")
+    assert b"succeeded=1\n" in out
+    assert statuses(engine) == ["sent", "pending", "pending"]
+    assert row(engine, 2).attempt == 0
+
+
+@pytest.mark.parametrize(("first", "second", "status"), [("SIGTERM", "SIGTERM", 143), ("SIGTERM", "SIGINT", 130)])
+def test_the_second_signal_leaves_at_once(engine, stage, first, second, status):
+    """After a second signal, of whichever kind, the process is gone in the middle of its send."""
+    with in_a_send(engine, stage, "work") as process:
+        process.send_signal(signal.Signals[first])
+        assert first in process.stderr.readline().decode()
+        process.send_signal(signal.Signals[second])
+        _, err = process.communicate(timeout=PATIENCE)
+
+    assert process.returncode == status
+    assert err.decode().startswith(f"engagement: {second} again: leaving at once")
+    assert statuses(engine) == ["sending", "pending", "pending"]
+
+
+def test_an_idle_worker_stops_at_once(empty_engine, tmp_path):
+    """A worker that waits for work, here on a table in a schema of its own, obeys without waiting for its poll."""
+    (tmp_path / "ready.py").write_text("def send(message): print(message.id, flush=True)")
+    migrations.upgrade(empty_engine, schema="messaging")
+    queue(empty_engine.execution_options(schema_translate_map={None: "messaging"}), new_message())
+    command = ("work", "--transport=ready:send", "--schema=messaging", "--poll-interval=1h")
+    with killed_at_the_end(program(*command, on=empty_engine, cwd=tmp_path)) as process:
+        assert process.stdout.readline() == b"1\n"
+        wait_until(lambda: scalar(empty_engine, "SELECT status FROM messaging.engagement_message_queue") == "sent")
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=PATIENCE)
+
+    assert process.returncode == 0
+
+
+# Looking, and all the rest
+
+
+def test_status_counts_and_tells_how_long_the_oldest_due_one_waits(run, engine):
+    """Every status is counted, zeros included; the wait is in seconds, and nothing if nothing is due."""
+    idle = run("status", on=engine)
+    queue(engine, new_message("a"), new_message("b"))
+    with engine.begin() as connection:
+        connection.execute(
+            text("UPDATE engagement_message_queue SET next_attempt_at = now() - interval '90 s' WHERE id = 1")
+        )
+    busy = json.loads(run("status", "--json").out)
+
+    assert idle[:2] == (
+        0,
+        "pending=0\nsending=0\nsent=0\nfailed=0\ncancelled=0\nexpired=0\nin_doubt=0\noldest_due_seconds=\n",
+    )
+    assert (busy["pending"], busy["sent"]) == (2, 0)
+    assert 90 <= busy["oldest_due_seconds"] < 90 + PATIENCE
+
+
+def test_a_person_gets_a_table(engine):
+    """On a terminal the same facts are a table."""
+    queue(engine, new_message())
+    with terminal() as (screen, theirs):
+        with killed_at_the_end(program("status", on=engine, stdout=theirs)) as process:
+            process.communicate(timeout=PATIENCE)
+        shown = screen()
+
+    assert process.returncode == 0
+    assert re.search(r"pending\W+1\W", shown)
+    assert "pending=" not in shown
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.commands)])
+def test_every_command_explains_itself(run, command):
+    """Help needs nothing and is status 0; the group's tells the exit statuses."""
+    ran = run(*command, "--help")
+
+    assert (ran.status, ran.err) == (0, "")
+    assert ran.out.startswith("Usage: engagement")
+    assert command or ("Exit status:" in ran.out and "engagement demo" in ran.out)
+
+
+def test_a_command_that_is_not_understood_is_status_2(run):
+    """A usage error is one line that says where help is."""
+    ran = run("queue", "--no-such-option")
+
+    assert (ran.status, ran.err.count("\n")) == (2, 1)
+    assert ran.err.endswith("See: engagement queue --help\n")
+
+
+@pytest.mark.parametrize("missing", ["click", "rich"])
+def test_without_the_extra_one_line_says_what_to_install(missing):
+    """Without click or rich the command prints one line and is status 2."""
+    code = f"import sys; sys.modules['{missing}'] = None\nfrom engagement.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+
+    expected = f"engagement: {missing} is missing. Run: pip install 'engagement[cli]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+def test_a_host_pays_for_no_command_line():
+    """Importing the package imports neither the command line's libraries nor Alembic."""
+    code = "import sys, engagement; print(sorted({'click', 'rich', 'alembic'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+
+    assert done.stdout == "[]\n"

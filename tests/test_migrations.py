@@ -1,0 +1,426 @@
+"""The migrations: they make what the models say, in whatever way they are run, and leave a host's database alone."""
+
+import ast
+import io
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from conftest import new_message, queue
+from sqlalchemy import Column, Connection, Engine, Integer, MetaData, Table, create_engine, event, inspect, text
+from sqlalchemy.orm import Session
+
+from engagement import EngagementMessageRepository, migrations
+from engagement.models import TABLE_NAME, EngagementBase
+
+PATIENCE = 60
+ROOT = Path(__file__).parent.parent
+OURS = {"engagement_message_queue", "engagement_alembic_version"}
+
+
+def tables(engine: Engine, schema: str | None = None) -> set[str]:
+    return set(inspect(engine).get_table_names(schema=schema))
+
+
+def environment(engine: Engine) -> dict[str, str]:
+    url = engine.url.render_as_string(hide_password=False)
+    return os.environ | {"ENGAGEMENT_DATABASE_URL": url, "PYTHONPATH": str(ROOT)}
+
+
+def revisions() -> list[str]:
+    """Return all revisions, the first one first."""
+    config = Config()
+    config.set_main_option("script_location", str(migrations.script_location()).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()][::-1]
+
+
+# Up and down
+
+
+def test_upgrading_twice_is_as_good_as_once(empty_engine):
+    """The first run makes the table and our own version table; the second one finds nothing to do."""
+    assert migrations.current(empty_engine) is None
+
+    migrations.upgrade(empty_engine)
+    assert tables(empty_engine) == OURS
+    queue(empty_engine, new_message())
+    migrations.upgrade(empty_engine)
+
+    assert migrations.current(empty_engine) == migrations.head()
+    with Session(empty_engine) as session:
+        assert EngagementMessageRepository(session).queue_message(new_message()).created is False
+
+
+def test_every_step_goes_up_down_and_up_again(empty_engine):
+    """Each revision can be taken back and made again; at the end nothing but an empty version table is left."""
+    steps = revisions()
+    for revision, before in zip(steps, [None, *steps], strict=False):
+        migrations.upgrade(empty_engine, revision)
+        migrations.downgrade(empty_engine, before or "base")
+        assert migrations.current(empty_engine) == before
+        migrations.upgrade(empty_engine, revision)
+        assert migrations.current(empty_engine) == revision
+    assert steps[-1] == migrations.head()
+
+    migrations.downgrade(empty_engine)
+
+    assert migrations.current(empty_engine) is None
+    assert tables(empty_engine) == {migrations.VERSION_TABLE}
+    with empty_engine.connect() as connection:
+        left = connection.execute(text("SELECT relname FROM pg_class WHERE relname LIKE 'engagement_message%'")).all()
+    assert left == []
+
+
+def test_a_change_of_a_living_table_does_not_wait_for_ever(empty_engine):
+    """Whatever takes a lock that others need sets a lock timeout first, so that nobody queues behind it for long."""
+    first, *later = revisions()
+    executed = []
+    with empty_engine.connect() as connection:
+        migrations.upgrade(connection, first)
+        event.listen(connection, "before_cursor_execute", lambda _c, _cursor, statement, *_: executed.append(statement))
+        for revision in later:
+            executed.append("next")
+            migrations.upgrade(connection, revision)
+        for revision in reversed([None, *revisions()[:-1]]):
+            executed.append("next")
+            migrations.downgrade(connection, revision or "base")
+
+    for step in "\n".join(executed).split("next")[1:]:
+        changes = [
+            step.index(word) for word in ("ALTER TABLE", "DROP TABLE", "CREATE INDEX", "DROP INDEX") if word in step
+        ]
+        assert step.index("SET LOCAL lock_timeout") < min(changes, default=len(step))
+
+
+def test_a_new_revision_can_be_written_from_the_template(tmp_path, empty_engine):
+    """What `alembic revision` writes can be loaded, run up and down, and read by `history`, as it is."""
+    shutil.copytree(ROOT / "alembic", tmp_path / "alembic")
+    config = Config(ROOT / "alembic.ini")
+    config.set_main_option("script_location", str(tmp_path / "alembic").replace("%", "%%"))
+    written = command.revision(config, "another step", rev_id="eng_9999")
+    program = ast.parse(Path(written.path).read_text())
+    assert ast.get_docstring(program).startswith("another step")
+
+    command.history(config)
+    with empty_engine.connect() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+        assert migrations.current(connection) == "eng_9999"
+        command.downgrade(config, "base")
+        assert migrations.current(connection) is None
+
+
+def test_our_revisions_are_recognised_among_a_hosts():
+    """One line of revisions with ids of our own, under a label of our own, that needs nothing but the libraries."""
+    scripts = sorted((ROOT / "alembic" / "versions").glob("*.py"))
+    assert len(scripts) == len(revisions())
+    for script in scripts:
+        tree = ast.parse(script.read_text())
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+        assert {name.partition(".")[0] for name in imported} <= {"alembic", "sqlalchemy"}
+        assert script.name.startswith("eng_")
+    assert all(revision.startswith("eng_") for revision in revisions())
+    assert not (ROOT / "alembic" / "__init__.py").exists(), "it would hide the library"
+
+
+# On an engine, on a connection, in another schema
+
+
+def test_on_a_connection_the_caller_commits(empty_engine):
+    """What runs in the caller's transaction is gone after a rollback, and there after a commit."""
+    with empty_engine.connect() as connection:
+        migrations.upgrade(connection)
+        assert migrations.current(connection) == migrations.head()
+        connection.rollback()
+    assert tables(empty_engine) == set()
+
+    with empty_engine.connect() as connection:
+        migrations.upgrade(connection)
+        connection.commit()
+        migrations.downgrade(connection)
+        assert migrations.current(connection) is None
+        connection.rollback()
+    assert migrations.current(empty_engine) == migrations.head()
+
+
+def test_a_hosts_isolation_level_does_not_matter(empty_engine):
+    """On an engine whose transactions are serializable the migration runs just as well."""
+    engine = create_engine(empty_engine.url, isolation_level="SERIALIZABLE")
+    migrations.upgrade(engine)
+    migrations.upgrade(engine)
+    engine.dispose()
+
+    assert migrations.current(empty_engine) == migrations.head()
+
+
+def test_in_another_schema(empty_engine):
+    """With `schema=` the schema is made, everything is in it, and what is elsewhere is left alone."""
+    migrations.upgrade(empty_engine)
+    migrations.upgrade(empty_engine, schema="guest")
+
+    assert tables(empty_engine, "guest") == OURS
+    assert migrations.current(empty_engine, schema="guest") == migrations.head()
+    migrations.downgrade(empty_engine)
+    migrations.upgrade(empty_engine, schema="guest")
+    assert tables(empty_engine) == {migrations.VERSION_TABLE}
+    assert migrations.current(empty_engine) is None
+    assert tables(empty_engine, "guest") == OURS
+
+    migrations.downgrade(empty_engine, schema="guest")
+    assert tables(empty_engine, "guest") == {migrations.VERSION_TABLE}
+
+
+# From two processes at once
+
+
+def wait_until_waiting(engine: Engine, count: int) -> None:
+    """Return when so many other sessions wait for their turn to migrate."""
+    query = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        " AND (query LIKE '%pg_try_advisory_xact_lock%' OR wait_event_type = 'Lock')"
+    )
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with engine.connect() as connection:
+            if connection.execute(query).scalar_one() == count:
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"{count} sessions never waited for their turn")
+
+
+def test_two_processes_upgrade_at_once(empty_engine):
+    """Of two processes that begin while a third one's upgrade is open, one migrates and both succeed."""
+    program = (
+        "import os, sqlalchemy; from engagement import migrations;"
+        "migrations.upgrade(sqlalchemy.create_engine(os.environ['ENGAGEMENT_DATABASE_URL']))"
+    )
+    with empty_engine.connect() as connection:
+        migrations.upgrade(connection)
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", program], env=environment(empty_engine), stderr=subprocess.PIPE, text=True
+            )
+            for _ in range(2)
+        ]
+        wait_until_waiting(empty_engine, 2)
+        connection.rollback()
+        errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+
+    assert [(process.returncode, error) for process, error in zip(processes, errors, strict=True)] == [(0, "")] * 2
+    assert migrations.current(empty_engine) == migrations.head()
+    assert tables(empty_engine) == OURS
+
+
+@pytest.mark.parametrize("commits", [True, False], ids=["commit", "rollback"])
+@pytest.mark.parametrize("schema", [None, "guest"])
+def test_an_upgrade_waits_for_another_one(empty_engine, schema, commits):
+    """Who waited for another upgrade, of a new schema or not, finds it done, or does it if it was rolled back."""
+    with ThreadPoolExecutor(1) as pool, empty_engine.connect() as connection:
+        migrations.upgrade(connection, schema=schema)
+        waiting = pool.submit(migrations.upgrade, empty_engine, schema=schema)
+        wait_until_waiting(empty_engine, 1)
+        if commits:
+            connection.commit()
+        else:
+            connection.rollback()
+        waiting.result(PATIENCE)
+
+    assert migrations.current(empty_engine, schema=schema) == migrations.head()
+    assert tables(empty_engine, schema) == OURS
+
+
+# As SQL, and by Alembic's own command
+
+
+@pytest.mark.parametrize("schema", [None, "guest"])
+def test_the_sql_makes_the_same_on_an_empty_database(empty_engine, schema):
+    """What `upgrade_sql` writes can be run by a person, and leads to where `upgrade` leads."""
+    written = io.StringIO()
+    migrations.upgrade_sql(written, schema=schema)
+
+    with empty_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(written.getvalue())
+        by_sql = catalogue(connection, schema)
+    assert migrations.current(empty_engine, schema=schema) == migrations.head()
+    migrations.downgrade(empty_engine, schema=schema)
+    migrations.upgrade(empty_engine, schema=schema)
+
+    with empty_engine.connect() as connection:
+        assert catalogue(connection, schema) == by_sql
+
+
+def alembic(engine: Engine, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "alembic", *arguments],
+        cwd=ROOT,
+        env=environment(engine),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_alembics_own_command_works_in_the_repository(empty_engine):
+    """`alembic upgrade head` and `alembic check` run as they stand, and a host's tables are none of their business."""
+    with empty_engine.begin() as connection:
+        connection.execute(text("CREATE TABLE customers (id integer PRIMARY KEY)"))
+
+    upgrade, check = alembic(empty_engine, "upgrade", "head"), alembic(empty_engine, "check")
+
+    assert (upgrade.returncode, check.returncode) == (0, 0), upgrade.stderr + check.stderr
+    assert "No new upgrade operations detected" in check.stdout
+    assert migrations.current(empty_engine) == migrations.head()
+    assert tables(empty_engine) == {*OURS, "customers"}
+
+
+def test_alembics_command_asks_for_a_database():
+    """Without a URL it says what to set, and shows no traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "alembic", "upgrade", "head"],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "ENGAGEMENT_DATABASE_URL"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode != 0
+    assert "ENGAGEMENT_DATABASE_URL" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# Models and migrations
+
+
+def catalogue(connection: Connection, schema: str | None = None) -> dict[str, list]:
+    """Return what PostgreSQL knows of our table: columns, constraints, indexes and sequence, in its own words."""
+    name = f"{schema or 'public'}.{TABLE_NAME}"
+    queries = {
+        "columns": "SELECT attname, format_type(atttypid, atttypmod), attnotnull, attidentity, attgenerated,"
+        " pg_get_expr(adbin, adrelid), collname"
+        " FROM pg_attribute LEFT JOIN pg_attrdef ON (adrelid, adnum) = (attrelid, attnum)"
+        " LEFT JOIN pg_collation AS c ON c.oid = attcollation"
+        " WHERE attrelid = CAST(:name AS regclass) AND attnum > 0 ORDER BY attnum",
+        "constraints": "SELECT conname, contype, convalidated, condeferrable, pg_get_constraintdef(oid)"
+        " FROM pg_constraint WHERE conrelid = CAST(:name AS regclass) AND contype <> 'n' ORDER BY conname",
+        "indexes": "SELECT relname, indisvalid, indisunique, pg_get_indexdef(indexrelid),"
+        " pg_get_expr(indpred, indrelid), reloptions"
+        " FROM pg_index JOIN pg_class AS c ON c.oid = indexrelid"
+        " WHERE indrelid = CAST(:name AS regclass) ORDER BY relname",
+        "sequence": "SELECT pg_get_serial_sequence(:name, 'id'), format_type(seqtypid, NULL), seqmax, seqincrement,"
+        " seqcache, seqcycle FROM pg_sequence WHERE seqrelid = CAST(pg_get_serial_sequence(:name, 'id') AS regclass)",
+        "table": "SELECT relpersistence, reloptions, obj_description(oid) FROM pg_class"
+        " WHERE oid = CAST(:name AS regclass)",
+    }
+    return {what: connection.execute(text(query), {"name": name}).all() for what, query in queries.items()}
+
+
+def test_the_migrations_make_what_the_models_say(empty_engine):
+    """Down to defaults, collations, CHECKs, index predicates and the sequence, the two make the same table."""
+    with empty_engine.connect() as connection:
+        EngagementBase.metadata.create_all(connection)
+        by_models = catalogue(connection)
+        connection.rollback()
+        migrations.upgrade(connection)
+        by_migrations = catalogue(connection)
+
+    for what, described in by_models.items():
+        assert described
+        assert described == by_migrations[what], what
+
+
+def test_the_id_comes_from_a_sequence(empty_engine):
+    """It is no identity column, which a distributed table could not have, and a bigint, since duplicates leave gaps."""
+    migrations.upgrade(empty_engine)
+    with empty_engine.connect() as connection:
+        found = catalogue(connection)
+
+    assert found["columns"][0][:4] == ("id", "bigint", True, "")
+    assert found["sequence"][0][1] == "bigint"
+
+
+def test_all_names_are_recognised_as_ours(empty_engine):
+    """Tables, constraints, indexes and the sequence begin with our name: we are guests in the host's database."""
+    migrations.upgrade(empty_engine)
+    with empty_engine.connect() as connection:
+        names = connection.execute(
+            text(
+                "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace"
+                " UNION SELECT conname FROM pg_constraint WHERE connamespace = 'public'::regnamespace"
+            )
+        ).scalars()
+
+        assert {name for name in names if not name.startswith("engagement_")} == set()
+
+
+# Living with a host
+
+
+@pytest.fixture(name="hosts_metadata")
+def _hosts_metadata(empty_engine):
+    """The metadata of a host that has a table and a history of its own, and our table in its database."""
+    metadata = MetaData()
+    Table("customers", metadata, Column("id", Integer, primary_key=True))
+    metadata.create_all(empty_engine)
+    migrations.upgrade(empty_engine)
+    return metadata
+
+
+def proposals(engine: Engine, metadata: MetaData, **options) -> list:
+    with engine.connect() as connection:
+        return compare_metadata(MigrationContext.configure(connection, opts=options), metadata)
+
+
+@pytest.mark.parametrize("include_schemas", [False, True])
+def test_a_hosts_autogenerate_leaves_our_tables_alone(empty_engine, hosts_metadata, include_schemas):
+    """With our `include_name` it proposes nothing, neither in the default schema nor with all schemas looked at."""
+    options = {"include_name": migrations.includes_all_but_ours, "include_schemas": include_schemas}
+
+    assert proposals(empty_engine, hosts_metadata, **options) == []
+    Table("orders", hosts_metadata, Column("id", Integer, primary_key=True))
+    assert [kind for kind, *_ in proposals(empty_engine, hosts_metadata, **options)] == ["add_table"]
+
+
+def test_without_our_filter_a_hosts_autogenerate_would_drop_our_tables(empty_engine, hosts_metadata):
+    """That is why the filter exists."""
+    proposed = proposals(empty_engine, hosts_metadata)
+
+    assert {item.name for kind, item in proposed if kind == "remove_table"} == OURS
+
+
+def test_our_autogenerate_leaves_a_hosts_tables_alone(empty_engine, hosts_metadata):
+    """What Alembic compares, models and migrations agree in, and the host's tables are not looked at."""
+    hosts_metadata.create_all(empty_engine)
+    options = {"include_name": migrations.includes_ours, "compare_type": True, "compare_server_default": True}
+
+    found = proposals(empty_engine, EngagementBase.metadata, version_table=migrations.VERSION_TABLE, **options)
+
+    assert found == []
+
+
+def test_our_history_is_kept_apart_from_the_hosts(empty_engine):
+    """Our version table has our name, and a host's `alembic_version` is neither read nor written."""
+    with empty_engine.begin() as connection:
+        connection.execute(text("CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY)"))
+        connection.execute(text("INSERT INTO alembic_version VALUES ('hosts_own')"))
+
+    migrations.upgrade(empty_engine)
+
+    assert migrations.VERSION_TABLE == "engagement_alembic_version"
+    with empty_engine.connect() as connection:
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all() == ["hosts_own"]
+        ours = connection.execute(text("SELECT version_num FROM engagement_alembic_version")).scalars().all()
+    assert ours == [migrations.head()]

@@ -1,0 +1,339 @@
+"""Behind PgBouncer in transaction mode, where each transaction may get another connection of the server."""
+
+import asyncio
+import os
+import pwd
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import new_message, queue, row
+from sqlalchemy import URL, Engine, create_engine, text
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+
+from engagement import (
+    AsyncEngagementMessageRepository,
+    EngagementMessageRepository,
+    Sent,
+    migrations,
+    process_message_queue,
+    repository,
+)
+
+PATIENCE = 20
+PORT = 6432
+FOR_POOLERS = {"prepare_threshold": None}
+
+CONFIGURATION = """
+[databases]
+* = host={host} port={port} user={user}{password} connect_query='{connect_query}'
+[pgbouncer]
+pool_mode = transaction
+default_pool_size = {pool_size}
+max_client_conn = 500
+query_wait_timeout = 20
+listen_addr =
+listen_port = {own_port}
+unix_socket_dir = {place}
+auth_type = any
+{more}
+"""
+# It ends when our end of the pipe is closed, also if we are killed.
+KEEPER = """trap '' INT; "$0" -q "$1" & read -r _; kill -KILL $!; wait"""
+
+
+class PgBouncer:
+    """A pooler in front of a server, which can be restarted."""
+
+    def __init__(self, program: str, place: Path, user: dict[str, Any]) -> None:
+        self._command = ["/bin/sh", "-c", KEEPER, program, str(place / "pgbouncer.ini")]
+        self._place = place
+        self._user = user
+
+    def url(self, database: str) -> URL:
+        """Return how to reach a database of the server through the pooler."""
+        query = {"host": str(self._place), "port": str(PORT)}
+        return URL.create("postgresql+psycopg", username="anybody", database=database, query=query)
+
+    def start(self) -> None:
+        """Return when it takes connections."""
+        with (self._place / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd="/", **self._user
+            )
+        deadline = time.monotonic() + PATIENCE
+        while not self._answers():
+            assert time.monotonic() < deadline, (self._place / "log").read_text()
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Cut all connections, and return when it is gone."""
+        self._process.stdin.close()
+        self._process.wait(PATIENCE)
+
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as client:
+            return client.connect_ex(str(self._place / f".s.PGSQL.{PORT}")) == 0
+
+
+@contextmanager
+def pgbouncer(server, *, pool_size: int, connect_query: str = "SELECT 1") -> Iterator[PgBouncer]:
+    """Run a PgBouncer in transaction mode in front of `server`. Skips the test if there is none to run."""
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+    if program is None:
+        pytest.skip("no pgbouncer on this machine: install the package of that name to run what goes through it")
+    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    major, minor = map(int, re.search(r"(\d+)\.(\d+)", version).groups())
+    # Since 1.21 it can follow prepared statements. What holds for all is what holds without.
+    more = "max_prepared_statements = 0" if (major, minor) >= (1, 21) else ""
+    with tempfile.TemporaryDirectory(prefix="engagement-pooler-", dir="/tmp") as directory:
+        place = Path(directory)
+        configuration = CONFIGURATION.format(
+            host=server.host,
+            port=server.port,
+            user=server.user,
+            password=f" password={_quoted(server.password)}" if server.password else "",
+            pool_size=pool_size,
+            connect_query=connect_query,
+            own_port=PORT,
+            place=place,
+            more=more,
+        )
+        (place / "pgbouncer.ini").write_text(configuration)
+        user = _user_to_run_as(str(server.host))
+        if user:
+            os.chown(place, user["user"], user["group"])
+        pooler = PgBouncer(program, place, user)
+        pooler.start()
+        try:
+            yield pooler
+        finally:
+            pooler.stop()
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _user_to_run_as(host: str) -> dict[str, Any]:
+    # It refuses to run as root, and the server's socket may be closed to all but the server's user.
+    if os.geteuid() != 0:
+        return {}
+    owner = Path(host).stat() if host.startswith("/") else None
+    user, group = (owner.st_uid, owner.st_gid) if owner else pwd.getpwnam("nobody")[2:4]
+    return {"user": user, "group": group, "extra_groups": []}
+
+
+@pytest.fixture(scope="module", name="pooler")
+def _pooler(migrated_template) -> Iterator[PgBouncer]:
+    # A setting that differs from the server's own, so that one that is left behind can be told.
+    with pgbouncer(migrated_template, pool_size=4, connect_query="SET synchronous_commit = off") as pooler:
+        yield pooler
+
+
+@pytest.fixture(name="pooled")
+def _pooled(pooler, engine) -> Iterator[Engine]:
+    """An engine that reaches the database of `engine` through the pooler."""
+    pooled = create_engine(pooler.url(engine.url.database), connect_args=FOR_POOLERS, pool_size=30)
+    yield pooled
+    pooled.dispose()
+
+
+def left_behind(engine: Engine) -> list:
+    """Return the settings, temporary tables, prepared statements and locks that outlived their transactions."""
+    question = text("""
+        SELECT name FROM pg_settings WHERE name IN ('synchronous_commit', 'lock_timeout', 'search_path')
+                                       AND setting NOT IN ('off', '0', '"$user", public')
+        UNION ALL SELECT relname FROM pg_class WHERE relname = 'engagement_batch'
+        UNION ALL SELECT name FROM pg_prepared_statements
+        UNION ALL SELECT locktype FROM pg_locks WHERE locktype = 'advisory'
+              AND database = (SELECT oid FROM pg_database WHERE datname = current_database())""")
+    # As many at once as the pooler has connections of the server, so that each of them is asked.
+    connections = [engine.connect() for _ in range(4)]
+    try:
+        return [found for connection in connections for found in connection.execute(question).scalars()]
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def count(engine: Engine) -> int:
+    with engine.connect() as connection:
+        return connection.scalar(text("SELECT count(*) FROM engagement_message_queue"))
+
+
+@pytest.mark.parametrize("arguments", [FOR_POOLERS, {}])
+def test_the_one_argument_is_needed(migrated_template, engine, arguments):
+    """Two clients that meet on one connection of the server disturb each other, unless nothing is prepared on it."""
+    with pgbouncer(migrated_template, pool_size=1) as pooler:
+        pooled = create_engine(pooler.url(engine.url.database), connect_args=arguments)
+
+        def both_queue() -> None:
+            with pooled.connect() as one, pooled.connect() as other:
+                for number in range(20):
+                    for client in (one, other):
+                        EngagementMessageRepository(Session(client)).queue_message(new_message(f"user{number}"))
+                        client.commit()
+
+        if arguments:
+            both_queue()
+            assert count(engine) == 20
+        else:
+            with pytest.raises(ProgrammingError, match=r"prepared statement .* (already exists|does not exist)"):
+                both_queue()
+        pooled.dispose()
+
+
+def test_a_message_is_queued_in_the_hosts_transaction(pooled):
+    """What is rolled back leaves nothing, also to a savepoint; what is committed is there once."""
+    with Session(pooled) as session:
+        messages = EngagementMessageRepository(session)
+        assert messages.queue_message(new_message("a")).created
+        session.rollback()
+        with session.begin():
+            with session.begin_nested() as savepoint:
+                messages.queue_message(new_message("a"))
+                savepoint.rollback()
+            assert messages.queue_message(new_message("b")).created
+            assert not messages.queue_message(new_message("b")).created
+
+    assert count(pooled) == 1
+    assert left_behind(pooled) == []
+
+
+def test_a_message_is_queued_in_an_async_transaction(pooled):
+    """The same for an async host, whose engine takes the same argument."""
+
+    async def run() -> list[bool]:
+        engine = create_async_engine(pooled.url, connect_args=FOR_POOLERS)
+        created = []
+        async with AsyncSession(engine) as session:
+            messages = AsyncEngagementMessageRepository(session)
+            for _ in range(8):  # More often than it takes for a statement to be prepared.
+                created.append((await messages.queue_message(new_message("a"))).created)
+                await session.rollback()
+            created.append((await messages.queue_message(new_message("a"))).created)
+            await session.commit()
+        await engine.dispose()
+        return created
+
+    assert asyncio.run(run()) == [True] * 9
+    assert count(pooled) == 1
+
+
+def test_large_batches_do_not_meet_in_their_temporary_tables(pooled, monkeypatch):
+    """Batches at once, over the same keys in different orders, gather on connections that they share with others."""
+    monkeypatch.setattr(repository, "CHUNK", 20)
+    messages = [new_message(f"user{number}") for number in range(200)]
+
+    def queue_batch(number: int) -> int:
+        with Session(pooled) as session, session.begin():
+            batch = messages if number % 2 else reversed(messages)
+            return EngagementMessageRepository(session).queue_messages(batch).created
+
+    with ThreadPoolExecutor(4) as threads:
+        created = sum(threads.map(queue_batch, range(8), timeout=PATIENCE))
+
+    assert (created, count(pooled)) == (200, 200)
+    assert left_behind(pooled) == []
+
+
+def test_one_key_is_created_once(pooled):
+    """Twenty clients on four connections queue the same key: one creates it, and nineteen are told the same row."""
+    together = threading.Barrier(20)
+
+    def queue_it(_number: int):
+        together.wait(PATIENCE)
+        with Session(pooled) as session, session.begin():
+            return EngagementMessageRepository(session).queue_message(new_message())
+
+    with ThreadPoolExecutor(20) as threads:
+        answers = list(threads.map(queue_it, range(20), timeout=PATIENCE))
+
+    assert Counter(answer.created for answer in answers) == {True: 1, False: 19}
+    assert len({answer.message_id for answer in answers}) == 1
+
+
+def test_several_processors_send_each_message_once(pooled):
+    """Three processors, through the pooler, share the work and leave no setting behind."""
+    ids = queue(pooled, *(new_message(f"user{number}") for number in range(60)))
+    sent = []
+
+    def process(_number: int) -> int:
+        return process_message_queue(pooled, lambda message: sent.append(message.id), concurrency=5).succeeded
+
+    with ThreadPoolExecutor(3) as threads:
+        succeeded = sum(threads.map(process, range(3), timeout=PATIENCE))
+
+    assert (sorted(sent), succeeded) == (ids, 60)
+    assert left_behind(pooled) == []
+
+
+def test_what_a_lost_worker_left_is_recovered(pooled):
+    """A lease that ran out is taken over through the pooler: asked for, or parked; one that holds is left alone."""
+    lost, holding = queue(pooled, new_message("a"), new_message("b"))
+    with pooled.begin() as connection:
+        connection.execute(
+            text("""
+            UPDATE engagement_message_queue SET status = 'sending', attempt = 1, claimed_by = 'lost',
+                   lease_expires_at = now() + CASE id WHEN :lost THEN interval '-1 s' ELSE interval '1 h' END"""),
+            {"lost": lost},
+        )
+
+    class LooksUp:
+        def send(self, _message):
+            raise AssertionError("nothing is due")
+
+        def look_up(self, _message):
+            return Sent("wamid.1")
+
+    process_message_queue(pooled, LooksUp())
+
+    assert (row(pooled, lost).status, row(pooled, lost).provider_message_id) == ("sent", "wamid.1")
+    assert row(pooled, holding).status == "sending"
+
+
+def test_a_send_outlives_the_pooler(pooler, pooled):
+    """The pooler is restarted in the middle of a send: the worker waits for it, and records what it knows."""
+    first, second = queue(pooled, new_message("a"), new_message("b"))
+    sent = []
+
+    def send(message):
+        if not sent:
+            pooler.stop()
+            threading.Timer(0.3, pooler.start).start()
+        sent.append(message.id)
+        return Sent()
+
+    result = process_message_queue(pooled, send, lease=timedelta(minutes=1))
+
+    assert (sent, result.succeeded) == ([first, second], 2)
+    assert row(pooled, first).status == "sent"
+
+
+def test_migrations_take_a_direct_connection(pooler, empty_engine):
+    """Migrated directly, the table is there for all who come through the pooler; a lock of ours is not."""
+    migrations.upgrade(empty_engine)
+    pooled = create_engine(pooler.url(empty_engine.url.database), connect_args=FOR_POOLERS)
+    try:
+        queue(pooled, new_message())
+        migrations.upgrade(pooled)
+
+        assert process_message_queue(pooled, lambda _: None).succeeded == 1
+        assert left_behind(pooled) == []
+    finally:
+        pooled.dispose()

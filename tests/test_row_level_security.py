@@ -1,0 +1,251 @@
+"""Row-level security as an opt-in of `upgrade`, with roles like Supabase's: what was granted to them is no key."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import new_message
+from sqlalchemy import Engine, create_engine, event, text
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.orm import Session
+
+from engagement import EngagementMessageRepository, migrations, process_message_queue
+
+TABLES = ["engagement_alembic_version", "engagement_message_queue"]
+REPOSITORY = Path(__file__).parent.parent
+DOCUMENTATION = (REPOSITORY / "docs" / "migrations.md").read_text()
+
+
+@dataclass
+class Project:
+    """A database as Supabase sets it up: what its owner creates in `public` is granted to the public roles too."""
+
+    admin: Engine
+    roles: dict[str, str]
+
+    @contextmanager
+    def acting_as(self, role: str) -> Iterator[Engine]:
+        """Hand out an engine whose transactions are the role's, as PostgREST does it."""
+        engine = create_engine(self.admin.url)
+
+        @event.listens_for(engine, "begin")
+        def become(connection) -> None:
+            connection.exec_driver_sql(f"SET LOCAL ROLE {self.roles[role]}")
+
+        yield engine
+        engine.dispose()
+
+    def as_written(self, statement: str) -> str:
+        """Return a statement of the documentation with this database's names of the roles."""
+        for role, name in self.roles.items():
+            statement = re.sub(rf"\b{role}\b", name, statement)
+        return statement
+
+
+@pytest.fixture(name="project")
+def _project(empty_engine) -> Iterator[Project]:
+    # Roles belong to the whole server, which other tests use at the same time.
+    database = empty_engine.url.database
+    attributes = {"owner": "", "anon": "", "authenticated": "", "service_role": "BYPASSRLS", "worker": ""}
+    roles = {role: f"{database}_{role}" for role in attributes}
+    public = f"{roles['anon']}, {roles['authenticated']}, {roles['service_role']}"
+    with empty_engine.begin() as connection:
+        if not connection.scalar(text("SELECT rolsuper FROM pg_roles WHERE rolname = current_user")):
+            pytest.skip("only a superuser can make roles like Supabase's")
+        for role, name in roles.items():
+            connection.execute(text(f"CREATE ROLE {name} NOLOGIN {attributes[role]}"))
+        connection.execute(text(f"GRANT ALL ON SCHEMA public TO {roles['owner']}"))
+        connection.execute(text(f"GRANT CREATE ON DATABASE {database} TO {roles['owner']}"))
+        connection.execute(text(f"GRANT USAGE ON SCHEMA public TO {public}, {roles['worker']}"))
+        for kind in ("TABLES", "SEQUENCES"):
+            connection.execute(
+                text(f"ALTER DEFAULT PRIVILEGES FOR ROLE {roles['owner']} GRANT ALL ON {kind} TO {public}")
+            )
+    yield Project(empty_engine, roles)
+    with empty_engine.begin() as connection:
+        for name in roles.values():
+            connection.execute(text(f"DROP OWNED BY {name} CASCADE"))
+            connection.execute(text(f"DROP ROLE {name}"))
+
+
+@pytest.fixture(name="closed")
+def _closed(project) -> Project:
+    """A project whose tables were made with row-level security, with one message in the queue."""
+    with project.acting_as("owner") as engine:
+        migrations.upgrade(engine, row_level_security=True)
+        assert queue_as(engine, "user1")
+    return project
+
+
+def queue_as(engine: Engine, user_id: str) -> bool:
+    with Session(engine) as session, session.begin():
+        return EngagementMessageRepository(session).queue_message(new_message(user_id)).created
+
+
+def is_on(engine: Engine, schema: str = "public") -> dict[str, bool]:
+    question = text(
+        "SELECT relname, relrowsecurity FROM pg_class WHERE relname = ANY(:tables) AND relnamespace = "
+        "CAST(CAST(:schema AS text) AS regnamespace)"
+    )
+    with engine.connect() as connection:
+        return dict(connection.execute(question, {"tables": TABLES, "schema": schema}).all())
+
+
+def change(engine: Engine, statement: str) -> int:
+    with engine.begin() as connection:
+        return connection.execute(text(statement)).rowcount
+
+
+def count(engine: Engine, table: str) -> int:
+    with engine.connect() as connection:
+        return connection.scalar(text(f"SELECT count(*) FROM {table}"))
+
+
+@pytest.mark.parametrize("role", ["anon", "authenticated"])
+def test_public_roles_see_and_change_nothing(closed, role):
+    """All was granted to them, and yet there is no row to read, change or delete, and none can be added."""
+    with closed.acting_as(role) as engine:
+        for table in TABLES:
+            privileges = f"has_table_privilege('{table}', 'SELECT') AND has_table_privilege('{table}', 'INSERT')"
+            assert change(engine, f"SELECT WHERE {privileges}") == 1
+            assert count(engine, table) == 0
+            assert change(engine, f"DELETE FROM {table}") == 0
+        assert change(engine, "UPDATE engagement_message_queue SET user_id = 'x'") == 0
+        with pytest.raises(ProgrammingError, match="row-level security"):
+            queue_as(engine, "user2")
+        with pytest.raises(ProgrammingError, match="row-level security"):
+            change(engine, "INSERT INTO engagement_alembic_version VALUES ('eng_9999')")
+        assert process_message_queue(engine, lambda _: None).processed == 0
+
+    assert [count(closed.admin, table) for table in TABLES] == [1, 1]
+
+
+@pytest.mark.parametrize("role", ["service_role", "owner"])
+def test_the_service_role_and_the_owner_queue_and_send(closed, role):
+    """Who bypasses row-level security, or owns the table, works as ever."""
+    with closed.acting_as(role) as engine:
+        assert queue_as(engine, "user2")
+        assert not queue_as(engine, "user2")
+        assert process_message_queue(engine, lambda _: None).succeeded == 2
+        with Session(engine) as session, session.begin():
+            assert EngagementMessageRepository(session).forget_user("user1").blanked == 1
+
+
+def test_it_is_an_opt_in(project):
+    """Without it what was granted holds: that is what most hosts want of their own roles."""
+    with project.acting_as("owner") as engine:
+        migrations.upgrade(engine)
+        queue_as(engine, "user1")
+    with project.acting_as("anon") as engine:
+        assert count(engine, "engagement_message_queue") == 1
+
+    assert is_on(project.admin) == dict.fromkeys(TABLES, False)
+
+
+def test_it_can_come_later_and_stays(project):
+    """A table that is in use is closed by the next upgrade that asks for it, and not opened by one that does not."""
+    with project.acting_as("owner") as engine:
+        migrations.upgrade(engine)
+        migrations.upgrade(engine, row_level_security=True)
+        assert is_on(project.admin) == dict.fromkeys(TABLES, True)
+        migrations.upgrade(engine)
+
+    assert is_on(project.admin) == dict.fromkeys(TABLES, True)
+
+
+def test_the_second_time_nobody_waits(closed):
+    """An upgrade that finds it on takes no lock that a reader's open transaction could hold up."""
+    with closed.admin.connect() as reader, closed.acting_as("owner") as engine:
+        reader.execute(text("SELECT FROM engagement_message_queue"))
+        with engine.begin() as connection:
+            connection.execute(text("SET LOCAL lock_timeout = '100ms'"))
+            migrations.upgrade(connection, row_level_security=True)
+
+
+def test_a_schema_is_closed_too(project):
+    """`schema=` and `row_level_security=` go together, whatever the schema's name has to be quoted for."""
+    with project.acting_as("owner") as engine:
+        migrations.upgrade(engine, schema="Messages of ours", row_level_security=True)
+
+    assert is_on(project.admin, '"Messages of ours"') == dict.fromkeys(TABLES, True)
+
+
+def test_the_sql_for_a_person_says_so_too(project):
+    """What `upgrade_sql` writes closes the tables in the transaction that makes them, and gives up on a busy one."""
+    open_script, script = io.StringIO(), io.StringIO()
+    migrations.upgrade_sql(open_script)
+    migrations.upgrade_sql(script, row_level_security=True)
+    statements = [statement.strip() for statement in script.getvalue().split(";\n")]
+    begin, *between, commit, _ = statements
+    with project.acting_as("owner") as engine, engine.begin() as connection:
+        for statement in between:
+            connection.exec_driver_sql(statement)
+
+    assert is_on(project.admin) == dict.fromkeys(TABLES, True)
+    assert (begin, commit) == ("BEGIN", "COMMIT")
+    assert between[-2] == "SET LOCAL lock_timeout = '5s'"
+    assert "ROW LEVEL SECURITY" not in open_script.getvalue()
+
+
+def test_alembic_takes_it_as_an_option(project):
+    """In the repository, `-x row_level_security=on` says the same."""
+    url = project.admin.url.render_as_string(hide_password=False)
+    command = [sys.executable, "-m", "alembic", "-x", "row_level_security=on", "upgrade", "head"]
+
+    environment = os.environ | {"ENGAGEMENT_DATABASE_URL": url}
+    subprocess.run(command, cwd=REPOSITORY, env=environment, timeout=60, check=True)
+
+    assert is_on(project.admin) == dict.fromkeys(TABLES, True)
+
+
+# What the documentation says beside it
+
+
+def documented(word: str) -> list[str]:
+    """Return the statements of the block of SQL in docs/migrations.md that `word` is in."""
+    (block,) = (block for block in re.findall(r"```sql\n(.*?)```", DOCUMENTATION, re.DOTALL) if word in block)
+    return [statement.strip() for statement in block.split(";") if statement.strip()]
+
+
+def test_what_row_level_security_does_not_cover_can_be_revoked(closed):
+    """TRUNCATE asks for a privilege only: the documented REVOKE takes it away, and the service role keeps working."""
+    with closed.acting_as("anon") as engine, engine.connect() as connection:
+        connection.execute(text("TRUNCATE engagement_message_queue"))
+        connection.rollback()
+
+    with closed.acting_as("owner") as engine:
+        for statement in documented("REVOKE"):
+            change(engine, closed.as_written(statement))
+
+    for role in ("anon", "authenticated"):
+        with closed.acting_as(role) as engine:
+            for attempt in ("TRUNCATE engagement_message_queue", "SELECT setval('engagement_message_queue_id_seq', 1)"):
+                with pytest.raises(ProgrammingError, match="permission denied"):
+                    change(engine, attempt)
+    with closed.acting_as("service_role") as engine:
+        assert process_message_queue(engine, lambda _: None).succeeded == 1
+
+
+def test_a_role_of_the_hosts_own_gets_a_policy(closed):
+    """A worker that neither owns the table nor bypasses its security sees nothing before the documented policy."""
+    with closed.acting_as("owner") as engine:
+        grant, *policy = documented("CREATE POLICY")
+        change(engine, closed.as_written(grant))
+    with closed.acting_as("worker") as engine:
+        assert process_message_queue(engine, lambda _: None).processed == 0
+
+    with closed.acting_as("owner") as engine:
+        for statement in policy:
+            change(engine, closed.as_written(statement))
+    with closed.acting_as("worker") as engine:
+        assert queue_as(engine, "user2")
+        assert process_message_queue(engine, lambda _: None).succeeded == 2
+    with closed.acting_as("anon") as engine:
+        assert count(engine, "engagement_message_queue") == 0
