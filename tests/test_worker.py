@@ -132,6 +132,61 @@ def test_an_idempotent_transport_is_asked_again_with_the_same_delivery_id(engine
     assert (result.retried, result.in_doubt, row(engine, message_id).status) == (2, 1, "in_doubt")
 
 
+@pytest.mark.parametrize(
+    ("later", "status"),
+    [
+        ([NotSent("x"), NotSent("x")], "in_doubt"),
+        ([Refused("x")], "in_doubt"),
+        ([Withdraw("x")], "in_doubt"),
+        ([NotSent("x"), Sent("id")], "sent"),
+    ],
+    ids=["not_sent", "refused", "withdrawn", "sent"],
+)
+def test_a_doubt_is_not_forgotten_by_what_comes_later(engine, later, status):
+    """What may have left once does not end as if it had not, though a later attempt provably did not leave."""
+    (message_id,) = queue(engine, new_message())
+    answers = iter([InDoubt("no answer"), *later])
+
+    class Idempotent:
+        idempotent = True
+
+        def send(self, _message):
+            return next(answers)
+
+    process_message_queue(engine, Idempotent(), backoff=at_once)
+
+    assert (row(engine, message_id).status, row(engine, message_id).has_doubt) == (status, status != "sent")
+
+
+def test_a_doubt_that_expires_stays_a_doubt(engine):
+    """A message that may have left, and expires before it is tried again, is told as in doubt."""
+    (message_id,) = queue(engine, new_message(expires_at=datetime.now(UTC) + timedelta(hours=1)))
+
+    class Idempotent:
+        idempotent = True
+
+        def send(self, _message):
+            return InDoubt("no answer")
+
+    process_message_queue(engine, Idempotent(), limit=1, backoff=at_once)
+    execute(engine, "UPDATE engagement_message_queue SET scheduled_for = now() - interval '2 h', expires_at = now()")
+    result = process_message_queue(engine, Idempotent())
+
+    assert (result.expired, result.in_doubt, row(engine, message_id).status) == (0, 1, "in_doubt")
+
+
+def test_a_person_who_resolves_a_doubt_ends_it(engine):
+    """Once a person has said that nothing left, the message may end as failed."""
+    (message_id,) = queue(engine, new_message())
+    process_message_queue(engine, lambda _: InDoubt("no answer"))
+    with Session(engine) as session, session.begin():
+        assert EngagementMessageRepository(session).resolve_message(message_id, sent=False)
+
+    process_message_queue(engine, lambda _: Refused("x"))
+
+    assert (row(engine, message_id).status, row(engine, message_id).has_doubt) == ("failed", False)
+
+
 def test_a_postponed_message_waits_and_counts_as_no_failure(engine):
     """Quiet hours cost no retry."""
     (message_id,) = queue(engine, new_message())
