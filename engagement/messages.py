@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from engagement.models import EARLIEST, LATEST, Destination, MessageStatus
 
@@ -37,6 +37,7 @@ _JID = {
     Destination.INDIVIDUAL: re.compile(r"[1-9][0-9]{6,14}@s\.whatsapp\.net|[1-9][0-9]{4,19}@lid"),
     Destination.GROUP: re.compile(r"[1-9][0-9]{14,19}@g\.us|[1-9][0-9]{4,14}-[0-9]{10}@g\.us"),
 }
+_DESTINATIONS = {destination.value: destination for destination in Destination}
 _JID_FORM = {
     Destination.INDIVIDUAL: "must be <number>@s.whatsapp.net or <number>@lid for an individual",
     Destination.GROUP: "must be <number>@g.us for a group",
@@ -251,6 +252,8 @@ def _utf8(name: str, text: str) -> bytes:
 
 
 def _checked_type(name: str, value: object) -> str:
+    if type(value) is str and len(value) <= MAX_TYPE and _MESSAGE_TYPE.fullmatch(value):
+        return value
     message_type = checked_text(name, value, max_characters=MAX_TYPE)
     if not _MESSAGE_TYPE.fullmatch(message_type):
         raise InvalidMessage(name, "must be a-z, 0-9 and _, and begin with a letter")
@@ -266,13 +269,15 @@ def _checked_tz(value: object) -> tzinfo:
 
 
 def _checked_destination(value: object) -> Destination:
-    try:
-        return Destination(cast("str", value))  # Also a member of a host's own enum of text.
-    except ValueError:
-        raise InvalidMessage("destination", "must be individual or group") from None
+    destination = _DESTINATIONS.get(value) if isinstance(value, str) else None  # Also of a host's own enum of text.
+    if destination is None:
+        raise InvalidMessage("destination", "must be individual or group")
+    return destination
 
 
 def _checked_jid(value: object, destination: Destination) -> str:
+    if type(value) is str and _JID[destination].fullmatch(value):
+        return value
     jid = checked_text("destination_jid", value)
     if not _JID[destination].fullmatch(jid):
         raise InvalidMessage("destination_jid", _JID_FORM[destination])
@@ -307,9 +312,9 @@ def _daily_key(user_id: str, message_type: str, when: datetime | None, tz: tzinf
 
 def _checked_params(params: object) -> str:
     """Return the JSON text that is stored: what was checked is what is queued."""
-    if not isinstance(params, Mapping):
-        raise InvalidMessage("message_params", f"must be a JSON object, not {type(params).__name__}")
     if not isinstance(params, dict):
+        if not isinstance(params, Mapping):
+            raise InvalidMessage("message_params", f"must be a JSON object, not {type(params).__name__}")
         params = dict(params)
     _check_json(params, depth=1)
     try:
