@@ -591,6 +591,20 @@ def test_a_transport_may_have_any_of_these_forms(name, made):
     assert module.made[2:] == made if name in {"Class", "factory"} else module.made[:2] == ["class", "class"]
 
 
+def test_a_class_that_is_configured_by_the_environment_is_made_by_that(tmp_path, monkeypatch):
+    """A class with `from_environment` needs no wrapper to be used from the command line."""
+    (tmp_path / "configured.py").write_text(
+        "class Gateway:\n"
+        "    def __init__(self, url): self.url = url\n"
+        "    @classmethod\n"
+        "    def from_environment(cls): return cls('http://gateway')\n"
+        "    def send(self, message): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    assert load_transport("configured:Gateway").url == "http://gateway"
+
+
 @pytest.mark.usefixtures("forms")
 @pytest.mark.parametrize(
     ("name", "problem"),

@@ -19,7 +19,8 @@ def load_transport(name: str) -> Transport:
     """Return the transport that `package.module:name` names, as the command line does.
 
     It may be a function that takes a message, an object with `send` or `send_many`, or a class or other callable
-    without arguments that makes one. The current directory can be imported from. Raises `TransportNotFound`.
+    without arguments that makes one; a class with `from_environment` is made by that. The current directory can be
+    imported from. Raises `TransportNotFound`.
     """
     module_name, _, attributes = name.partition(":")
     if not module_name or not attributes:
@@ -31,7 +32,7 @@ def load_transport(name: str) -> Transport:
         except AttributeError:
             raise TransportNotFound(f"{module_name} has no {attributes}") from None
     if _is_factory(found):
-        found = _made_by(found, name)
+        found = _made_by(getattr(found, "from_environment", found), name)
     if not any(callable(candidate) for candidate in (found, *_sends(found))):
         raise TransportNotFound(
             f"{name} is a {type(found).__name__}, not a function or an object with send or send_many"
