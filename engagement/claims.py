@@ -26,14 +26,14 @@ START: Position = (EARLIEST, 0)
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who claims, and for how long. Its names are its own: what carries one of them was claimed by this worker."""
+    """Who claims, and for how long. A name is used in one transaction only; `claimed_by` carries it."""
 
     name: str
     lease: timedelta
 
     @property
     def recoverer(self) -> str:
-        """The name on what was taken over: unlike its own claims, that may have been sent."""
+        """The name on what was taken over: unlike one's own claims, that may have been sent."""
         return f"{self.name}/recovery"
 
 
@@ -56,7 +56,7 @@ def claim(
     one_per_destination: bool,
 ) -> Claimed:
     """Claim up to `limit` due messages behind `after`, oldest first, none to a destination in `busy`."""
-    until = _held_until(holder)
+    until = _held_until(holder.lease)
     values = {
         "limit": limit,
         "after_at": after[0],
@@ -76,29 +76,25 @@ def claim(
 
 def take_over(connection: Connection, holder: Holder, *, limit: int, held: Iterable[int]) -> list[Claim]:
     """Take over up to `limit` messages whose worker was lost."""
-    until = _held_until(holder)
+    until = _held_until(holder.lease)
     values = {"limit": limit, "held": list(held), "lease": holder.lease, "recoverer": holder.recoverer}
     rows = connection.execute(statements.take_over_expired_leases(), values)
     return [_claim(row, until, worker_lost=True) for row in rows]
 
 
-def adopt(connection: Connection, holder: Holder, *, held: Iterable[int]) -> list[Claim]:
-    """Return own claims whose commit was not acknowledged; nobody has tried to send them."""
-    until = _held_until(holder)
-    values = {"held": list(held), "lease": holder.lease, "worker": holder.name}
-    rows = connection.execute(statements.adopt_own_claims(), values)
+def adopt(connection: Connection, holder: Holder, *, names: Collection[str]) -> list[Claim]:
+    """Return what was claimed under `names`, whose commits were not acknowledged: nobody has tried to send it."""
+    until = _held_until(holder.lease)
+    values = {"names": list(names), "lease": holder.lease, "worker": holder.name}
+    rows = connection.execute(statements.adopt_unacknowledged(), values)
     return [_claim(row, until) for row in rows]
 
 
-def extend(connection: Connection, holder: Holder, held: Mapping[int, Claim]) -> None:
+def extend(connection: Connection, lease: timedelta, held: Mapping[int, Claim]) -> None:
     """Extend the leases of what is in hand."""
-    until = _held_until(holder)
-    values = {
-        "held": list(held),
-        "lease": holder.lease,
-        "worker": holder.name,
-        "recoverer": holder.recoverer,
-    }
+    until = _held_until(lease)
+    ids = sorted(held)
+    values = {"held": ids, "attempts": [held[message_id].message.attempt for message_id in ids], "lease": lease}
     for message_id in connection.execute(statements.extend_leases(), values).scalars():
         held[message_id].held_until = until
 
@@ -163,9 +159,9 @@ def describe(error: BaseException) -> str:
     return type(error).__name__ if state is None else f"{type(error).__name__} {state}"
 
 
-def _held_until(holder: Holder) -> float:
+def _held_until(lease: timedelta) -> float:
     # Taken before the statement runs, so that we believe in our lease no longer than the database does.
-    return clock() + holder.lease.total_seconds()
+    return clock() + lease.total_seconds()
 
 
 def _place(row: Row[Any]) -> Position:

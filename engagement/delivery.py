@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import count
 from queue import Empty
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +25,17 @@ from sqlalchemy.exc import SQLAlchemyError
 from engagement import claims
 from engagement.claims import Holder
 from engagement.models import MessageStatus
-from engagement.outcomes import InDoubt, Outcome, Postpone, Sent, Verdict, decide
+from engagement.outcomes import (
+    InDoubt,
+    Outcome,
+    Postpone,
+    Refused,
+    Sent,
+    Verdict,
+    Withdraw,
+    decide,
+    exponential_backoff,
+)
 from engagement.sending import Claim, Position, Sender, clock
 from engagement.tally import ProcessResult, Tally, logger
 
@@ -39,6 +50,7 @@ back-dated messages lie before that, so it starts from the beginning this often,
 READY_SECONDS = 1.0
 DATABASE_WAIT_SECONDS = (0.1, 10.0)
 """The first and the longest wait for a lost database."""
+DEFAULT_BACKOFF = exponential_backoff()
 ERRORS_KEPT = 1_000
 """Errors that a worker's result keeps: it may run for months."""
 
@@ -52,13 +64,16 @@ class Delivery:
         self._until_empty = until_empty
         self._left = limit
         # Nobody else may take our claims for theirs, also if they are given the same name.
-        self._holder = Holder(f"{worker.worker_name}#{secrets.token_hex(4)}", worker.lease)
+        self._name = f"{worker.worker_name}#{secrets.token_hex(4)}"
+        self._claims_made = count(1)
+        self._unacknowledged: list[str] = []
         self._sender = Sender(worker.transport, concurrency=worker.concurrency, classify=worker.classify)
         self._in_hand: dict[int, Claim] = {}
         self._decided: list[tuple[Claim, Verdict]] = []
         self._overdue: set[Claim] = set()
         self._position = claims.START
         self._readiness: Future[Any] | None = None
+        self._was_ready = False
         self._found_nothing = False
         self._failure: SQLAlchemyError | None = None
         self._database_was_reached = False
@@ -70,7 +85,7 @@ class Delivery:
 
     @property
     def _lease(self) -> float:
-        return self._holder.lease.total_seconds()
+        return self._worker.lease.total_seconds()
 
     def run(self) -> ProcessResult:
         """Work until there is nothing to do, or until told to stop; then say what was done."""
@@ -121,24 +136,35 @@ class Delivery:
         taken = _Taken()
         if self._decided:
             taken.recorded = claims.settle(connection, [(claim.message, verdict) for claim, verdict in self._decided])
-        if not wanted:
+        if not wanted or self._stop.is_set():
             return taken
-        if clock() < self._adopt_until:
-            taken.claims += claims.adopt(connection, self._holder, held=self._in_hand)
+        holder = self._next_holder()
+        taken.name = holder.name
+        taken.claims += self._adopt(connection, holder)
         if clock() >= self._recover_at:
-            lost = claims.take_over(connection, self._holder, limit=wanted, held=self._in_hand)
+            lost = claims.take_over(connection, holder, limit=wanted, held=self._in_hand)
             taken.recovered_all = len(lost) < wanted
             taken.claims += lost
         if wanted > len(taken.claims):
-            self._claim(connection, taken, limit=wanted - len(taken.claims))
+            self._claim(connection, holder, taken, limit=wanted - len(taken.claims))
         return taken
 
-    def _claim(self, connection: Connection, taken: _Taken, *, limit: int) -> None:
+    def _next_holder(self) -> Holder:
+        """Return a name for one transaction: if its commit is not acknowledged, what carries it was never started."""
+        holder = Holder(f"{self._name}/{next(self._claims_made)}", self._worker.lease)
+        self._unacknowledged.append(holder.name)
+        return holder
+
+    def _adopt(self, connection: Connection, holder: Holder) -> list[Claim]:
+        earlier = [name for name in self._unacknowledged if name != holder.name]
+        return claims.adopt(connection, holder, names=earlier) if earlier else []
+
+    def _claim(self, connection: Connection, holder: Holder, taken: _Taken, *, limit: int) -> None:
         start = self._claim_from()
         for position in [claims.START] if start == claims.START else [start, claims.START]:
             claimed = claims.claim(
                 connection,
-                self._holder,
+                holder,
                 limit=limit,
                 after=position,
                 busy=self._busy(),
@@ -168,6 +194,11 @@ class Delivery:
         return {claim.message.destination_jid for claim in (*in_hand, *self._overdue)}
 
     def _note(self, taken: _Taken) -> None:
+        if taken.name in self._unacknowledged:
+            self._unacknowledged.remove(taken.name)
+        if clock() >= self._adopt_until:
+            # A commit that was still under way on the server has happened by now, or never will.
+            self._unacknowledged.clear()
         for claim, verdict in self._decided:
             if self._in_hand.get(claim.message.id) is claim:
                 del self._in_hand[claim.message.id]
@@ -208,20 +239,22 @@ class Delivery:
         return free if free > 0 and self._is_ready() else 0
 
     def _is_ready(self) -> bool:
-        """Ask the transport, at most once a second; what it has not answered yet counts as no."""
-        if clock() >= self._ask_at and (self._readiness is None or self._readiness.done()):
-            self._ask_at = clock() + READY_SECONDS
+        """Ask the transport, and believe its answer for a second; what it has not answered yet counts as no."""
+        if self._readiness is None and clock() >= self._ask_at:
             self._readiness = self._sender.ask_ready()
-        return self._readiness is None or (self._readiness.done() and _is_true(self._readiness))
-
-    @property
-    def _is_asking(self) -> bool:
-        return self._readiness is not None and not self._readiness.done()
+            self._was_ready = self._readiness is None
+        if self._readiness is not None and self._readiness.done():
+            self._was_ready = _is_true(self._readiness)
+            self._readiness = None
+            self._ask_at = clock() + READY_SECONDS
+        return self._was_ready and self._readiness is None
 
     # Waiting
 
     def _wait(self) -> None:
-        if self._in_hand or self._is_asking:
+        if self._decided:
+            return
+        if self._in_hand or self._readiness is not None:
             self._collect(self._pause())
         elif clock() < self._start_at:
             self._stop.wait(self._start_at - clock())
@@ -268,6 +301,8 @@ class Delivery:
         return max(min(until) - clock(), 0.001)
 
     def _decide(self, claim: Claim, outcome: Outcome) -> None:
+        if not isinstance(outcome, Sent | Refused | Withdraw):
+            self._ask_at = 0.0  # The next message may fare no better.
         if claim.is_overdue and not isinstance(outcome, Sent):
             return  # It is in doubt, and this adds nothing.
         self._decided.append((claim, self._verdict(claim, outcome)))
@@ -279,8 +314,20 @@ class Delivery:
             max_retries=self._worker.max_retries,
             idempotent=self._sender.idempotent,
             worker_lost=claim.worker_lost,
-            backoff=self._worker.backoff,
+            backoff=self._backoff,
         )
+
+    def _backoff(self, failures: int) -> timedelta:
+        """Ask the host's rule; one that breaks must not lose what happened."""
+        try:
+            wait = self._worker.backoff(failures)
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            logger.error("engagement.backoff_failed error=%s", type(error).__name__)
+        else:
+            if isinstance(wait, timedelta):
+                return wait
+            logger.error("engagement.backoff_failed type=%s", type(wait).__name__)
+        return DEFAULT_BACKOFF(failures)
 
     def _give_up_overdue(self) -> None:
         timeout = self._worker.send_timeout
@@ -300,10 +347,10 @@ class Delivery:
             return
         try:
             with self._worker.engine.begin() as connection:
-                claims.extend(connection, self._holder, self._in_hand)
+                claims.extend(connection, self._worker.lease, self._in_hand)
         except SQLAlchemyError as error:
             if not claims.is_transient(error):
-                raise
+                self._failure = self._failure or error  # What is in hand is finished before it is raised.
             self._extend_at = clock() + min(self._lease / 3, 1.0)
             logger.warning("engagement.leases_not_extended error=%s", claims.describe(error))
 
@@ -311,12 +358,12 @@ class Delivery:
 
     def _release_unstarted(self) -> None:
         """Give back claims whose commit was not acknowledged: nobody will start them now."""
-        if clock() >= self._adopt_until:
+        if not self._unacknowledged:
             return
         unstarted = Postpone(datetime.now(UTC), "the worker stopped before the send")
         try:
             with self._worker.engine.begin() as connection:
-                for claim in claims.adopt(connection, self._holder, held=self._in_hand):
+                for claim in self._adopt(connection, self._next_holder()):
                     claims.settle(connection, [(claim.message, self._verdict(claim, unstarted))])
         except SQLAlchemyError as error:
             logger.warning("engagement.claims_not_released error=%s", claims.describe(error))
@@ -335,9 +382,9 @@ class Delivery:
                 with self._worker.engine.begin() as connection:
                     result = work(connection)
             except SQLAlchemyError as error:
+                self._adopt_until = clock() + self._lease
                 if not claims.is_transient(error) or self._gives_up(lost_at):
                     raise
-                self._adopt_until = clock() + self._lease
                 logger.warning("engagement.database_lost error=%s wait_seconds=%.1f", claims.describe(error), wait)
             else:
                 self._database_was_reached = True
@@ -361,6 +408,7 @@ class Delivery:
 class _Taken:
     """What one transaction did, to be noted once it is committed."""
 
+    name: str = ""
     recorded: dict[int, MessageStatus] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
     ended: dict[int, MessageStatus] = field(default_factory=dict)

@@ -223,9 +223,13 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def clean_reason(text: str | None) -> str | None:
-    """Return a provider's text as PostgreSQL can store it, on one line and cut; None if nothing is left of it."""
+def clean_reason(text: object) -> str | None:
+    """Return a provider's text as PostgreSQL can store it, on one line and cut; None if nothing is left of it.
+
+    A number or an exception, given where a text belongs, is taken as its text.
+    """
     if text is None:
         return None
+    text = str(text)
     printable = "".join(character if character.isprintable() else " " for character in text[: 2 * MAX_REASON])
     return " ".join(printable.split())[:MAX_REASON] or None

@@ -116,13 +116,13 @@ class Sender:
             if claim.known is not None:
                 self.answers.put((claim, claim.known))
             elif claim.worker_lost and self._look_up is not None:
-                self._submit([claim], self._look_up, claim.message, self._read_look_up)
+                self._submit([claim], self._look_up, claim.message, _read_look_up)
             elif self.sends_many:
                 to_send.append(claim)
             else:
-                self._submit([claim], self._send, claim.message, self._read_send)
+                self._submit([claim], self._send, claim.message, _read_send)
         if to_send:
-            self._submit(to_send, self._send, [claim.message for claim in to_send], self._read_send_many)
+            self._submit(to_send, self._send, [claim.message for claim in to_send], _read_send_many)
 
     def ask_ready(self) -> Future[Any] | None:
         """Ask the transport whether it can send now, or return None if it has no `ready` to ask."""
@@ -142,7 +142,7 @@ class Sender:
         claims: list[Claim],
         function: Callable[..., Any],
         argument: object,
-        read: Callable[[Future[Any], int], list[Outcome]],
+        read: Callable[[Any, int], list[Outcome]],
     ) -> None:
         held_until = min(claim.held_until for claim in claims)
 
@@ -152,7 +152,8 @@ class Sender:
                 raise LeaseRanOut
 
         def arrive(future: Future[Any]) -> None:
-            for claim, outcome in zip(claims, read(future, len(claims)), strict=True):
+            outcomes = self._outcomes(future, len(claims), read)
+            for claim, outcome in zip(claims, outcomes, strict=True):
                 self.answers.put((claim, outcome))
 
         future = self._run(check, function, argument)
@@ -164,37 +165,20 @@ class Sender:
         runner = self._loop if _is_async(function) else self._threads
         return runner.submit(check, function, *arguments)
 
-    def _read_send(self, future: Future[Any], _: int) -> list[Outcome]:
-        answer = self._result(future)
-        return [as_outcome(answer)]
-
-    def _read_send_many(self, future: Future[Any], count: int) -> list[Outcome]:
-        answers = self._result(future)
-        if isinstance(answers, Outcome):
-            return [answers] * count
-        answers = list(answers) if isinstance(answers, Iterable) else []
-        if len(answers) != count:
-            return [InDoubt(f"send_many returned {len(answers)} outcomes for {count} messages")] * count
-        return [as_outcome(answer) for answer in answers]
-
-    def _read_look_up(self, future: Future[Any], _: int) -> list[Outcome]:
-        if future.cancelled() or (error := future.exception()):
-            return [_worker_lost("look_up failed" if future.cancelled() else f"look_up raised {type(error).__name__}")]
-        answer = future.result()
-        return [answer if isinstance(answer, Sent | NotSent) else _worker_lost()]
-
-    def _result(self, future: Future[Any]) -> Any:
-        """Return what the transport answered, or the outcome that its exception means."""
+    def _outcomes(self, future: Future[Any], messages: int, read: Callable[[Any, int], list[Outcome]]) -> list[Outcome]:
+        """Return what the transport answered, or what its exception means, for each message of the call."""
+        outcome: Outcome
         try:
-            return future.result()
+            return read(future.result(), messages)
         except LeaseRanOut:
-            return Postpone(datetime.now(UTC), "the lease ran out before the send")
+            outcome = Postpone(datetime.now(UTC), "the lease ran out before the send")
         except CancelledError:
-            return InDoubt("the send was cancelled")
+            outcome = InDoubt("the send was cancelled")
         except Exception as error:  # noqa: BLE001 - the one place: whatever a transport raises becomes an outcome
-            return self._checked_classify(error)
+            outcome = _worker_lost(error) if read is _read_look_up else self._checked_classify(error)
         except BaseException as error:  # noqa: BLE001 - likewise, and nothing is known of a send that was torn down
-            return InDoubt(f"{type(error).__name__} in the transport")
+            outcome = InDoubt(f"{type(error).__name__} in the transport")
+        return [outcome] * messages
 
     def _checked_classify(self, error: Exception) -> Outcome:
         try:
@@ -206,8 +190,26 @@ class Sender:
         return InDoubt(f"classify returned {type(outcome).__name__} for {type(error).__name__}")
 
 
-def _worker_lost(besides: str = "") -> InDoubt:
-    return InDoubt("its worker was lost between claim and settle" + (besides and f"; {besides}"))
+def _read_send(answer: Any, _: int) -> list[Outcome]:
+    return [as_outcome(answer)]
+
+
+def _read_send_many(answers: Any, messages: int) -> list[Outcome]:
+    if isinstance(answers, Outcome):
+        return [answers] * messages
+    answers = list(answers) if isinstance(answers, Iterable) else []
+    if len(answers) != messages:
+        return [InDoubt(f"send_many returned {len(answers)} outcomes for {messages} messages")] * messages
+    return [as_outcome(answer) for answer in answers]
+
+
+def _read_look_up(answer: Any, _: int) -> list[Outcome]:
+    return [answer if isinstance(answer, Sent | NotSent) else _worker_lost()]
+
+
+def _worker_lost(error: Exception | None = None) -> InDoubt:
+    besides = "" if error is None else f"; look_up raised {type(error).__name__}"
+    return InDoubt(f"its worker was lost between claim and settle{besides}")
 
 
 def _always() -> None:

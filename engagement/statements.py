@@ -285,17 +285,13 @@ def take_over_expired_leases() -> Executable:
 
 
 @cache
-def adopt_own_claims() -> Executable:
-    """Return what `worker` has claimed and does not hold: the commit of its claim was not acknowledged.
+def adopt_unacknowledged() -> Executable:
+    """Return what was claimed under `names`, of transactions whose commits were not acknowledged.
 
-    Such a message was never handed to the transport. What it took over from others has another name on it.
+    Such a message was never handed to the transport. What was taken over from others has another name on it.
     """
-    own = and_(
-        C.status == SENDING,
-        C.claimed_by == bindparam("worker", type_=Text),
-        C.id != all_(bindparam("held", type_=ARRAY(BigInteger))),
-    )
-    return _leased(own, by="worker")
+    unacknowledged = C.claimed_by == any_(bindparam("names", type_=ARRAY(Text)))
+    return _leased(and_(C.status == SENDING, unacknowledged), by="worker")
 
 
 def _leased(condition: ColumnElement[bool], *, by: str) -> Executable:
@@ -309,14 +305,12 @@ def _leased(condition: ColumnElement[bool], *, by: str) -> Executable:
 
 @cache
 def extend_leases() -> Executable:
-    """Extend the leases that `worker` still has on the messages in `held`, and return their ids."""
+    """Extend the leases of the attempts (`held`, `attempts`) that are still being sent, and return their ids."""
+    held = func.unnest(bindparam("held", type_=ARRAY(BigInteger)), bindparam("attempts", type_=ARRAY(Integer)))
+    mine = held.table_valued(column("id", BigInteger), column("attempt", Integer)).render_derived(name="held")
     return (
         update(QUEUE)
-        .where(
-            C.id == any_(bindparam("held", type_=ARRAY(BigInteger))),
-            C.status == SENDING,
-            C.claimed_by.in_([bindparam("worker", type_=Text), bindparam("recoverer", type_=Text)]),
-        )
+        .where(C.id == mine.c.id, C.attempt == mine.c.attempt, C.status == SENDING)
         .values(lease_expires_at=_LEASE)
         .returning(C.id)
     )

@@ -54,7 +54,7 @@ class Tally:
             return
         self._counts["processed"] += 1
         if verdict.event in _TROUBLE:
-            self._errors.append((message.id, verdict.reason or ""))
+            self._errors.append((message.id, str(verdict.reason or "")))
         if status is None:
             logger.warning("engagement.claim_lost message_id=%s attempt=%s", message.id, message.attempt)
             return

@@ -106,6 +106,15 @@ class LedgerTransport:
         return Sent("looked up") if is_known else NotSent("not in the ledger")
 
 
+def statuses(cursor) -> set[str]:
+    """Read the statuses that a statement returned, and leave its rows to be read again: they may have expired."""
+    place = [column.name for column in cursor.description].index("status")
+    found = {row[place] for row in cursor}
+    if found:
+        cursor.scroll(0, "absolute")
+    return found
+
+
 class CommitWatch:
     """Passes the points before and after the commits of claims and of settlements."""
 
@@ -118,7 +127,7 @@ class CommitWatch:
         event.listen(engine, "checkin", self._after_commit)
 
     def _note(self, conn, cursor, _statement, parameters, *_):
-        if "after_at" in parameters and cursor.rowcount > 0:
+        if "after_at" in parameters and "sending" in statuses(cursor):
             conn.info["claims"] = True
         if "given_id" in parameters:
             conn.info["settles"] = True
