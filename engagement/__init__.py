@@ -15,6 +15,7 @@ from engagement.models import Destination, EngagementMessage, EngagementMessageM
 from engagement.outcomes import InDoubt, NotSent, Outcome, Postpone, Refused, Sent, Withdraw, exponential_backoff
 from engagement.repository import AsyncEngagementMessageRepository, EngagementMessageRepository
 from engagement.tally import ProcessResult
+from engagement.verification import Violation, verify
 from engagement.worker import Worker, process_message_queue
 
 __all__ = [
@@ -39,9 +40,11 @@ __all__ = [
     "Refused",
     "Sent",
     "StatusCounts",
+    "Violation",
     "Withdraw",
     "Worker",
     "exponential_backoff",
     "idempotency_key",
     "process_message_queue",
+    "verify",
 ]

@@ -638,6 +638,53 @@ def status(database: Database, *, as_json: bool) -> None:
     show("messages", facts | {"oldest_due_seconds": waiting}, as_json=as_json)
 
 
+@cli.command(epilog=examples("engagement verify", "engagement verify --overdue 15m --json"))
+@click.option(
+    "--overdue",
+    default="1h",
+    type=duration,
+    metavar="TIME",
+    show_default=True,
+    help="A message due for longer than this is a broken promise.",
+)
+@json_option
+@on_database
+def verify(database: Database, overdue: timedelta, *, as_json: bool) -> None:
+    """Look for broken promises in the queue, and name them. The exit status is 1 if there are any.
+
+    It only reads, but most of the table: for every night, not for every minute.
+    """
+    from engagement.verification import verify as broken_promises
+
+    with database.engine() as engine, Session(engine) as session:
+        violations = broken_promises(session, schema=database.schema, overdue=overdue)
+    if as_json:
+        click.echo(json.dumps([asdict(violation) for violation in violations]))
+    for violation in () if as_json else violations:
+        where = "table" if violation.message_id is None else f"message {violation.message_id}"
+        click.echo(f"{violation.promise}: {where}: {violation.problem}")
+    if violations:
+        raise click.exceptions.Exit(NEEDS_ATTENTION)
+    if not as_json:
+        click.echo("no broken promise found")
+
+
+@cli.command("lint-catalogues", epilog=examples("engagement lint-catalogues locales"))
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+def lint_catalogues(folder: str) -> None:
+    """Check that each key exists in each locale, with the same parameters, and can always be said."""
+    try:
+        from engagement.lint_catalogues import lint_catalogues as problems_of
+    except ModuleNotFoundError as missing:
+        raise Problem(f"{missing.name} is missing. Run: pip install 'engagement[words]'") from None
+    problems = problems_of(folder)
+    for problem in problems:
+        click.echo(str(problem))
+    if problems:
+        raise click.exceptions.Exit(NEEDS_ATTENTION)
+    click.echo("no problem found")
+
+
 @cli.command()
 def demo() -> None:
     """See the queue at work, on a database of its own.

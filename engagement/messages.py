@@ -33,7 +33,7 @@ _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 # Circles need no check: the nesting is bounded before.
 _to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")).encode
 # ASCII digits only, and always with fullmatch: `$` would let a newline pass, and `\d` the digits of other scripts.
-_JID = {
+JID_FORMS = {
     Destination.INDIVIDUAL: re.compile(r"[1-9][0-9]{6,14}@s\.whatsapp\.net|[1-9][0-9]{4,19}@lid"),
     Destination.GROUP: re.compile(r"[1-9][0-9]{14,19}@g\.us|[1-9][0-9]{4,14}-[0-9]{10}@g\.us"),
 }
@@ -140,7 +140,7 @@ class NewMessage:
     params_json: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        destination = _checked_destination(self.destination)
+        destination = checked_destination(self.destination)
         _check_times(self.scheduled_for, self.expires_at)
         _checked_tz(self.tz)
         put = object.__setattr__  # The class is frozen.
@@ -149,7 +149,7 @@ class NewMessage:
         put(self, "message_key", checked_text("message_key", self.message_key))
         put(self, "params_json", _checked_params(self.message_params))
         put(self, "destination", destination)
-        put(self, "destination_jid", _checked_jid(self.destination_jid, destination))
+        put(self, "destination_jid", checked_jid(self.destination_jid, destination))
         put(self, "key", _checked_key(self))
 
     def __hash__(self) -> int:
@@ -268,18 +268,20 @@ def _checked_tz(value: object) -> tzinfo:
     return value
 
 
-def _checked_destination(value: object) -> Destination:
+def checked_destination(value: object) -> Destination:
+    """Return the member that `value` names, or raise `InvalidMessage`."""
     destination = _DESTINATIONS.get(value) if isinstance(value, str) else None  # Also of a host's own enum of text.
     if destination is None:
         raise InvalidMessage("destination", "must be individual or group")
     return destination
 
 
-def _checked_jid(value: object, destination: Destination) -> str:
-    if type(value) is str and _JID[destination].fullmatch(value):
+def checked_jid(value: object, destination: Destination) -> str:
+    """Return `value` if it is a JID that fits `destination`, or raise `InvalidMessage`."""
+    if type(value) is str and JID_FORMS[destination].fullmatch(value):
         return value
     jid = checked_text("destination_jid", value)
-    if not _JID[destination].fullmatch(jid):
+    if not JID_FORMS[destination].fullmatch(jid):
         raise InvalidMessage("destination_jid", _JID_FORM[destination])
     return jid
 

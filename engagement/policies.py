@@ -37,7 +37,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import SQLAlchemyError
 
 from engagement.claims import is_transient
-from engagement.messages import InvalidMessage, OutgoingMessage, _checked_destination, _checked_jid
+from engagement.messages import InvalidMessage, OutgoingMessage, checked_destination, checked_jid
 from engagement.models import Destination, MessageStatus
 from engagement.outcomes import NotSent, Outcome, Postpone, Refused, Sent, Withdraw
 from engagement.sending import Transport
@@ -132,8 +132,8 @@ class Route(Gate):
             return Refused("the person has no address now")
         destination, jid = address
         try:
-            kind = _checked_destination(destination)
-            return replace(message, destination=kind, destination_jid=_checked_jid(jid, kind))
+            kind = checked_destination(destination)
+            return replace(message, destination=kind, destination_jid=checked_jid(jid, kind))
         except InvalidMessage as error:
             return Refused(f"the address of now is no address: {error}")
 

@@ -34,7 +34,7 @@ from sqlalchemy import (
     union_all,
 )
 
-from engagement.messages import _JID
+from engagement.messages import JID_FORMS
 from engagement.models import EARLIEST, LATEST, TABLE_NAME, MessageStatus
 from engagement.statements import NOW, PENDING, QUEUE, SENDING, C
 
@@ -182,7 +182,7 @@ def _key_reads_as_anothers() -> ColumnElement[bool]:
 
 
 def _is_jid() -> ColumnElement[bool]:
-    forms = "|".join(form.pattern for form in _JID.values())
+    forms = "|".join(form.pattern for form in JID_FORMS.values())
     return C.destination_jid.regexp_match(f"^({forms})$")
 
 

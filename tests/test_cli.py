@@ -776,3 +776,32 @@ def test_a_host_pays_for_no_command_line():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
 
     assert done.stdout == "[]\n"
+
+
+# Looking for what is wrong
+
+
+def test_broken_promises_are_named(run, engine):
+    """`verify` is silent about a healthy queue, names what is broken, and tells by its exit status."""
+    queue(engine, new_message())
+    assert run("verify", on=engine)[:2] == (0, "no broken promise found\n")
+
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE engagement_message_queue SET next_attempt_at = now() - interval '2 h'"))
+    told = run("verify", on=engine)
+    assert told.status == 1
+    assert told.out.count("message 1:") == 1
+    assert [violation["message_id"] for violation in json.loads(run("verify", "--json").out)] == [1]
+    assert run("verify", "--overdue", "1d").status == 0
+
+
+def test_problems_of_catalogues_are_told(run, tmp_path):
+    """The shipped catalogues have none; a key that one locale lacks is told, with exit status 1."""
+    assert run("lint-catalogues", ROOT / "engagement" / "catalogues")[:2] == (0, "no problem found\n")
+
+    for locale, words in (("en", "hello = Hello\nbye = Bye\n"), ("pt-BR", "hello = Olá\n")):
+        (tmp_path / "locales" / locale).mkdir(parents=True)
+        (tmp_path / "locales" / locale / "messages.ftl").write_text(words)
+    told = run("lint-catalogues", tmp_path / "locales")
+    assert told.status == 1
+    assert "pt-BR: bye" in told.out

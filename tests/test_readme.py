@@ -4,6 +4,7 @@ import ast
 import asyncio
 import inspect
 import re
+import shutil
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ def run(block: str, namespace: dict) -> None:
         asyncio.run(result)
 
 
-def test_the_readmes_python_runs(engine):
+def test_the_readmes_python_runs(engine, tmp_path, monkeypatch):
     """Each block of Python in the README runs, and does what it says."""
 
     class Base(DeclarativeBase):
@@ -50,6 +51,9 @@ def test_the_readmes_python_runs(engine):
         "message_id": 1,
     }
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    for locale in ("en", "pt-BR"):
+        shutil.copytree(README.parent / "engagement" / "catalogues" / locale, tmp_path / "locales" / locale)
+    monkeypatch.chdir(tmp_path)
     try:
         for block in blocks:
             if "resolve_message" in block:
@@ -59,7 +63,7 @@ def test_the_readmes_python_runs(engine):
     finally:
         Base.metadata.drop_all(engine)
 
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     assert row(engine, 1).status == "sent"
     assert row(engine, 1).history[-1]["event"] == "resolved"
     assert row(engine, 2).status == "in_doubt"
