@@ -333,7 +333,7 @@ def count_others_of_user(*, of_types: bool) -> Executable:
         # Pending too: an idempotent transport is asked again after a doubt.
         else_=and_(or_(C.status == IN_DOUBT, C.has_doubt), doubt_at >= since),
     )
-    wanted = [C.user_id == bindparam("of_user", type_=Text), C.id != message_id]
+    wanted = [C.user_id == bindparam("of_user", type_=Text)]  # The message itself is neither ahead nor behind.
     if of_types:
         wanted.append(C.message_type == any_(bindparam("types", type_=ARRAY(Text))))
     return select(

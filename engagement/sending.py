@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -239,7 +239,7 @@ class _Threads:
                 check()
                 result = function(*arguments)
                 if inspect.iscoroutine(result):  # A plain function that returns one, such as a lambda.
-                    result = self._loop.submit(check, lambda: result).result()
+                    result = self._awaited(check, result)
             except BaseException as error:  # noqa: BLE001 - the future hands it on
                 future.set_exception(error)
             else:
@@ -254,6 +254,12 @@ class _Threads:
     def close(self) -> None:
         for _ in range(self._started):
             self._jobs.put(None)
+
+    def _awaited(self, check: Callable[[], None], coroutine: Coroutine[Any, Any, Any]) -> Any:
+        try:
+            return self._loop.submit(check, lambda: coroutine).result()
+        finally:
+            coroutine.close()  # If the check failed, it was never begun.
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

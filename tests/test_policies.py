@@ -13,9 +13,11 @@ from conftest import new_message, queue, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, text
+from sqlalchemy.orm import Session
 
 from engagement import (
     Destination,
+    EngagementMessageRepository,
     InDoubt,
     NotSent,
     OutgoingMessage,
@@ -23,6 +25,7 @@ from engagement import (
     Refused,
     Sent,
     Withdraw,
+    migrations,
     process_message_queue,
 )
 from engagement.policies import Consent, FrequencyCap, Gate, QuietHours, Route, local_window, quiet_until
@@ -768,6 +771,20 @@ def test_a_database_without_the_table_is_a_failure(engine, empty_engine, noon):
 
     found = row(engine, message_id)
     assert (sent, found.retry_count, found.error_message) == ([], 1, "FrequencyCap raised ProgrammingError")
+
+
+def test_a_cap_counts_in_the_schema_of_the_table(empty_engine, noon):
+    """With `schema` the cap counts where the messages are."""
+    migrations.upgrade(empty_engine, schema="guests")
+    with Session(empty_engine) as session, session.begin():
+        repository = EngagementMessageRepository(session, schema="guests")
+        repository.queue_messages(user_messages("one", "two"))
+    sent = []
+
+    capped = cap(sent.append, empty_engine, noon, schema="guests")
+    result = process_message_queue(empty_engine, capped, schema="guests")
+
+    assert (len(sent), result.succeeded, result.postponed) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("options", [{"limit": 0}, {"per": "month"}, {"resume_at": time(9, tzinfo=UTC)}])

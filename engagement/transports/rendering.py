@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from engagement.messages import OutgoingMessage
 from engagement.outcomes import NotSent, Refused
+from engagement.words import NoWords
 
 Words = TypeVar("Words", bound=object)
 Render = Callable[[OutgoingMessage], Words]
@@ -18,6 +19,8 @@ def words_of(render: Render[Words], message: OutgoingMessage) -> Words | Refused
     """Return what `render` says, or the outcome that its error means. The text of the error may be params: dropped."""
     try:
         return render(message)
+    except NoWords as error:
+        return Refused(f"no words: {error}")  # Its text never holds params.
     except (LookupError, ValueError) as error:
         return Refused(f"the message has no words: {type(error).__name__}")
     except Exception as error:  # noqa: BLE001 - whatever it was, nothing was sent
