@@ -1,34 +1,60 @@
 """Runs our migrations: on a connection that somebody passes, on a URL, or as SQL text.
 
-What is passed comes in `config.attributes`: `connection`, and `schema` for a table that is not on the search path.
+What is passed comes in `config.attributes`: `connection`, `schema` for a table that is not on the search path, and
+`row_level_security`; the last two also as `-x schema=…` and `-x row_level_security=on`.
 """
 
 import logging.config
 import os
 
 from alembic import context
-from sqlalchemy import create_engine, pool
+from sqlalchemy import MetaData, Table, create_engine, pool, text
 from sqlalchemy.schema import CreateSchema
 
 from engagement.migrations import VERSION_TABLE, includes_ours, wait_for_turn
-from engagement.models import EngagementBase
+from engagement.models import TABLE_NAME, EngagementBase
 
 config = context.config
-schema = config.attributes.get("schema") or context.get_x_argument(as_dictionary=True).get("schema")
+given = context.get_x_argument(as_dictionary=True)
+schema = config.attributes.get("schema") or given.get("schema")
+row_level_security = config.attributes.get("row_level_security") or given.get("row_level_security") == "on"
 options = {
     "target_metadata": EngagementBase.metadata,
     "version_table": VERSION_TABLE,
     "version_table_schema": schema,
+    # For the scripts. They run in hosts' environments too, where the version table is not ours and lies elsewhere.
+    "engagement_schema": schema,
     "include_name": includes_ours,
 }
 
 
 def database_url() -> str:
     """Return where to run: `-x url=…`, else ENGAGEMENT_DATABASE_URL."""
-    url = context.get_x_argument(as_dictionary=True).get("url") or os.environ.get("ENGAGEMENT_DATABASE_URL")
+    url = given.get("url") or os.environ.get("ENGAGEMENT_DATABASE_URL")
     if not url:
         raise SystemExit("Set ENGAGEMENT_DATABASE_URL, or pass -x url=postgresql+psycopg://…")
     return url
+
+
+def run() -> None:
+    """Migrate and, if that is wanted, close the tables before anybody has seen them."""
+    with context.begin_transaction():
+        if schema is not None:
+            context.execute(CreateSchema(schema, if_not_exists=True))
+        context.run_migrations()
+        if row_level_security:
+            enable_row_level_security(context.get_context())
+
+
+def enable_row_level_security(migration) -> None:
+    """Leave our tables to their owner and to the roles that bypass it: there is no policy for anybody else."""
+    is_on = text("SELECT relrowsecurity FROM pg_class WHERE oid = to_regclass(:table)")
+    for name in (TABLE_NAME, VERSION_TABLE):
+        table = migration.dialect.identifier_preparer.format_table(Table(name, MetaData(), schema=schema))
+        # Even in vain, ALTER TABLE would make everybody wait for every open transaction.
+        if migration.as_sql or not migration.connection.scalar(is_on, {"table": table}):
+            context.execute("SET LOCAL lock_timeout = '5s'")
+            context.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
 
 
 def run_offline() -> None:
@@ -44,21 +70,13 @@ def run_online(connection) -> None:
     run()
 
 
-def run():
-    """Run the migrations, in the schema that was asked for."""
-    with context.begin_transaction():
-        if schema is not None:
-            context.execute(CreateSchema(schema, if_not_exists=True))
-        context.run_migrations()
-
-
 if config.config_file_name is not None:
     logging.config.fileConfig(config.config_file_name, disable_existing_loggers=False)
 
 if context.is_offline_mode():
     run_offline()
-elif (given := config.attributes.get("connection")) is not None:
-    run_online(given)
+elif (connection := config.attributes.get("connection")) is not None:
+    run_online(connection)
 else:
     engine = create_engine(database_url(), poolclass=pool.NullPool)
     with engine.connect() as connection:

@@ -13,8 +13,8 @@ depends_on = ${repr(depends_on)}
 
 
 def schema():
-    """Return where the table is, if not on the search path: the version table is beside it."""
-    return op.get_context().opts.get("version_table_schema")
+    """Return where the table is, if not on the search path: what env.py gives to `context.configure`."""
+    return op.get_context().opts.get("engagement_schema")
 
 
 def upgrade() -> None:

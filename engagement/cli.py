@@ -266,19 +266,22 @@ def _show_table(title: str, facts: Mapping[str, object]) -> None:
 )
 @click.argument("revision", default="head")
 @click.option("--sql", is_flag=True, help="Print the SQL, and touch no database.")
+@click.option(
+    "--row-level-security", is_flag=True, help="Leave the table to its owner and to roles that bypass it (Supabase)."
+)
 @on_database
-def upgrade(database: Database, revision: str, *, sql: bool) -> None:
+def upgrade(database: Database, revision: str, *, sql: bool, row_level_security: bool) -> None:
     """Create the queue's table, or bring it up to date.
 
     Twice is as good as once, and so is from two places at the same time. A --schema that is not there is created.
     """
     with _migration_problems():
         if sql:
-            migrations.upgrade_sql(sys.stdout, revision, schema=database.schema)
+            migrations.upgrade_sql(sys.stdout, revision, schema=database.schema, row_level_security=row_level_security)
             return
         with database.engine() as engine:
             before = migrations.current(engine, schema=database.schema)
-            migrations.upgrade(engine, revision, schema=database.schema)
+            migrations.upgrade(engine, revision, schema=database.schema, row_level_security=row_level_security)
             now = migrations.current(engine, schema=database.schema)
     click.echo(f"already at {now}" if now == before else f"upgraded to {now}")
 

@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from sqlalchemy import Connection, Engine, func, select
 
-from engagement.models import TABLE_NAME
+from engagement.models import TABLE_NAME, TextOf
 
 if TYPE_CHECKING:
+    from alembic.autogenerate.api import AutogenContext
     from alembic.config import Config
 
 VERSION_TABLE = "engagement_alembic_version"
@@ -29,16 +30,26 @@ def script_location() -> Path:
     return shipped if shipped.is_dir() else package.parent / "alembic"
 
 
-def upgrade(bind: Engine | Connection, revision: str = "head", *, schema: str | None = None) -> None:
+def upgrade(
+    bind: Engine | Connection,
+    revision: str = "head",
+    *,
+    schema: str | None = None,
+    row_level_security: bool = False,
+) -> None:
     """Bring the table to `revision`. Twice is as good as once, and so is from two processes at the same time.
 
     On an `Engine` this commits; on a `Connection` it runs in its transaction and leaves the commit to the caller.
     `schema` is created if it does not exist.
+
+    `row_level_security` leaves our tables to their owner and to roles that bypass it, whatever was granted to others:
+    there is no policy. Once it is on it stays on.
     """
     from alembic import command
 
     with _connected(bind) as connection:
-        command.upgrade(_config(connection=connection, schema=schema), revision)
+        config = _config(connection=connection, schema=schema, row_level_security=row_level_security)
+        command.upgrade(config, revision)
 
 
 def downgrade(bind: Engine | Connection, revision: str = "base", *, schema: str | None = None) -> None:
@@ -67,11 +78,14 @@ def head() -> str:
     return revision
 
 
-def upgrade_sql(output: TextIO, revision: str = "head", *, schema: str | None = None) -> None:
+def upgrade_sql(
+    output: TextIO, revision: str = "head", *, schema: str | None = None, row_level_security: bool = False
+) -> None:
     """Write the SQL of an upgrade from nothing to `output`, for databases that only a person may change."""
     from alembic import command
 
-    command.upgrade(_config(schema=schema, output=output), revision, sql=True)
+    config = _config(schema=schema, row_level_security=row_level_security, output=output)
+    command.upgrade(config, revision, sql=True)
 
 
 def includes_ours(name: str | None, type_: str, parent_names: Mapping[str, Any]) -> bool:
@@ -82,6 +96,13 @@ def includes_ours(name: str | None, type_: str, parent_names: Mapping[str, Any])
 def includes_all_but_ours(name: str | None, type_: str, parent_names: Mapping[str, Any]) -> bool:
     """Be the `include_name` of a host's autogenerate, which would otherwise propose to drop our tables."""
     return type_ == "schema" or not _is_ours(name, type_, parent_names)
+
+
+def render_plain_types(type_: str, item: Any, autogen_context: AutogenContext) -> str | Literal[False]:
+    """Be the `render_item` of a host that maps our mixin, so that its migrations hold SQLAlchemy's types only."""
+    if type_ == "type" and isinstance(item, TextOf):
+        return f"{autogen_context.opts['sqlalchemy_module_prefix']}Text()"
+    return False
 
 
 def _is_ours(name: str | None, type_: str, parent_names: Mapping[str, Any]) -> bool:
@@ -110,11 +131,17 @@ def _connected(bind: Engine | Connection) -> Iterator[Connection]:
         yield connection
 
 
-def _config(*, connection: Connection | None = None, schema: str | None = None, output: TextIO | None = None) -> Config:
+def _config(
+    *,
+    connection: Connection | None = None,
+    schema: str | None = None,
+    row_level_security: bool = False,
+    output: TextIO | None = None,
+) -> Config:
     from alembic.config import Config
 
     config = Config(output_buffer=output)
     config.set_main_option("script_location", str(script_location()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
-    config.attributes.update(connection=connection, schema=schema)
+    config.attributes.update(connection=connection, schema=schema, row_level_security=row_level_security)
     return config

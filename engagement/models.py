@@ -12,9 +12,11 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Dialect,
     Index,
+    Integer,
     MetaData,
     PrimaryKeyConstraint,
     Text,
@@ -103,7 +105,10 @@ _MOMENT = TIMESTAMP(timezone=True)
 
 
 class EngagementMessageMixin:
-    """The columns, constraints and indexes of a message, for hosts that map them on a `Base` of their own."""
+    """The columns, constraints and indexes of a message, for hosts that map them on a `Base` of their own.
+
+    Every type and name is given, so that no `type_annotation_map` and no naming convention of the host changes them.
+    """
 
     __tablename__ = TABLE_NAME
 
@@ -123,11 +128,11 @@ class EngagementMessageMixin:
     next_attempt_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=text("now()"))
     """While pending, when it is due; afterwards, when it last was."""
     status: Mapped[MessageStatus] = mapped_column(TextOf(MessageStatus), server_default=text("'pending'"))
-    attempt: Mapped[int] = mapped_column(server_default=text("0"))
+    attempt: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     """How many times it was claimed: the fencing token. It only grows, so that a late worker can be told apart."""
-    retry_count: Mapped[int] = mapped_column(server_default=text("0"))
+    retry_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     """How many attempts failed. Unlike `attempt`, it is set back when a person asks for another try."""
-    has_doubt: Mapped[bool] = mapped_column(server_default=text("false"))
+    has_doubt: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
     """An earlier attempt may have left, and is tried again under its delivery id by an idempotent transport. Until that
     is resolved, the message cannot end as if nothing had been sent."""
     lease_expires_at: Mapped[datetime | None] = mapped_column(_MOMENT)

@@ -304,7 +304,7 @@ def test_a_message_is_not_recovered_while_it_is_settled(engine):
     until(lambda: is_true(engine, "SELECT max(lease_expires_at) < now() FROM engagement_message_queue"))
     with engine.begin() as connection:
         claims.settle(connection, [(claim.message, late)])
-        recovered = process_message_queue(engine, Transport())
+        recovered = in_thread(process_message_queue, engine, Transport()).result(PATIENCE_SECONDS)
 
     assert recovered.processed == 0
     assert row(engine, message_id).status == "sent"

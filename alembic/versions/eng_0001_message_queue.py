@@ -15,8 +15,8 @@ READABLE = "BETWEEN '0001-01-02 00:00:00+00' AND '9999-12-30 00:00:00+00'"
 
 
 def schema():
-    """Return where the table is, if not on the search path: the version table is beside it."""
-    return op.get_context().opts.get("version_table_schema")
+    """Return where the table is, if not on the search path: what env.py gives to `context.configure`."""
+    return op.get_context().opts.get("engagement_schema")
 
 
 def check(name, sql):

@@ -91,7 +91,6 @@ class Run:
         self._queued = 0
         self._watch_at = 0.0
         self._unfinished = 0
-        self._notes: dict[int, set[str]] = {}
 
     def play(self) -> Evidence:
         """Go through the whole plan; fail if a worker ends in another way than the plan says."""
@@ -177,7 +176,6 @@ class Run:
             self._alive.append(life)
 
     def _bury_the_dead(self) -> None:
-        self._notes = self._noted()
         for life in list(self._alive):
             status = life.process.poll()
             if status is not None:
@@ -193,7 +191,7 @@ class Run:
 
     def _kill_in_time(self, life: Life) -> None:
         if life.kill_at is None:
-            if "started" in self._notes.get(life.process.pid, ()):
+            if "started" in self._scene.notes_of(life.process.pid):
                 life.kill_at = time.monotonic() + life.killed_after
         elif time.monotonic() >= life.kill_at:
             life.process.kill()
@@ -212,12 +210,6 @@ class Run:
             self.blows["freeze"] += 1
             life.orders = self._immortal
             os.kill(life.process.pid, signal.SIGCONT)
-
-    def _noted(self) -> dict[int, set[str]]:
-        notes: dict[int, set[str]] = {}
-        for pid, note in self._scene.notes.lines():
-            notes.setdefault(int(pid), set()).add(note)
-        return notes
 
     # Blows to the database
 
