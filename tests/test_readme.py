@@ -73,4 +73,4 @@ def test_the_readme_names_every_command_that_ci_runs():
     """The two commands stand in the README as CI takes them from there."""
     commands = re.findall(r"^```sh\n(.*?)\n```", README.read_text(), re.DOTALL | re.MULTILINE)
 
-    assert [command.rsplit("/", 1)[-1] for command in commands] == ["engagement demo", "pytest"]
+    assert [command.rsplit("/", 1)[-1] for command in commands] == ["engagement demo", "pytest -n auto"]
