@@ -149,6 +149,8 @@ def decide(
         )
 
     match outcome:
+        case Sent(None):
+            verdict = _SENT
         case Sent(provider_message_id):
             verdict = Verdict(
                 status=MessageStatus.SENT, event="sent", has_doubt=False, provider_message_id=provider_message_id
@@ -173,6 +175,8 @@ def decide(
             assert_never(outcome)
     return verdict
 
+
+_SENT = Verdict(status=MessageStatus.SENT, event="sent", has_doubt=False)
 
 Classify = Callable[[BaseException], Outcome]
 
@@ -231,5 +235,7 @@ def clean_reason(text: object) -> str | None:
     if text is None:
         return None
     text = str(text)
+    if len(text) <= MAX_REASON and text.isprintable() and " " not in text:
+        return text or None  # As a provider's message id is.
     printable = "".join(character if character.isprintable() else " " for character in text[: 2 * MAX_REASON])
     return " ".join(printable.split())[:MAX_REASON] or None
