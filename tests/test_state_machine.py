@@ -4,9 +4,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from conftest import new_message
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
@@ -17,6 +24,7 @@ from engagement import (
     MessageStatus,
     NewMessage,
     NotSent,
+    OutgoingMessage,
     Postpone,
     QueuedMany,
     Refused,
@@ -159,12 +167,11 @@ class Histories(RuleBasedStateMachine):
     """Plays calls of a host, of workers that live, crash or are late, and of people; then compares the whole table."""
 
     engine: Engine
-    messages = Bundle("messages")
-    claimed = Bundle("claimed")
 
     def __init__(self):
         super().__init__()
         self.model: dict[str, Message] = {}
+        self.claims: list[OutgoingMessage] = []
         self.seconds = 0
         self.execute("DELETE FROM engagement_message_queue")
 
@@ -206,7 +213,12 @@ class Histories(RuleBasedStateMachine):
             message_id, message.key, message.user_id, message.message_type, message.scheduled_for, message.expires_at
         )
 
-    @rule(target=messages, user=USERS, type_=TYPES, at=TIMES, expires=st.booleans())
+    @initialize()
+    def a_message_is_there(self):
+        """Most of what can happen needs a message."""
+        self.queue_message("ana", "goodbye", PAST, expires=False)
+
+    @rule(user=USERS, type_=TYPES, at=TIMES, expires=st.booleans())
     def queue_message(self, user, type_, at, expires):
         """A key that is not there is created; one that is names its row."""
         message = self.new(user, type_, at, expires=expires)
@@ -215,11 +227,10 @@ class Histories(RuleBasedStateMachine):
         assert queued.created == (there is None)
         if there is None:
             self.note(message, queued.message_id)
-            return message.key
-        assert (queued.message_id, queued.status) == (there.id, there.status)
-        return multiple()
+        else:
+            assert (queued.message_id, queued.status) == (there.id, there.status)
 
-    @rule(target=messages, given=st.lists(st.tuples(USERS, TYPES, TIMES), min_size=1, max_size=5))
+    @rule(given=st.lists(st.tuples(USERS, TYPES, TIMES), min_size=1, max_size=5))
     def queue_messages(self, given):
         """Of a batch, what is new is counted once, and everything else is a duplicate."""
         batch = [self.new(*fields, expires=False) for fields in given]
@@ -228,12 +239,48 @@ class Histories(RuleBasedStateMachine):
         assert self.call("queue_messages", iter(batch)) == QueuedMany(len(new), len(batch) - len(new))
         for message in new:
             self.note(message, self.call("get_message_by_key", message.key).id)
-        return multiple(*(message.key for message in new))
 
-    @rule(key=messages)
-    def cancel_message(self, key):
+    # In one rule what would be many: rules are chosen, and left out of whole histories, as if all were as important.
+    @rule(
+        change=st.sampled_from(["cancel", "reschedule", "retry", "retry", "resolve as sent", "resolve as not sent"]),
+        which=st.integers(0, 3),
+        at=TIMES,
+    )
+    def change_one(self, change, which, at):
+        """A host or a person changes one message."""
+        message = list(self.model.values())[which % len(self.model)]
+        match change:
+            case "cancel":
+                self.cancel_message(message)
+            case "reschedule":
+                self.reschedule_message(message, at)
+            case "retry":
+                self.retry_message(message)
+            case _:
+                self.resolve_message(message, sent=change == "resolve as sent")
+
+    @rule(
+        change=st.sampled_from(["look", "look", "cancel", "cancel of a type", "prune", "forget"]),
+        user=USERS,
+        type_=TYPES,
+    )
+    def change_many(self, change, user, type_):
+        """A host looks at what is pending for a user, or changes all that is there."""
+        match change:
+            case "look":
+                self.get_pending_messages(user)
+            case "cancel":
+                self.cancel_pending_messages(user, None)
+            case "cancel of a type":
+                self.cancel_pending_messages(user, type_)
+            case "prune":
+                self.prune_messages(timedelta(days=36_525))
+                self.prune_messages(timedelta(0))
+            case "forget":
+                self.forget_user(user)
+
+    def cancel_message(self, message):
         """What is pending is cancelled; anything else is told."""
-        message = self.model[key]
         answer = self.call("cancel_message", message.id)
         verdict = "already_cancelled" if message.status == "cancelled" else "too_late"
         if message.status == "pending":
@@ -241,7 +288,6 @@ class Histories(RuleBasedStateMachine):
             verdict = "cancelled" if message.status == "cancelled" else "too_late"
         assert (answer.verdict, answer.status) == (verdict, message.status)
 
-    @rule(user=USERS, type_=st.none() | TYPES)
     def cancel_pending_messages(self, user, type_):
         """Exactly what is pending for the user is cancelled."""
         wanted = {"user_id": user, "status": "pending"} | ({} if type_ is None else {"message_type": type_})
@@ -251,29 +297,23 @@ class Histories(RuleBasedStateMachine):
         cancelled = [message for message in pending if message.status == "cancelled"]
         assert self.call("cancel_pending_messages", user, type_) == len(cancelled)
 
-    @rule(key=messages, at=TIMES)
-    def reschedule_message(self, key, at):
+    def reschedule_message(self, message, at):
         """What is pending and does not expire before then is moved."""
-        message = self.model[key]
         can_be = message.status == "pending" and (message.expires_at is None or message.expires_at > at)
         assert self.call("reschedule_message", message.id, at) == can_be
         if can_be:
             message.next_attempt_at = at
 
-    @rule(key=messages)
-    def retry_message(self, key):
+    def retry_message(self, message):
         """What ended badly becomes due."""
-        message = self.model[key]
         can_be = message.status in ENDED_BADLY and not message.is_blanked
         assert self.call("retry_message", message.id) == can_be
         if can_be:
             message.again("retried", self.now())
             message.expires_at = None if message.has_expired else message.expires_at
 
-    @rule(key=messages, sent=st.booleans())
-    def resolve_message(self, key, sent):
+    def resolve_message(self, message, *, sent):
         """What is in doubt becomes sent or due."""
-        message = self.model[key]
         can_be = message.status == "in_doubt" and (sent or not message.is_blanked)
         assert self.call("resolve_message", message.id, sent) == can_be
         if can_be:
@@ -284,7 +324,6 @@ class Histories(RuleBasedStateMachine):
         elif can_be:
             message.again("resolved", self.now())
 
-    @rule(user=USERS)
     def forget_user(self, user):
         """All that is known of a user is blanked, and what is pending cancelled."""
         known = self.those(user_id=user, is_blanked=False)
@@ -296,7 +335,6 @@ class Histories(RuleBasedStateMachine):
         for message in known:
             message.blank("forgotten")
 
-    @rule(older_than=st.sampled_from([timedelta(0), timedelta(days=36_525)]))
     def prune_messages(self, older_than):
         """What is finished and old enough is blanked."""
         finished = [
@@ -308,9 +346,27 @@ class Histories(RuleBasedStateMachine):
         for message in finished:
             message.blank("pruned")
 
+    def get_pending_messages(self, user):
+        """All that is pending for the user is shown."""
+        found = [message.id for message in self.call("get_pending_messages", user)]
+        assert sorted(found) == sorted(message.id for message in self.those(user_id=user, status="pending"))
+
     # Time
 
-    @rule()
+    @rule(
+        what=st.sampled_from(["the future comes", "leases run out", "leases run out", "expiry"]),
+        which=st.integers(0, 3),
+    )
+    def time_passes(self, what, which):
+        """What was to come has come."""
+        match what:
+            case "the future comes":
+                self.future_comes()
+            case "leases run out":
+                self.leases_run_out()
+            case "expiry":
+                self.expiry_passes(list(self.model.values())[which % len(self.model)])
+
     def future_comes(self):
         """All that was to be sent later is due."""
         self.execute(
@@ -320,19 +376,17 @@ class Histories(RuleBasedStateMachine):
             if message.next_attempt_at in (None, FUTURE):
                 message.next_attempt_at = LONG_AGO
 
-    @rule(key=messages)
-    def expiry_passes(self, key):
+    def expiry_passes(self, message):
         """A message is not wanted any more."""
         self.execute(
             "UPDATE engagement_message_queue SET scheduled_for = :long_ago, expires_at = :past"
             " WHERE idempotency_key = :key",
             long_ago=LONG_AGO,
             past=PAST + timedelta(seconds=30),
-            key=key,
+            key=message.key,
         )
-        self.model[key].expires_at = PAST + timedelta(seconds=30)
+        message.expires_at = PAST + timedelta(seconds=30)
 
-    @rule()
     def leases_run_out(self):
         """Whoever holds a message is taken for dead."""
         self.execute(
@@ -349,7 +403,7 @@ class Histories(RuleBasedStateMachine):
         due = [message for message in self.model.values() if message.is_due]
         return min(due, key=lambda message: (message.next_attempt_at, message.id), default=None)
 
-    @rule(target=claimed)
+    @rule()
     def claim_and_freeze(self):
         """A worker claims, and then dies or is slow."""
         with self.engine.begin() as connection:
@@ -362,13 +416,15 @@ class Histories(RuleBasedStateMachine):
             (claim,) = taken.claims
             message.hand_over()
             assert (claim.message.id, claim.message.attempt) == (message.id, message.attempt)
-            return claim.message
-        assert taken.claims == []
-        return multiple()
+            self.claims.append(claim.message)
+        else:
+            assert (taken.claims, taken.ended) == ([], {})
 
-    @rule(given=claimed, outcome=OUTCOMES, delay=DELAYS)
-    def settle_early_or_late(self, given, outcome, delay):
+    @precondition(lambda self: self.claims)
+    @rule(which=st.integers(0, 3), outcome=OUTCOMES, delay=DELAYS)
+    def settle_early_or_late(self, which, outcome, delay):
         """A worker that claimed settles: in time, late, twice, or after somebody else has taken over."""
+        given = self.claims[-1 - which % len(self.claims)]
         verdict = decide(
             outcome,
             retry_count=given.retry_count,
@@ -450,12 +506,6 @@ class Histories(RuleBasedStateMachine):
             status: len(self.those(status=status)) for status in {message.status for message in self.model.values()}
         }
 
-    @rule(user=USERS)
-    def get_pending_messages(self, user):
-        """All that is pending for the user is shown."""
-        found = [message.id for message in self.call("get_pending_messages", user)]
-        assert sorted(found) == sorted(message.id for message in self.those(user_id=user, status="pending"))
-
 
 def test_every_history_is_what_the_contract_says(engine):
     """Whatever hosts, workers and people do in whatever order, the table is what the contract says it is.
@@ -470,6 +520,7 @@ def test_every_history_is_what_the_contract_says(engine):
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
+            phases=[Phase.generate, Phase.shrink],
             suppress_health_check=list(HealthCheck),  # a database is slow, and that is no fault
         ),
     )
