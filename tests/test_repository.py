@@ -901,7 +901,7 @@ def _reads(plan: dict):
             {"lease", "pkey"},
             id="take over",
         ),
-        pytest.param(lambda session: claims.adopt(session.connection(), HOLDER, held=[]), {"lease"}, id="adopt"),
+        pytest.param(lambda session: claims.adopt(session.connection(), HOLDER, names=["x"]), {"lease"}, id="adopt"),
         pytest.param(lambda session: claims.is_work_waiting(session.connection()), {"due", "lease"}, id="peek"),
         pytest.param(repeat("get_message", 1), {"pkey"}, id="get"),
         pytest.param(repeat("get_message_by_key", "1"), {"idempotency_key_key"}, id="get by key"),

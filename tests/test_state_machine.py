@@ -10,7 +10,6 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -49,19 +48,10 @@ TYPES = st.sampled_from(["goodbye", "weekly_review"])
 TIMES = st.sampled_from([PAST, PAST, PAST + timedelta(minutes=1), FUTURE])
 ENDED_BADLY = (MessageStatus.FAILED, MessageStatus.EXPIRED)
 FINISHED = (MessageStatus.SENT, MessageStatus.FAILED, MessageStatus.CANCELLED, MessageStatus.EXPIRED)
-OUTCOMES = st.sampled_from(
-    [
-        Sent("wamid"),
-        NotSent("down"),
-        NotSent("down"),
-        Refused("no"),
-        InDoubt("?"),
-        Postpone(FUTURE, "night"),
-        Withdraw("out"),
-    ]
-)
-ANSWERS = st.sampled_from([None, None, Sent("wamid"), NotSent("never arrived")])
-DELAYS = st.sampled_from([timedelta(0), timedelta(hours=1)])
+FINAL = [Sent("wamid"), Refused("no"), InDoubt("?"), Postpone(FUTURE, "night"), Withdraw("out")]
+OUTCOMES = st.sampled_from([*FINAL, *[NotSent("down")] * 4])
+ANSWERS = st.sampled_from(["cannot look up", "cannot look up", None, Sent("wamid"), NotSent("never arrived")])
+DELAYS = st.sampled_from([timedelta(0), timedelta(0), timedelta(hours=1)])
 
 
 PLAIN = {
@@ -163,6 +153,31 @@ class Message:
         self.events.append(event)
 
 
+WHICH = st.integers(0, 3)
+HAPPENINGS = {
+    "queue_message": (2, {"user": USERS, "type_": TYPES, "at": TIMES, "expires": st.booleans()}),
+    "queue_messages": (1, {"given": st.lists(st.tuples(USERS, TYPES, TIMES), min_size=1, max_size=5)}),
+    "cancel_message": (1, {"which": WHICH}),
+    "cancel_pending_messages": (1, {"user": USERS, "type_": st.none() | TYPES}),
+    "reschedule_message": (2, {"which": WHICH, "at": TIMES}),
+    "retry_message": (4, {"which": WHICH}),
+    "resolve_message": (4, {"which": WHICH, "sent": st.sampled_from([False, False, True])}),
+    "forget_user": (1, {"user": USERS}),
+    "prune_messages": (1, {"older_than": st.sampled_from([timedelta(0), timedelta(days=36_525)])}),
+    "get_pending_messages": (1, {"user": USERS}),
+    "future_comes": (2, {}),
+    "expiry_passes": (1, {"which": WHICH}),
+    "leases_run_out": (3, {}),
+    "claim_and_freeze": (6, {}),
+    "settle_early_or_late": (5, {"which": WHICH, "outcome": OUTCOMES, "delay": DELAYS}),
+    "process_one": (5, {"outcome": OUTCOMES, "answer": ANSWERS, "idempotent": st.booleans(), "delay": DELAYS}),
+}
+"""What can happen, how often in comparison, and with what."""
+STEPS = st.sampled_from([name for name, (weight, _) in HAPPENINGS.items() for _ in range(weight)]).flatmap(
+    lambda name: st.tuples(st.just(name), st.fixed_dictionaries(HAPPENINGS[name][1]))
+)
+
+
 class Histories(RuleBasedStateMachine):
     """Plays calls of a host, of workers that live, crash or are late, and of people; then compares the whole table."""
 
@@ -195,6 +210,17 @@ class Histories(RuleBasedStateMachine):
         found = self.model.values()
         return [message for message in found if all(getattr(message, name) == value for name, value in wanted.items())]
 
+    def pick(self, which: int) -> Message:
+        """Return one of the messages that are there."""
+        return list(self.model.values())[which % len(self.model)]
+
+    # One rule for all that can happen: of many rules, each history would be played with a few only.
+    @rule(step=STEPS)
+    def happens(self, step):
+        """Something happens."""
+        name, arguments = step
+        getattr(self, name)(**arguments)
+
     # A host
 
     def new(self, user_id: str, message_type: str, scheduled_for: datetime, *, expires: bool) -> NewMessage:
@@ -218,7 +244,6 @@ class Histories(RuleBasedStateMachine):
         """Most of what can happen needs a message."""
         self.queue_message("ana", "goodbye", PAST, expires=False)
 
-    @rule(user=USERS, type_=TYPES, at=TIMES, expires=st.booleans())
     def queue_message(self, user, type_, at, expires):
         """A key that is not there is created; one that is names its row."""
         message = self.new(user, type_, at, expires=expires)
@@ -230,7 +255,6 @@ class Histories(RuleBasedStateMachine):
         else:
             assert (queued.message_id, queued.status) == (there.id, there.status)
 
-    @rule(given=st.lists(st.tuples(USERS, TYPES, TIMES), min_size=1, max_size=5))
     def queue_messages(self, given):
         """Of a batch, what is new is counted once, and everything else is a duplicate."""
         batch = [self.new(*fields, expires=False) for fields in given]
@@ -240,47 +264,9 @@ class Histories(RuleBasedStateMachine):
         for message in new:
             self.note(message, self.call("get_message_by_key", message.key).id)
 
-    # In one rule what would be many: rules are chosen, and left out of whole histories, as if all were as important.
-    @rule(
-        change=st.sampled_from(["cancel", "reschedule", "retry", "retry", "resolve as sent", "resolve as not sent"]),
-        which=st.integers(0, 3),
-        at=TIMES,
-    )
-    def change_one(self, change, which, at):
-        """A host or a person changes one message."""
-        message = list(self.model.values())[which % len(self.model)]
-        match change:
-            case "cancel":
-                self.cancel_message(message)
-            case "reschedule":
-                self.reschedule_message(message, at)
-            case "retry":
-                self.retry_message(message)
-            case _:
-                self.resolve_message(message, sent=change == "resolve as sent")
-
-    @rule(
-        change=st.sampled_from(["look", "look", "cancel", "cancel of a type", "prune", "forget"]),
-        user=USERS,
-        type_=TYPES,
-    )
-    def change_many(self, change, user, type_):
-        """A host looks at what is pending for a user, or changes all that is there."""
-        match change:
-            case "look":
-                self.get_pending_messages(user)
-            case "cancel":
-                self.cancel_pending_messages(user, None)
-            case "cancel of a type":
-                self.cancel_pending_messages(user, type_)
-            case "prune":
-                self.prune_messages(timedelta(days=36_525))
-                self.prune_messages(timedelta(0))
-            case "forget":
-                self.forget_user(user)
-
-    def cancel_message(self, message):
+    def cancel_message(self, which):
         """What is pending is cancelled; anything else is told."""
+        message = self.pick(which)
         answer = self.call("cancel_message", message.id)
         verdict = "already_cancelled" if message.status == "cancelled" else "too_late"
         if message.status == "pending":
@@ -297,23 +283,26 @@ class Histories(RuleBasedStateMachine):
         cancelled = [message for message in pending if message.status == "cancelled"]
         assert self.call("cancel_pending_messages", user, type_) == len(cancelled)
 
-    def reschedule_message(self, message, at):
+    def reschedule_message(self, which, at):
         """What is pending and does not expire before then is moved."""
+        message = self.pick(which)
         can_be = message.status == "pending" and (message.expires_at is None or message.expires_at > at)
         assert self.call("reschedule_message", message.id, at) == can_be
         if can_be:
             message.next_attempt_at = at
 
-    def retry_message(self, message):
+    def retry_message(self, which):
         """What ended badly becomes due."""
+        message = self.pick(which)
         can_be = message.status in ENDED_BADLY and not message.is_blanked
         assert self.call("retry_message", message.id) == can_be
         if can_be:
             message.again("retried", self.now())
             message.expires_at = None if message.has_expired else message.expires_at
 
-    def resolve_message(self, message, *, sent):
+    def resolve_message(self, which, *, sent):
         """What is in doubt becomes sent or due."""
+        message = self.pick(which)
         can_be = message.status == "in_doubt" and (sent or not message.is_blanked)
         assert self.call("resolve_message", message.id, sent) == can_be
         if can_be:
@@ -353,20 +342,6 @@ class Histories(RuleBasedStateMachine):
 
     # Time
 
-    @rule(
-        what=st.sampled_from(["the future comes", "leases run out", "leases run out", "expiry"]),
-        which=st.integers(0, 3),
-    )
-    def time_passes(self, what, which):
-        """What was to come has come."""
-        match what:
-            case "the future comes":
-                self.future_comes()
-            case "leases run out":
-                self.leases_run_out()
-            case "expiry":
-                self.expiry_passes(list(self.model.values())[which % len(self.model)])
-
     def future_comes(self):
         """All that was to be sent later is due."""
         self.execute(
@@ -376,8 +351,9 @@ class Histories(RuleBasedStateMachine):
             if message.next_attempt_at in (None, FUTURE):
                 message.next_attempt_at = LONG_AGO
 
-    def expiry_passes(self, message):
+    def expiry_passes(self, which):
         """A message is not wanted any more."""
+        message = self.pick(which)
         self.execute(
             "UPDATE engagement_message_queue SET scheduled_for = :long_ago, expires_at = :past"
             " WHERE idempotency_key = :key",
@@ -403,7 +379,6 @@ class Histories(RuleBasedStateMachine):
         due = [message for message in self.model.values() if message.is_due]
         return min(due, key=lambda message: (message.next_attempt_at, message.id), default=None)
 
-    @rule()
     def claim_and_freeze(self):
         """A worker claims, and then dies or is slow."""
         with self.engine.begin() as connection:
@@ -420,11 +395,11 @@ class Histories(RuleBasedStateMachine):
         else:
             assert (taken.claims, taken.ended) == ([], {})
 
-    @precondition(lambda self: self.claims)
-    @rule(which=st.integers(0, 3), outcome=OUTCOMES, delay=DELAYS)
     def settle_early_or_late(self, which, outcome, delay):
         """A worker that claimed settles: in time, late, twice, or after somebody else has taken over."""
-        given = self.claims[-1 - which % len(self.claims)]
+        if not self.claims:
+            return
+        given = self.claims[which % len(self.claims)]
         verdict = decide(
             outcome,
             retry_count=given.retry_count,
@@ -446,10 +421,10 @@ class Histories(RuleBasedStateMachine):
         else:
             assert recorded in ({}, {message.id: message.status} if is_its_own else {})
 
-    @rule(outcome=OUTCOMES, answer=ANSWERS, idempotent=st.booleans(), can_look_up=st.booleans(), delay=DELAYS)
-    def process_one(self, outcome, answer, idempotent, can_look_up, delay):
+    def process_one(self, outcome, answer, idempotent, delay):
         """A cron job recovers what was lost, and sends one message."""
         handed_over, looked_up = [], []
+        can_look_up = answer != "cannot look up"
 
         class Transport:
             def send(self, message):

@@ -1,7 +1,17 @@
 """The marker of the long runs: `-m chaos` selects them, `-m "not chaos"` leaves them out."""
 
+import os
+import secrets
+
 import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "chaos: kills workers and the database for up to two minutes")
+
+
+@pytest.fixture(name="seed")
+def _seed():
+    seed = int(os.environ.get("ENGAGEMENT_CHAOS_SEED", secrets.randbits(32)))
+    print(f"this run is replayed by ENGAGEMENT_CHAOS_SEED={seed}")  # noqa: T201 - pytest shows it if the test fails
+    return seed

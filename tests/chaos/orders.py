@@ -40,6 +40,8 @@ class Orders:
     """The signal comes when the point is passed for the so-manieth time."""
     seed: int = 0
     sabotage: Sabotage | None = None
+    gateway: str | None = None
+    """The address of a WhatsApp gateway to send through; else the transport writes into the ledger itself."""
 
     def dumps(self) -> str:
         """Return the argument."""

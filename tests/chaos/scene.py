@@ -100,9 +100,9 @@ class Scene:
         """Return what a worker has noted so far."""
         return [note for noted_pid, note in self.notes.lines() if int(noted_pid) == pid]
 
-    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, patience_seconds: float = PATIENCE_SECONDS) -> None:
         """Ask again until it is so."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + patience_seconds
         while not condition():
             assert time.monotonic() < deadline, f"never came: {what}\n{self.end_of_log()}"
             time.sleep(0.02)

@@ -1,8 +1,5 @@
 """The proof: whatever is killed, frozen or cut off, nothing is sent twice and nothing is lost."""
 
-import os
-import secrets
-
 import pytest
 
 from engagement.temporary_postgres import temporary_postgres
@@ -13,18 +10,11 @@ from .orders import Point
 from .scene import Scene
 
 
-@pytest.fixture(name="seed")
-def _seed():
-    seed = int(os.environ.get("ENGAGEMENT_CHAOS_SEED", secrets.randbits(32)))
-    print(f"this run is replayed by ENGAGEMENT_CHAOS_SEED={seed}")  # noqa: T201 - pytest shows it if the test fails
-    return seed
-
-
 def play(plan: Plan, directory):
     with temporary_postgres() as server, Scene(server.url, directory) as scene:
         run = Run(plan, scene, server)
         evidence = run.play()
-    print(run)  # noqa: T201 - likewise
+    print(run)  # noqa: T201 - pytest shows it if the test fails
     return run, evidence
 
 

@@ -11,17 +11,20 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from operator import attrgetter
 from pathlib import Path
 
 from sqlalchemy import Engine, create_engine, event
 
 from engagement import InDoubt, NotSent, Refused, Sent, Worker, exponential_backoff
+from engagement.transports.gateway import WhatsAppGateway
 
 from .ledger import AppendOnlyFile, Ledger
 from .orders import Orders, Point
 from .sabotage import commit_sabotage
 
 SEND_SECONDS = 0.004
+GATEWAY_PATIENCE = timedelta(seconds=0.5)
 NOTED = ("claims", "settles", "commits")
 """What is noted of a connection's transaction."""
 
@@ -106,6 +109,25 @@ class LedgerTransport:
         return Sent("looked up") if is_known else NotSent("not in the ledger")
 
 
+class Gateway(WhatsAppGateway):
+    """Sends through a gateway that keeps the ledger."""
+
+    def __init__(self, url: str, fate: Fate) -> None:
+        super().__init__(
+            url=url, key="k", render=attrgetter("idempotency_key"), answer_within=GATEWAY_PATIENCE, idempotent=False
+        )
+        self._fate = fate
+
+    def send(self, message):
+        """Send, unless it dies before."""
+        self._fate.passes(Point.BEFORE_SEND)
+        self._fate.passes(Point.IN_SEND)
+        outcome = super().send(message)
+        self._fate.wait_if_near()
+        self._fate.passes(Point.AFTER_SEND)
+        return outcome
+
+
 def statuses(cursor) -> set[str]:
     """Read the statuses that a statement returned, and leave its rows to be read again: they may have expired."""
     place = [column.name for column in cursor.description].index("status")
@@ -129,7 +151,8 @@ class CommitWatch:
     def _note(self, conn, cursor, _statement, parameters, *_):
         if "after_at" in parameters and "sending" in statuses(cursor):
             conn.info["claims"] = True
-        if "given_id" in parameters:
+        # None, if it repeats what was committed and not acknowledged.
+        if "given_id" in parameters and cursor.rowcount > 0:
             conn.info["settles"] = True
 
     def _before_commit(self, conn):
@@ -172,7 +195,7 @@ def main() -> None:
         commit_sabotage(orders.sabotage, engine)
     worker = Worker(
         engine,
-        LedgerTransport(orders, fate, notes),
+        LedgerTransport(orders, fate, notes) if orders.gateway is None else Gateway(orders.gateway, fate),
         concurrency=orders.concurrency,
         lease=timedelta(seconds=orders.lease_seconds),
         max_retries=orders.max_retries,
