@@ -700,6 +700,8 @@ def demo() -> None:
 
     try:
         run_demo()
+    except ModuleNotFoundError as missing:
+        raise Problem(f"{missing.name} is missing. Run: pip install 'engagement[demo]'") from None
     except (PostgresNotFound, RuntimeError) as error:
         raise Problem(str(error)) from None
 

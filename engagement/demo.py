@@ -22,6 +22,7 @@ from zoneinfo import ZoneInfo
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from sqlalchemy import ColumnElement, Engine, Select, create_engine, func, select, text
@@ -37,6 +38,7 @@ from engagement.repository import EngagementMessageRepository
 from engagement.tally import ProcessResult
 from engagement.temporary_postgres import temporary_postgres
 from engagement.transports import console
+from engagement.words import FluentRenderer, speaking
 from engagement.worker import process_message_queue
 
 MESSAGES = "demo_messages.jsonl"
@@ -87,10 +89,11 @@ TROUBLE: dict[str, Callable[[OutgoingMessage], Outcome | None]] = {
 
 
 class DemoTransport:
-    """Prints what is sent, lets `TROUBLE` happen, and counts what left by key."""
+    """Prints what is sent in the person's language, lets `TROUBLE` happen, and counts what left by key."""
 
     def __init__(self, screen: Console) -> None:
-        self._console = console.Console(_Lines(screen), reveal=True)
+        render = speaking(FluentRenderer(fallbacks={"pt": ["pt-BR"]}), lambda message: message.message_params["locale"])
+        self._console = console.Console(_Lines(screen), reveal=True, render=render)
         self.left: Counter[str] = Counter()
 
     def send(self, message: OutgoingMessage) -> Outcome:
@@ -104,12 +107,15 @@ class DemoTransport:
 
 
 class _Lines:
-    """A stream that shows each line indented, and on a terminal cut where that ends."""
+    """A stream that shows each message on a line, on a terminal cut where that ends, and its words below."""
 
     def __init__(self, screen: Console) -> None:
         self._screen = screen
 
     def write(self, line: str) -> None:
+        if line.startswith(" "):
+            self._screen.print(Padding(Text(line.strip(), "italic"), (0, 0, 0, 8)))
+            return
         shown = Text(f"  > {line.rstrip()}", "green")
         if self._screen.is_terminal:
             shown.truncate(self._screen.width, overflow="ellipsis")

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import pty
@@ -18,9 +19,10 @@ import pytest
 from conftest import new_message, queue, row
 from sqlalchemy import text
 
-from engagement import migrations
+from engagement import migrations, process_message_queue
 from engagement.cli import cli, duration, masked, positive_duration
 from engagement.transports import TransportNotFound, load_transport
+from engagement.transports.console import Console
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 20
@@ -805,3 +807,16 @@ def test_problems_of_catalogues_are_told(run, tmp_path):
     told = run("lint-catalogues", tmp_path / "locales")
     assert told.status == 1
     assert "pt-BR: bye" in told.out
+
+
+def test_the_console_shows_the_words_or_says_that_there_are_none(engine):
+    """With `render` and `reveal` the console shows what a person would read; what cannot be said is refused."""
+    said, unsaid = queue(engine, new_message("ana"), new_message("bea", message_key="unknown.key"))
+    words = {"goodbye.14_days": "Hello\x1b[2J\nthere"}
+    shown = io.StringIO()
+    console = Console(shown, reveal=True, render=lambda message: words[message.message_key])
+
+    process_message_queue(engine, console)
+
+    assert shown.getvalue().splitlines()[1:] == ["    Hello?[2J", "    there"]
+    assert (row(engine, said).status, row(engine, unsaid).status) == ("sent", "failed")

@@ -773,6 +773,43 @@ def test_a_batch_that_breaks_while_its_outcomes_are_read_is_in_doubt(engine, sen
         until(lambda: {row(engine, message_id).status for message_id in ids} == {"in_doubt"})
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [lambda messages: {str(message.delivery_id): Refused("no") for message in messages}, lambda _: "ok"],
+    ids=["dict", "text"],
+)
+def test_a_batch_answer_that_is_no_sequence_of_outcomes_is_in_doubt(engine, answer):
+    """Neither the keys of a dict nor the letters of a text are taken for provider ids, as if all had been sent."""
+    ids = queue(engine, new_message("first"), new_message("second"))
+
+    class Batch:
+        def send_many(self, messages):
+            return answer(messages)
+
+    process_message_queue(engine, Batch(), concurrency=2)
+
+    assert {row(engine, message_id).status for message_id in ids} == {"in_doubt"}
+
+
+def test_a_batch_that_is_a_generator_is_timed_out_as_any_other(engine):
+    """The sends of a generator are made beside the worker too, which sees that they take too long."""
+    (message_id,) = queue(engine, new_message())
+    may_end = threading.Event()
+
+    class Batch:
+        def send_many(self, messages):
+            for _ in messages:
+                assert may_end.wait(PATIENCE_SECONDS)
+                yield Sent()
+
+    with Running(engine, Batch(), send_timeout=timedelta(seconds=0.1)):
+        try:
+            until(lambda: row(engine, message_id).status == "in_doubt")
+        finally:
+            may_end.set()
+        until(lambda: row(engine, message_id).status == "sent")
+
+
 def test_a_backoff_that_breaks_loses_nothing(engine):
     """A host's rule that raises for the second failure neither ends the worker nor forgets what was not sent."""
     failing, other = queue(engine, new_message("failing"), new_message("other"))

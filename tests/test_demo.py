@@ -112,6 +112,8 @@ def test_every_outcome_is_shown(shown):
     first, *_ = delivery.partition("Run 2")
 
     assert "> message 1 to ana (100000000000001@lid): goodbye.14_days" in first
+    assert "Oi, Ana! Faz 14 dias" in first
+    assert "Hi Ben, here is your week in short. You finished 4 things." in first
     assert re.search(r"Chidi +goodbye +provider busy \(429\) +again at [\d:]{8} \(in \d\.\d s\)", first)
     assert re.search(r"Emre +reminder +quiet hours +again \w{3} 08:00 in Istanbul", first)
     assert ["Fiona", "weekly_review", "ConnectionResetError: no answer", "in doubt"] in rows(first)

@@ -8,7 +8,8 @@ import threading
 from typing import Protocol
 
 from engagement.messages import OutgoingMessage
-from engagement.outcomes import Sent
+from engagement.outcomes import Outcome, Sent
+from engagement.transports.rendering import Render, words_of
 
 
 class Stream(Protocol):
@@ -24,22 +25,31 @@ class Stream(Protocol):
 class Console:
     """Prints one line for each message to `stream` (default: standard output), and calls it sent.
 
-    With `reveal` the line also holds what is personal: user, destination and params.
+    With `reveal` the line also holds what is personal: user, destination, and params or, with `render`, the words that
+    the person would read. What has no words is `Refused`.
     """
 
-    def __init__(self, stream: Stream | None = None, *, reveal: bool = False) -> None:
+    def __init__(
+        self, stream: Stream | None = None, *, reveal: bool = False, render: Render[str] | None = None
+    ) -> None:
         self._stream = stream
         self._reveal = reveal
+        self._render = render
         self._lock = threading.Lock()
 
-    def send(self, message: OutgoingMessage) -> Sent:
+    def send(self, message: OutgoingMessage) -> Outcome:
         """Print the message."""
+        words = "" if self._render is None else words_of(self._render, message)
+        if not isinstance(words, str):
+            return words
         stream = self._stream or sys.stdout
         encoding = getattr(stream, "encoding", None) or "utf-8"
-        # What would steer a terminal must not reach it, and what it cannot show must not fail the send.
-        line = "".join(character if character.isprintable() else "?" for character in self._line(message))
+        shown = [self._line(message), *(f"    {line}" for line in words.splitlines() if self._reveal and line)]
         with self._lock:
-            stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
+            for line in shown:
+                # What would steer a terminal must not reach it, and what it cannot show must not fail the send.
+                printable = "".join(character if character.isprintable() else "?" for character in line)
+                stream.write(printable.encode(encoding, "replace").decode(encoding) + "\n")
             stream.flush()
         return Sent(f"console:{message.delivery_id}")
 
@@ -49,5 +59,7 @@ class Console:
             receiver = "a group" if message.destination == "group" else "an individual"
             return f"message {message.id}{attempt} to {receiver}: {message.message_key}"
         receiver = f"{message.user_id} ({message.destination_jid})"
+        if self._render is not None:
+            return f"message {message.id}{attempt} to {receiver}: {message.message_key}"
         params = json.dumps(message.message_params, ensure_ascii=False)
         return f"message {message.id}{attempt} to {receiver}: {message.message_key} {params}"
