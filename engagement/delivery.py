@@ -378,12 +378,16 @@ class Delivery:
         first, longest = DATABASE_WAIT_SECONDS
         lost_at, wait = clock(), first
         while True:
+            earlier = len(self._unacknowledged)
             try:
                 with self._worker.engine.begin() as connection:
                     result = work(connection)
             except SQLAlchemyError as error:
                 self._adopt_until = clock() + self._lease
-                if not claims.is_transient(error) or self._gives_up(lost_at):
+                if not claims.is_transient(error):
+                    del self._unacknowledged[earlier:]  # The database has said that it undid this one.
+                    raise
+                if self._gives_up(lost_at):
                     raise
                 logger.warning("engagement.database_lost error=%s wait_seconds=%.1f", claims.describe(error), wait)
             else:

@@ -495,7 +495,7 @@ def test_every_history_is_what_the_contract_says(engine):
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
-            phases=[Phase.generate, Phase.shrink],
+            phases=[Phase.generate],  # Phase.shrink finds the shortest history that fails, and takes minutes
             suppress_health_check=list(HealthCheck),  # a database is slow, and that is no fault
         ),
     )
