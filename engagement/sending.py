@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -197,7 +197,9 @@ def _read_send(answer: Any, _: int) -> list[Outcome]:
 def _read_send_many(answers: Any, messages: int) -> list[Outcome]:
     if isinstance(answers, Outcome):
         return [answers] * messages
-    answers = list(answers) if isinstance(answers, Iterable) else []
+    # A text, or a mapping, has members too, and says nothing of any message.
+    is_sequence = isinstance(answers, Iterable) and not isinstance(answers, str | bytes | Mapping)
+    answers = list(answers) if is_sequence else []
     if len(answers) != messages:
         return [InDoubt(f"send_many returned {len(answers)} outcomes for {messages} messages")] * messages
     return [as_outcome(answer) for answer in answers]
@@ -240,6 +242,8 @@ class _Threads:
                 result = function(*arguments)
                 if inspect.iscoroutine(result):  # A plain function that returns one, such as a lambda.
                     result = self._awaited(check, result)
+                elif inspect.isgenerator(result):  # Its sends are made here, not where the answer is read.
+                    result = list(result)
             except BaseException as error:  # noqa: BLE001 - the future hands it on
                 future.set_exception(error)
             else:
