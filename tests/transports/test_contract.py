@@ -16,7 +16,7 @@ from engagement.transports.dialects import EVOLUTION, WAHA, WUZAPI
 from engagement.transports.gateway import WhatsAppGateway
 from engagement.transports.webhook import Webhook
 
-SOON = timedelta(seconds=0.3)
+SOON = timedelta(seconds=1.5)  # and long enough for 24 messages on a busy machine
 
 
 class OverHttp(TransportContract):
