@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engagement.jsonl import FIELDS, MAX_LINE_BYTES, REQUIRED, BadLine, read_messages
@@ -197,6 +197,7 @@ anything = st.recursive(
 mangled = st.dictionaries(st.sampled_from(FIELDS), anything).map(lambda fields: json.dumps(GOOD | fields).encode())
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(st.lists(st.binary(max_size=60) | mangled, max_size=6))
 def test_whatever_the_file_holds_each_line_has_one_fate(lines):
     """Of any bytes whatsoever, each line that is not empty becomes one message or one report, and nothing is raised."""
