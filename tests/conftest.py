@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import HealthCheck, settings
 from pytest_postgresql import factories
 from pytest_postgresql.janitor import DatabaseJanitor
 from sqlalchemy import URL, Engine, create_engine, make_url, text
@@ -13,6 +14,10 @@ from sqlalchemy.pool import NullPool
 
 from engagement import EngagementMessageRepository, NewMessage, migrations
 from engagement.temporary_postgres import temporary_postgres
+
+# How long an example takes says more of the machine than of us.
+settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any_machine")
 
 
 @dataclass
