@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -426,7 +426,9 @@ class _Taken:
 
 
 def _is_true(answer: Future[Any]) -> bool:
-    if answer.cancelled() or answer.exception() is not None:
-        logger.warning("engagement.ready_failed error=%s", type(answer.exception()).__name__)
+    # A cancelled future raises also when it is asked for its exception.
+    error = CancelledError() if answer.cancelled() else answer.exception()
+    if error is not None:
+        logger.warning("engagement.ready_failed error=%s", type(error).__name__)
         return False
     return bool(answer.result())

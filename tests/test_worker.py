@@ -586,6 +586,21 @@ def test_nothing_is_claimed_while_the_transport_is_not_ready(engine, answer):
     assert (row(engine, message_id).status, row(engine, message_id).attempt) == ("pending", 0)
 
 
+def test_a_ready_that_is_cancelled_is_a_no(engine):
+    """An `async def ready` that is torn down does not end the worker, and costs no message an attempt."""
+    (message_id,) = queue(engine, new_message())
+
+    class Cancelled:
+        async def ready(self):
+            raise asyncio.CancelledError
+
+        def send(self, _message):
+            pytest.fail("was sent")
+
+    assert process_message_queue(engine, Cancelled()).processed == 0
+    assert (row(engine, message_id).status, row(engine, message_id).attempt) == ("pending", 0)
+
+
 def test_a_worker_goes_on_when_the_transport_is_ready_again(engine):
     """A worker whose transport is not ready waits, and sends when it is; `ready` may be async."""
     queue(engine, new_message())
