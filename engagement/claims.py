@@ -39,7 +39,7 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """What one claim returned: what is to be sent, and what had expired. `last` is the place of its last message."""
+    """What one claim returned: what is to be sent, and what ended instead. `last` is the place of its last message."""
 
     claims: list[Claim]
     ended: dict[int, MessageStatus]
@@ -54,8 +54,12 @@ def claim(
     after: Position,
     busy: Collection[str],
     one_per_destination: bool,
+    idempotent: bool = False,
 ) -> Claimed:
-    """Claim up to `limit` due messages behind `after`, oldest first, none to a destination in `busy`."""
+    """Claim up to `limit` due messages behind `after`, oldest first, none to a destination in `busy`.
+
+    What may have left is only claimed for a transport that is `idempotent`; else it is parked in doubt.
+    """
     until = _held_until(holder.lease)
     values = {
         "limit": limit,
@@ -64,6 +68,7 @@ def claim(
         "busy": list(busy),
         "lease": holder.lease,
         "worker": holder.name,
+        "idempotent": idempotent,
     }
     rows = connection.execute(statements.claim(one_per_destination=one_per_destination), values).all()
     rows = sorted(rows, key=_place)

@@ -169,6 +169,7 @@ class Delivery:
                 after=position,
                 busy=self._busy(),
                 one_per_destination=not self._sender.sends_many,
+                idempotent=self._sender.idempotent,
             )
             taken.restarted = position == claims.START
             taken.position = claimed.last or claims.START
@@ -204,7 +205,7 @@ class Delivery:
                 del self._in_hand[claim.message.id]
             self._tally.add(claim, verdict, taken.recorded.get(claim.message.id))
         self._decided.clear()
-        self._tally.expire(taken.ended)
+        self._tally.end(taken.ended)
         if taken.position is not None:
             self._position = taken.position
         if taken.restarted:

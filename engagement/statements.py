@@ -228,8 +228,9 @@ def _durably() -> ColumnElement[Any]:
 def claim(*, one_per_destination: bool) -> Executable:
     """Claim the oldest due messages after (`after_at`, `after_id`), `limit` at most, none to a destination in `busy`.
 
-    Returns them with the new attempt; those that have expired end here, and are returned too. With
-    `one_per_destination` only the first to each destination is claimed, so that one worker keeps their order.
+    Returns them with the new attempt. Those that have expired end here, and are returned too; so are those that may
+    have left, unless the transport is `idempotent`: only under one delivery id with one effect may they be sent again.
+    With `one_per_destination` only the first to each destination is claimed, so that one worker keeps their order.
     """
     due = (
         select(C.id, C.destination_jid, C.next_attempt_at)
@@ -246,16 +247,20 @@ def claim(*, one_per_destination: bool) -> Executable:
     )
     chosen = _first_of_each_destination(due) if one_per_destination else select(due.c.id)
     expired = C.expires_at <= NOW
+    may_have_left = and_(C.has_doubt, ~bindparam("idempotent", type_=Boolean))
+    ends = or_(expired, may_have_left)
+    event = case((expired, _word("expired")), else_=IN_DOUBT)
+    reason = case((C.has_doubt, _word("an earlier attempt may have left")))
     return (
         update(QUEUE)
         # An array, not a join or IN: a planner that repeats the sub-select would claim more than `limit`.
         .where(C.id == any_(func.array(chosen.scalar_subquery())))
         .values(
-            status=case((expired, _unless_in_doubt(EXPIRED, C.has_doubt)), else_=SENDING),
-            attempt=C.attempt + case((expired, 0), else_=1),
-            lease_expires_at=case((expired, null()), else_=_LEASE),
-            claimed_by=case((expired, C.claimed_by), else_=bindparam("worker", type_=Text)),
-            history=case((expired, _history_with(_word("expired"), null())), else_=C.history),
+            status=case((ends, _unless_in_doubt(EXPIRED, C.has_doubt)), else_=SENDING),
+            attempt=C.attempt + case((ends, 0), else_=1),
+            lease_expires_at=case((ends, null()), else_=_LEASE),
+            claimed_by=case((ends, C.claimed_by), else_=bindparam("worker", type_=Text)),
+            history=case((ends, _history_with(event, reason)), else_=C.history),
         )
         .returning(*_OUTGOING, _durably())
     )

@@ -23,7 +23,8 @@ class ProcessResult:
     """What was done.
 
     `processed` is how many outcomes there were; the counts from `succeeded` to `cancelled` add up to it, but for claims
-    that were lost. `expired` messages were not tried. `errors` are (message_id, reason) pairs.
+    that were lost. Besides are counted, since they were not tried: `expired` messages, and those `in_doubt` of an
+    attempt of an idempotent transport that this one must not repeat. `errors` are (message_id, reason) pairs.
     """
 
     processed: int = 0
@@ -69,11 +70,16 @@ class Tally:
             status,
         )
 
-    def expire(self, ended: Mapping[int, MessageStatus]) -> None:
-        """Count messages that had expired before they were claimed: as in doubt, if an earlier attempt is."""
+    def end(self, ended: Mapping[int, MessageStatus]) -> None:
+        """Count messages that ended when they would have been claimed: expired, or in doubt of an earlier attempt."""
         for message_id, status in ended.items():
-            self._counts["expired" if status is MessageStatus.EXPIRED else "in_doubt"] += 1
-            logger.info("engagement.expired message_id=%s status=%s", message_id, status)
+            if status is MessageStatus.EXPIRED:
+                self._counts["expired"] += 1
+                logger.info("engagement.expired message_id=%s", message_id)
+            else:
+                self._counts["in_doubt"] += 1
+                self._errors.append((message_id, "an earlier attempt may have left"))
+                logger.warning("engagement.in_doubt message_id=%s status=%s", message_id, status)
 
     def result(self) -> ProcessResult:
         """Return what was counted."""

@@ -1,5 +1,6 @@
 """Crashes, timeouts and lost databases: what was claimed is sent at most once, and what is known is never forgotten."""
 
+import errno
 import logging
 import os
 import signal
@@ -95,7 +96,15 @@ def lose(engine, *ids) -> None:
     """Claim what is due as a worker that is never heard of again, and return when its lease has run out."""
     dead = Holder("dead worker", timedelta(milliseconds=1))
     with engine.begin() as connection:
-        claimed = claims.claim(connection, dead, limit=len(ids), after=claims.START, busy=[], one_per_destination=False)
+        claimed = claims.claim(
+            connection,
+            dead,
+            limit=len(ids),
+            after=claims.START,
+            busy=[],
+            one_per_destination=False,
+            idempotent=True,
+        )
     assert sorted(claim.message.id for claim in claimed.claims) == sorted(ids)
     until(lambda: is_true(engine, "SELECT max(lease_expires_at) < now() FROM engagement_message_queue"))
 
@@ -192,6 +201,7 @@ def test_a_late_answer_other_than_sent_changes_nothing(engine, answer):
         assert not worker.run.done()
 
     assert row(engine, message_id) == before
+    assert worker.result.processed == 2
 
 
 def test_a_send_that_hangs_puts_nothing_else_in_doubt(engine):
@@ -416,6 +426,17 @@ def test_a_worker_frozen_before_the_send_gives_its_claim_back(scene):
 # Stopping -------------------------------------------------------------------------------------------------------------
 
 
+def is_released(pipe) -> bool:
+    """Open and close the pipe that a send waits at, if it does."""
+    try:
+        os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return False  # Nobody reads it yet.
+    return True
+
+
 def test_a_stop_signal_lets_the_send_in_hand_finish(scene, tmp_path):
     """After SIGTERM nothing is claimed, the send in hand is finished and settled, and the exit status is 0."""
     release = tmp_path / "release"
@@ -426,7 +447,7 @@ def test_a_stop_signal_lets_the_send_in_hand_finish(scene, tmp_path):
     scene.wait_until(lambda: "waiting" in scene.notes_of(worker.pid), "a send in hand")
 
     worker.send_signal(signal.SIGTERM)
-    release.write_text("go")
+    until(lambda: is_released(release))
     assert worker.wait(PATIENCE_SECONDS) == 0
 
     assert (scene.status(in_hand), scene.status(waiting)) == ("sent", "pending")

@@ -636,7 +636,7 @@ def later_than(moment):
 
 @pytest.mark.parametrize("path", ["one", "a chunk", "chunks"])
 @settings(
-    max_examples=100,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     # Each example has a transaction of its own; what the fixture patches is the same for all.

@@ -175,6 +175,27 @@ def test_a_doubt_that_expires_stays_a_doubt(engine):
     assert (result.expired, result.in_doubt, row(engine, message_id).status) == (0, 1, "in_doubt")
 
 
+def test_what_an_idempotent_transport_may_have_sent_is_not_sent_by_another(engine):
+    """A message that may have left is parked, and not sent, by a worker whose transport could send it twice."""
+    doubtful, other = queue(engine, new_message("a"), new_message("b"))
+    seen = []
+
+    class Idempotent:
+        idempotent = True
+
+        def send(self, message):
+            seen.append(message.id)
+            return InDoubt("no answer")
+
+    process_message_queue(engine, Idempotent(), limit=1, backoff=at_once)
+    result = process_message_queue(engine, lambda message: seen.append(message.id))
+
+    assert seen == [doubtful, other]
+    assert (result.succeeded, result.in_doubt, result.processed) == (1, 1, 1)
+    found = row(engine, doubtful)
+    assert (found.status, found.attempt, found.history[-1]["event"]) == ("in_doubt", 1, "in_doubt")
+
+
 def test_a_person_who_resolves_a_doubt_ends_it(engine):
     """Once a person has said that nothing left, the message may end as failed."""
     (message_id,) = queue(engine, new_message())
