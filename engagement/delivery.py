@@ -48,6 +48,8 @@ RESTART_SECONDS = 1.0
 """A claim starts where the last one ended, past the dead index entries of what was claimed before. Retries and
 back-dated messages lie before that, so it starts from the beginning this often, and whenever it comes back empty."""
 READY_SECONDS = 1.0
+BEGIN_POLL_SECONDS = 0.005
+"""How soon a paced worker looks again whether the send that it handed over has begun."""
 DATABASE_WAIT_SECONDS = (0.1, 10.0)
 """The first and the longest wait for a lost database."""
 DEFAULT_BACKOFF = exponential_backoff()
@@ -79,7 +81,8 @@ class Delivery:
         self._database_was_reached = False
         self._tally = Tally(errors_kept=None if until_empty else ERRORS_KEPT)
         # When something is to be done next, by `clock`.
-        self._restart_at = self._recover_at = self._start_at = self._ask_at = 0.0
+        self._restart_at = self._recover_at = self._ask_at = 0.0
+        self._latest: Claim | None = None
         self._extend_at = clock() + self._lease / 3
         self._adopt_until = 0.0
 
@@ -217,7 +220,7 @@ class Delivery:
         own = [claim for claim in taken if not claim.worker_lost]
         self._in_hand |= {claim.message.id: claim for claim in taken}
         if own:
-            self._start_at = clock() + self._worker.min_interval
+            self._latest = own[-1]
             if self._left is not None:
                 self._left -= len(own)
         self._sender.start(taken)
@@ -239,6 +242,16 @@ class Delivery:
             free = min(free, self._left)
         return free if free > 0 and self._is_ready() else 0
 
+    @property
+    def _start_at(self) -> float:
+        """When the next send may start: `min_interval` after the last one really began."""
+        if self._latest is None or not self._worker.min_interval:
+            return 0.0
+        if self._latest.begun_at is not None:
+            return self._latest.begun_at + self._worker.min_interval
+        is_to_begin = self._in_hand.get(self._latest.message.id) is self._latest and self._latest.known is None
+        return clock() + BEGIN_POLL_SECONDS if is_to_begin else 0.0
+
     def _is_ready(self) -> bool:
         """Ask the transport, and believe its answer for a second; what it has not answered yet counts as no."""
         if self._readiness is None and clock() >= self._ask_at:
@@ -257,8 +270,8 @@ class Delivery:
             return
         if self._in_hand or self._readiness is not None:
             self._collect(self._pause())
-        elif clock() < self._start_at:
-            self._stop.wait(self._start_at - clock())
+        elif (pause := self._start_at - clock()) > 0:
+            self._stop.wait(pause)
         else:
             self._idle()
 
@@ -298,7 +311,8 @@ class Delivery:
         if self._worker.send_timeout is not None:
             until += [claim.started_at + self._worker.send_timeout for claim in self._in_hand.values()]
         if len(self._in_hand) < self._worker.concurrency:
-            until.append(max(self._start_at, clock() + self._worker.poll_interval))
+            start_at = self._start_at
+            until.append(start_at if start_at > clock() else clock() + self._worker.poll_interval)
         return max(min(until) - clock(), 0.001)
 
     def _decide(self, claim: Claim, outcome: Outcome) -> None:

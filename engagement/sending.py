@@ -75,6 +75,9 @@ class Claim:
     known: Outcome | None = None
     """The outcome, if it is known without the transport."""
     started_at: float = 0.0
+    """When it was handed to a thread or the event loop."""
+    begun_at: float | None = None
+    """When its send really began, which may be later on a busy machine."""
     future: Future[Any] | None = None
     is_overdue: bool = False
     """It outlasted its time-out and was settled as in doubt; what comes now is late."""
@@ -148,8 +151,11 @@ class Sender:
 
         def check() -> None:
             # The last thing before the send: a worker that was frozen since its claim must not send any more.
-            if clock() >= held_until:
+            now = clock()
+            if now >= held_until:
                 raise LeaseRanOut
+            for claim in claims:
+                claim.begun_at = now
 
         def arrive(future: Future[Any]) -> None:
             outcomes = self._outcomes(future, len(claims), read)

@@ -27,6 +27,7 @@ from engagement import (
     migrations,
     process_message_queue,
 )
+from engagement.sending import _Threads
 
 PATIENCE = 20
 
@@ -496,6 +497,47 @@ def test_min_interval_spaces_the_starts(engine):
 
     assert len(starts) == 4
     assert min(later - earlier for earlier, later in pairwise(starts)) >= 0.14
+
+
+def test_min_interval_counts_from_when_a_send_really_began(engine, monkeypatch):
+    """Also if the first send begins late, as on a busy machine, the second one keeps its distance."""
+    queue(engine, *(new_message(f"u{n}") for n in range(3)))
+    starts, submit = [], _Threads.submit
+
+    def submit_late(threads, check, function, *arguments):
+        def late():
+            if not starts:
+                time.sleep(0.12)
+            check()
+
+        return submit(threads, late, function, *arguments)
+
+    monkeypatch.setattr(_Threads, "submit", submit_late)
+    process_message_queue(
+        engine, lambda _: starts.append(time.monotonic()), concurrency=3, min_interval=timedelta(seconds=0.15)
+    )
+
+    assert len(starts) == 3
+    assert min(later - earlier for earlier, later in pairwise(starts)) >= 0.14
+
+
+def test_pacing_does_not_wait_for_a_poll(engine):
+    """While one send is slow, the next starts after `min_interval`, not after the poll interval."""
+    queue(engine, *(new_message(f"u{n}") for n in range(3)))
+    all_began, began = threading.Event(), []
+
+    def send(message):
+        began.append(message.id)
+        if len(began) == 3:
+            all_began.set()
+        assert all_began.wait(PATIENCE)
+
+    stop = threading.Event()
+    threading.Thread(target=lambda: (all_began.wait(PATIENCE), stop.set()), daemon=True).start()
+    worker = Worker(engine, send, concurrency=3, min_interval=timedelta(seconds=0.05), poll_interval=timedelta(hours=1))
+    result = worker.run(stop)
+
+    assert result.succeeded == 3
 
 
 def test_a_message_that_became_due_behind_the_last_claim_is_found(engine):
