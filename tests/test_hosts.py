@@ -73,11 +73,15 @@ def _host_named(tmp_path, empty_engine, monkeypatch):
     return lambda name: Host(name, tmp_path)
 
 
+def blocks(heading: str, language: str) -> list[str]:
+    """Return the blocks of code below a heading of docs/migrations.md."""
+    section = re.search(rf"^## {heading}$(.*?)(?=^## |\Z)", DOCUMENTATION, re.DOTALL | re.MULTILINE)[1]
+    return re.findall(rf"^```{language}\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+
+
 def documented(heading: str) -> set[str]:
     """Return the commands below a heading of docs/migrations.md."""
-    section = re.search(rf"^## {heading}$(.*?)(?=^## |\Z)", DOCUMENTATION, re.DOTALL | re.MULTILINE)[1]
-    blocks = re.findall(r"^```sh\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
-    return {line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()}
+    return {line.partition("  #")[0] for block in blocks(heading, "sh") for line in block.splitlines()}
 
 
 def tables(engine) -> set[str]:
@@ -112,6 +116,22 @@ def queue_and_send(engine) -> int:
     assert sent == [message_id]
     assert row(engine, message_id).status == "sent"
     return message_id
+
+
+@pytest.mark.parametrize(
+    ("heading", "name"), [("Own history", "own_history"), ("One history", "one_history"), ("Own Base", "own_base")]
+)
+def test_the_documentation_shows_what_the_hosts_have(heading, name):
+    """Each piece of Python and of alembic.ini on the page stands in the host that runs it."""
+    host = "".join(
+        " ".join(path.read_text().split()) for path in sorted((TESTS / "hosts" / name).iterdir()) if path.is_file()
+    )
+    shown = [block for language in ("python", "ini") for block in blocks(heading, language)]
+
+    assert shown
+    for block in shown:
+        for piece in block.split("\n\n"):
+            assert " ".join(piece.split()) in host
 
 
 # Own history
@@ -193,7 +213,7 @@ def test_an_installed_package_is_found_by_alembic_ini(host_named, empty_engine, 
 
     subprocess.run(
         [sys.executable, "-m", "alembic", "upgrade", "heads"],
-        env=os.environ | {"PYTHONPATH": str(installed)},
+        env=os.environ | {"PYTHONPATH": f"{installed}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
         timeout=60,
         check=True,
     )

@@ -39,8 +39,10 @@ class Project:
         def become(connection) -> None:
             connection.exec_driver_sql(f"SET LOCAL ROLE {self.roles[role]}")
 
-        yield engine
-        engine.dispose()
+        try:
+            yield engine
+        finally:
+            engine.dispose()
 
     def as_written(self, statement: str) -> str:
         """Return a statement of the documentation with this database's names of the roles."""
@@ -194,14 +196,19 @@ def test_the_sql_for_a_person_says_so_too(project):
     assert "ROW LEVEL SECURITY" not in open_script.getvalue()
 
 
-def test_alembic_takes_it_as_an_option(project):
-    """In the repository, `-x row_level_security=on` says the same."""
+@pytest.mark.parametrize(
+    "command", ["engagement upgrade --row-level-security", "alembic -x row_level_security=on upgrade head"]
+)
+def test_both_commands_take_it_as_an_option(project, command):
+    """The commands of the documentation, in the repository, say the same."""
     url = project.admin.url.render_as_string(hide_password=False)
-    command = [sys.executable, "-m", "alembic", "-x", "row_level_security=on", "upgrade", "head"]
+    program, *arguments = command.split()
+    start = {"alembic": ["-m", "alembic"], "engagement": ["-c", "from engagement.cli import main; main()"]}[program]
 
     environment = os.environ | {"ENGAGEMENT_DATABASE_URL": url}
-    subprocess.run(command, cwd=REPOSITORY, env=environment, timeout=60, check=True)
+    subprocess.run([sys.executable, *start, *arguments], cwd=REPOSITORY, env=environment, timeout=60, check=True)
 
+    assert command in " ".join(DOCUMENTATION.split())
     assert is_on(project.admin) == dict.fromkeys(TABLES, True)
 
 
