@@ -132,9 +132,12 @@ def _ways_to_record(status: MessageStatus) -> set[MessageStatus]:
     return {status} | also.get(status, set())
 
 
-def is_work_waiting(connection: Connection) -> bool:
-    """Whether a message is due or a lease has run out."""
-    return bool(connection.execute(statements.peek()).scalar_one())
+def is_work_waiting(connection: Connection, after: Position) -> bool:
+    """Whether a message is due behind `after`; from the start also whether a lease has run out."""
+    if after == START:
+        return bool(connection.execute(statements.is_due_or_lost()).scalar_one())
+    values = {"after_at": after[0], "after_id": after[1]}
+    return bool(connection.execute(statements.is_due_after(), values).scalar_one())
 
 
 def is_transient(error: BaseException) -> bool:

@@ -45,8 +45,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RESTART_SECONDS = 1.0
-"""A claim starts where the last one ended, past the dead index entries of what was claimed before. Retries and
-back-dated messages lie before that, so it starts from the beginning this often, and whenever it comes back empty."""
+"""A claim starts where the last one ended, past the dead index entries of what was claimed before. What was back-dated
+or committed late lies before that, so one starts from the beginning this often."""
+RESTART_SHARE = 0.1
+"""The most of its time that a worker spends on that: while another session holds an old snapshot, no dead entry can be
+removed, and to step over all of them takes ever longer."""
 READY_SECONDS = 1.0
 BEGIN_POLL_SECONDS = 0.005
 """How soon a paced worker looks again whether the send that it handed over has begun."""
@@ -163,31 +166,35 @@ class Delivery:
         return claims.adopt(connection, holder, names=earlier) if earlier else []
 
     def _claim(self, connection: Connection, holder: Holder, taken: _Taken, *, limit: int) -> None:
-        start = self._claim_from()
-        for position in [claims.START] if start == claims.START else [start, claims.START]:
+        for after in self._claim_from():
+            asked_at = clock()
             claimed = claims.claim(
                 connection,
                 holder,
                 limit=limit,
-                after=position,
+                after=after,
                 busy=self._busy(),
                 one_per_destination=not self._sender.sends_many,
                 idempotent=self._sender.idempotent,
             )
-            taken.restarted = position == claims.START
-            taken.position = claimed.last or claims.START
+            if after == claims.START:
+                taken.restart_took = clock() - asked_at
+            taken.position = claimed.last
             if claimed.last is not None:
                 break
         taken.claims += claimed.claims
         taken.ended = claimed.ended
 
-    def _claim_from(self) -> Position:
+    def _claim_from(self) -> list[Position]:
+        """Return where to claim from, and where else if there is nothing."""
         if clock() >= self._restart_at:
-            return claims.START
-        if self._sender.sends_many:
-            return self._position
-        # Earlier claims passed over what goes to a destination in hand, which lies behind the message in hand.
-        return min([self._position, *(claim.place for claim in (*self._in_hand.values(), *self._overdue))])
+            return [claims.START]
+        after = [self._position]
+        if not self._sender.sends_many:
+            # Earlier claims passed over what goes to a destination in hand, which lies behind the message in hand.
+            after += [claim.place for claim in (*self._in_hand.values(), *self._overdue)]
+        is_last = self._until_empty and {claim for claim, _ in self._decided}.issuperset(self._in_hand.values())
+        return [min(after), claims.START] if is_last else [min(after)]
 
     def _busy(self) -> set[str]:
         """Return where a send is under way: a destination gets its messages in order, one at a time."""
@@ -207,12 +214,13 @@ class Delivery:
             if self._in_hand.get(claim.message.id) is claim:
                 del self._in_hand[claim.message.id]
             self._tally.add(claim, verdict, taken.recorded.get(claim.message.id))
+            self._position = min(self._position, claim.place)
         self._decided.clear()
         self._tally.end(taken.ended)
         if taken.position is not None:
             self._position = taken.position
-        if taken.restarted:
-            self._restart_at = clock() + RESTART_SECONDS
+        if taken.restart_took is not None:
+            self._put_off_restart(taken.restart_took)
         if taken.recovered_all:
             self._recover_at = clock() + self._lease / 4
 
@@ -282,10 +290,17 @@ class Delivery:
             return
         while not self._stop.wait(self._worker.poll_interval):
             self._collect(0)
-            is_waiting: bool | None = self._in_transaction(claims.is_work_waiting)
+            asked_at = clock()
+            after = claims.START if asked_at >= self._restart_at else self._position
+            is_waiting: bool | None = self._in_transaction(partial(claims.is_work_waiting, after=after))
             if self._decided or is_waiting:
                 self._recover_at = 0.0
                 return
+            if after == claims.START:
+                self._put_off_restart(clock() - asked_at)
+
+    def _put_off_restart(self, took: float) -> None:
+        self._restart_at = clock() + max(RESTART_SECONDS, took / RESTART_SHARE)
 
     def _collect(self, timeout: float) -> None:
         """Wait for an answer, then take all that are there; extend leases and notice overdue sends on the way."""
@@ -432,7 +447,7 @@ class _Taken:
     claims: list[Claim] = field(default_factory=list)
     ended: dict[int, MessageStatus] = field(default_factory=dict)
     position: Position | None = None
-    restarted: bool = False
+    restart_took: float | None = None
     recovered_all: bool = False
 
     @property

@@ -224,6 +224,11 @@ def _durably() -> ColumnElement[Any]:
     return case((is_weak, func.set_config(setting, _word("on"), literal_column("true")))).label("durable")
 
 
+def _after() -> ColumnElement[bool]:
+    place = tuple_(bindparam("after_at", type_=_MOMENT), bindparam("after_id", type_=BigInteger))
+    return tuple_(C.next_attempt_at, C.id) > place
+
+
 @cache
 def claim(*, one_per_destination: bool) -> Executable:
     """Claim the oldest due messages after (`after_at`, `after_id`), `limit` at most, none to a destination in `busy`.
@@ -236,8 +241,7 @@ def claim(*, one_per_destination: bool) -> Executable:
         select(C.id, C.destination_jid, C.next_attempt_at)
         .where(
             _is_due,
-            tuple_(C.next_attempt_at, C.id)
-            > tuple_(bindparam("after_at", type_=_MOMENT), bindparam("after_id", type_=BigInteger)),
+            _after(),
             C.destination_jid != all_(bindparam("busy", type_=ARRAY(Text))),
         )
         .order_by(C.next_attempt_at, C.id)
@@ -391,7 +395,13 @@ def attempts_of() -> Executable:
 
 
 @cache
-def peek() -> Executable:
+def is_due_after() -> Executable:
+    """Return whether a message is due after (`after_at`, `after_id`)."""
+    return select(select(C.id).where(_is_due, _after()).exists())
+
+
+@cache
+def is_due_or_lost() -> Executable:
     """Return whether there is anything to do: whether a message is due or a lease ran out."""
     lost = select(C.id).where(C.status == SENDING, C.lease_expires_at <= NOW)
     return select(or_(select(C.id).where(_is_due).exists(), lost.exists()))

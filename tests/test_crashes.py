@@ -458,7 +458,7 @@ def test_a_stop_signal_lets_the_send_in_hand_finish(scene, tmp_path):
 
 
 def is_claim(parameters) -> bool:
-    return "after_at" in parameters
+    return "busy" in parameters
 
 
 def is_settlement(parameters) -> bool:

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from queue import SimpleQueue
 
 import pytest
 from conftest import new_message, queue, row
@@ -24,10 +25,12 @@ from engagement import (
     Sent,
     Withdraw,
     Worker,
+    claims,
+    delivery,
     migrations,
     process_message_queue,
 )
-from engagement.sending import _Threads
+from engagement.sending import _Threads, clock
 
 PATIENCE = 20
 
@@ -551,6 +554,73 @@ def test_a_message_that_became_due_behind_the_last_claim_is_found(engine):
         return Sent()
 
     assert process_message_queue(engine, send).succeeded == 4
+
+
+def running(worker: Worker) -> tuple[threading.Event, threading.Thread]:
+    stop = threading.Event()
+    thread = threading.Thread(target=worker.run, args=[stop], daemon=True)
+    thread.start()
+    return stop, thread
+
+
+def test_a_running_worker_finds_what_was_back_dated(engine):
+    """It starts from the beginning from time to time."""
+    (first,) = queue(engine, new_message("first"))
+    sent = SimpleQueue()
+    worker = Worker(engine, lambda message: sent.put(message.id), poll_interval=timedelta(seconds=0.02))
+    stop, thread = running(worker)
+    assert sent.get(timeout=PATIENCE) == first
+
+    (late,) = queue(engine, new_message("late", scheduled_for=datetime.now(UTC) - timedelta(days=1)))
+
+    assert sent.get(timeout=PATIENCE) == late
+    stop.set()
+    thread.join(PATIENCE)
+
+
+def test_what_was_passed_over_is_found_when_its_destination_is_free(engine, monkeypatch):
+    """Also if nothing can be claimed at that moment, and without starting from the beginning."""
+    monkeypatch.setattr(delivery, "RESTART_SECONDS", 3600)
+    first, other, second = queue(
+        engine, new_message("a", message_type="first"), new_message("b"), new_message("a", message_type="second")
+    )
+    other_began, sent = threading.Event(), SimpleQueue()
+
+    def send(message):
+        if message.id == other:
+            other_began.set()
+        assert other_began.wait(PATIENCE)
+        sent.put(message.id)
+
+    # The second to the same destination lies between the two that are in hand.
+    execute(engine, "UPDATE engagement_message_queue SET next_attempt_at = now() WHERE id = :id", id=other)
+    worker = Worker(
+        engine, send, concurrency=3, min_interval=timedelta(seconds=0.3), poll_interval=timedelta(seconds=0.02)
+    )
+    stop, thread = running(worker)
+
+    assert {sent.get(timeout=PATIENCE) for _ in range(3)} == {first, other, second}
+    stop.set()
+    thread.join(PATIENCE)
+
+
+def test_starting_from_the_beginning_takes_a_tenth_of_the_time_at_most(engine, monkeypatch):
+    """When it takes long, as under another session's old snapshot, it is done rarely."""
+    queue(engine, *(new_message(f"u{n}") for n in range(60)))
+    claim, later, from_the_start = claims.claim, [0], []
+
+    def slow_from_the_start(connection, holder, *, after, **options):
+        is_from_start = after == claims.START
+        from_the_start.append(is_from_start)
+        later[0] += 10 if is_from_start else 2
+        return claim(connection, holder, after=after, **options)
+
+    monkeypatch.setattr(claims, "claim", slow_from_the_start)
+    monkeypatch.setattr(delivery, "clock", lambda: clock() + later[0])
+
+    assert process_message_queue(engine, lambda _: None, lease=timedelta(days=1)).succeeded == 60
+    # At first, after 100 seconds, and once more before it is over.
+    assert sum(from_the_start) == 3
 
 
 # Kinds of transports

@@ -149,7 +149,7 @@ class CommitWatch:
         event.listen(engine, "checkin", self._after_commit)
 
     def _note(self, conn, cursor, _statement, parameters, *_):
-        if "after_at" in parameters and "sending" in statuses(cursor):
+        if "busy" in parameters and "sending" in statuses(cursor):
             conn.info["claims"] = True
         # None, if it repeats what was committed and not acknowledged.
         if "given_id" in parameters and cursor.rowcount > 0:
