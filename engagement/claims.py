@@ -42,7 +42,7 @@ class Claimed:
     """What one claim returned: what is to be sent, and what ended instead. `last` is the place of its last message."""
 
     claims: list[Claim]
-    ended: dict[int, MessageStatus]
+    ended: dict[OutgoingMessage, MessageStatus]
     last: Position | None
 
 
@@ -74,7 +74,7 @@ def claim(
     rows = sorted(rows, key=_place)
     return Claimed(
         claims=[_claim(row, until) for row in rows if row.status == MessageStatus.SENDING],
-        ended={row.id: row.status for row in rows if row.status != MessageStatus.SENDING},
+        ended={_claim(row, until).message: row.status for row in rows if row.status != MessageStatus.SENDING},
         last=_place(rows[-1]) if rows else None,
     )
 
@@ -194,7 +194,14 @@ def _claim(row: Row[Any], held_until: float, *, worker_lost: bool = False) -> Cl
         attempt=row.attempt,
         retry_count=row.retry_count,
     )
-    return Claim(message, _place(row), held_until, worker_lost=worker_lost, known=None if worker_lost else known)
+    return Claim(
+        message,
+        _place(row),
+        held_until,
+        worker_lost=worker_lost,
+        trace_context=row.trace_context,
+        known=None if worker_lost else known,
+    )
 
 
 def _verdict_arrays(given: Iterable[tuple[OutgoingMessage, Verdict]]) -> dict[str, Any]:

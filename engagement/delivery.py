@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from engagement import claims
+from engagement import claims, observing
 from engagement.claims import Holder
+from engagement.messages import OutgoingMessage
 from engagement.models import MessageStatus
+from engagement.observing import Round
 from engagement.outcomes import (
     InDoubt,
     Outcome,
@@ -210,13 +212,15 @@ class Delivery:
         if clock() >= self._adopt_until:
             # A commit that was still under way on the server has happened by now, or never will.
             self._unacknowledged.clear()
-        for claim, verdict in self._decided:
+        settled = [(claim, verdict, taken.recorded.get(claim.message.id)) for claim, verdict in self._decided]
+        for claim, verdict, status in settled:
             if self._in_hand.get(claim.message.id) is claim:
                 del self._in_hand[claim.message.id]
-            self._tally.add(claim, verdict, taken.recorded.get(claim.message.id))
+            self._tally.add(claim, verdict, status)
             self._position = min(self._position, claim.place)
         self._decided.clear()
         self._tally.end(taken.ended)
+        observing.committed(Round(taken.started_at, settled, taken.claims, taken.ended))
         if taken.position is not None:
             self._position = taken.position
         if taken.restart_took is not None:
@@ -443,9 +447,10 @@ class _Taken:
     """What one transaction did, to be noted once it is committed."""
 
     name: str = ""
+    started_at: int = field(default_factory=time.time_ns)
     recorded: dict[int, MessageStatus] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
-    ended: dict[int, MessageStatus] = field(default_factory=dict)
+    ended: dict[OutgoingMessage, MessageStatus] = field(default_factory=dict)
     position: Position | None = None
     restart_took: float | None = None
     recovered_all: bool = False

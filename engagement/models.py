@@ -150,6 +150,8 @@ class EngagementMessageMixin:
     """Unique, and never freed: it outlives what the message said. Collated as bytes, so that sorting a batch by it
     means the same in Python and in the database."""
     created_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=text("now()"))
+    trace_context: Mapped[str | None] = mapped_column(Text)
+    """The W3C `traceparent` of the span that queued it, if one was recorded: the delivery is linked to it."""
 
     @declared_attr.directive
     @classmethod

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Executable, Select
 from sqlalchemy.exc import StatementError
 
-from engagement import statements
+from engagement import observing, statements
 from engagement.messages import (
     MAX_KEY_BYTES,
     Cancellation,
@@ -71,7 +72,11 @@ class EngagementMessageRepository:
             raise TypeError("queue_message takes a NewMessage or its fields, not both")
         else:
             _check_message(message)
-        created_id = self._execute(statements.insert_message(), _parameters(message)).scalar_one_or_none()
+        return observing.queueing(message.message_type, partial(self._queue, message))
+
+    def _queue(self, message: NewMessage, trace_context: str | None) -> Queued:
+        values = _parameters(message, trace_context)
+        created_id = self._execute(statements.insert_message(), values).scalar_one_or_none()
         if created_id is not None:
             return Queued(True, created_id, message.key, MessageStatus.PENDING)  # noqa: FBT003 - a value's first field
         found = self._execute(statements.find_key(), {"idempotency_key": message.key}).one_or_none()
@@ -85,17 +90,25 @@ class EngagementMessageRepository:
         its keys in one order. What `messages` raises passes through; nothing of the last chunks is stored then, and
         the caller decides about its transaction.
         """
+        return observing.queueing(None, partial(self._queue_many, messages))
+
+    def _queue_many(self, messages: Iterable[NewMessage], trace_context: str | None) -> QueuedMany:
         chunks = _chunks(messages)
         first, second = next(chunks, []), next(chunks, [])
         if not first:
             return QueuedMany(0, 0)
         if not second:
-            created = self._execute(statements.insert_packed(), _packed(first)).scalar_one()
+            values = {**_packed(first), "trace_context": trace_context}
+            created = self._execute(statements.insert_packed(), values).scalar_one()
             return QueuedMany(created, len(first) - created)
-        return self._queue_batch(first, second, chunks)
+        return self._queue_batch(first, second, chunks, trace_context)
 
     def _queue_batch(
-        self, first: list[NewMessage], second: list[NewMessage], more: Iterator[list[NewMessage]]
+        self,
+        first: list[NewMessage],
+        second: list[NewMessage],
+        more: Iterator[list[NewMessage]],
+        trace_context: str | None,
     ) -> QueuedMany:
         self._execute(statements.drop_batch)  # A batch whose iterable raised may have left one behind.
         self._execute(statements.create_batch)
@@ -106,7 +119,7 @@ class EngagementMessageRepository:
         second.clear()
         for chunk in more:
             given = self._gather(chunk, given)
-        created = self._execute(statements.insert_batch()).scalar_one()
+        created = self._execute(statements.insert_batch(), {"trace_context": trace_context}).scalar_one()
         self._execute(statements.drop_batch)
         return QueuedMany(created, given - created)
 
@@ -314,7 +327,7 @@ def _hide_values(error: StatementError) -> None:
             shown.args = (str(shown.args[0]).partition("\n")[0], *shown.args[1:])
 
 
-def _parameters(message: NewMessage) -> dict[str, Any]:
+def _parameters(message: NewMessage, trace_context: str | None) -> dict[str, Any]:
     return {
         "user_id": message.user_id,
         "message_type": message.message_type,
@@ -325,6 +338,7 @@ def _parameters(message: NewMessage) -> dict[str, Any]:
         "scheduled_for": _in_utc(message.scheduled_for),
         "expires_at": _in_utc(message.expires_at),
         "idempotency_key": message.key,
+        "trace_context": trace_context,
     }
 
 

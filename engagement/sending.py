@@ -12,11 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
+from contextvars import copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Protocol
 
+from engagement import observing
 from engagement.messages import OutgoingMessage
 from engagement.outcomes import Classify, InDoubt, NotSent, Outcome, Postpone, Sent, as_outcome
 
@@ -72,6 +75,8 @@ class Claim:
     held_until: float
     worker_lost: bool = False
     """It was claimed by another worker, whose lease ran out: the question is what became of it."""
+    trace_context: str | None = None
+    """The W3C `traceparent` of the span that queued the message."""
     known: Outcome | None = None
     """The outcome, if it is known without the transport."""
     started_at: float = 0.0
@@ -157,12 +162,16 @@ class Sender:
             for claim in claims:
                 claim.begun_at = now
 
+        context = copy_context()
+        tell = context.run(observing.sending, claims)
+
         def arrive(future: Future[Any]) -> None:
             outcomes = self._outcomes(future, len(claims), read)
+            tell(outcomes)
             for claim, outcome in zip(claims, outcomes, strict=True):
                 self.answers.put((claim, outcome))
 
-        future = self._run(check, function, argument)
+        future = context.run(self._run, check, function, argument)
         for claim in claims:
             claim.future = future
         future.add_done_callback(arrive)
@@ -255,7 +264,8 @@ class _Threads:
             else:
                 future.set_result(result)
 
-        self._jobs.put(job)
+        # In a copy of the caller's context, as the event loop runs an `async def`.
+        self._jobs.put(partial(copy_context().run, job))
         if self._started < self._limit:
             threading.Thread(target=self._work, name=f"engagement-send-{self._started}", daemon=True).start()
             self._started += 1

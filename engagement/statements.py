@@ -101,7 +101,7 @@ def _packed(name: str) -> ColumnElement[Any]:
 # Queueing ------------------------------------------------------------------------------------------------------------
 
 _GIVEN = ("user_id", "message_type", "message_key", "message_params", "destination", "destination_jid")
-_INSERTED = (*_GIVEN, "scheduled_for", "expires_at", "next_attempt_at", "idempotency_key")
+_INSERTED = (*_GIVEN, "scheduled_for", "expires_at", "next_attempt_at", "idempotency_key", "trace_context")
 
 
 def _start(scheduled_for: ColumnElement[Any], expires_at: ColumnElement[Any]) -> ColumnElement[Any]:
@@ -115,7 +115,7 @@ def insert_message() -> Executable:
     """Insert one message and return its id, or nothing if its key exists."""
     scheduled_for = bindparam("scheduled_for", type_=_MOMENT)
     expires_at = bindparam("expires_at", type_=_MOMENT)
-    values = {name: _text(name) for name in (*_GIVEN, "idempotency_key")} | {
+    values = {name: _text(name) for name in (*_GIVEN, "idempotency_key", "trace_context")} | {
         "message_params": cast(bindparam("message_params", type_=Text), JSONB),
         "scheduled_for": _start(scheduled_for, expires_at),
         "next_attempt_at": _start(scheduled_for, expires_at),
@@ -184,7 +184,7 @@ def _typed(given: ColumnElement[Any]) -> ColumnElement[Any]:
 def _insert_sorted(rows: Table | TableValuedAlias) -> Executable:
     given = {name: _typed(rows.c[name]) for name in (*_GIVEN, "scheduled_for", "expires_at", "idempotency_key")}
     start = _start(given["scheduled_for"], given["expires_at"])
-    chosen = given | {"scheduled_for": start, "next_attempt_at": start}
+    chosen = given | {"scheduled_for": start, "next_attempt_at": start, "trace_context": _text("trace_context")}
     # Keys are taken in one order by everybody, or concurrent batches would deadlock. Of a repeated key the first wins.
     ordered = select(*(chosen[name].label(name) for name in _INSERTED)).order_by(
         rows.c.idempotency_key.collate("C"), rows.c.ordinal
@@ -212,6 +212,7 @@ _OUTGOING = (
     C.status,
     C.attempt,
     C.retry_count,
+    C.trace_context,
 )
 _LEASE = NOW + bindparam("lease", type_=Interval)
 _WEAK_COMMITS = ("off", "local", "remote_write")
@@ -525,6 +526,7 @@ def _blanked(event: str) -> dict[str, ColumnElement[Any]]:
         "destination_jid": null(),
         "error_message": null(),
         "provider_message_id": null(),
+        "trace_context": null(),
         "history": func.jsonb_build_array(_entry(_word(event), null())),
     }
 

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from engagement.messages import OutgoingMessage
 from engagement.models import MessageStatus
 from engagement.outcomes import Verdict
 from engagement.sending import Claim
@@ -70,16 +71,16 @@ class Tally:
             status,
         )
 
-    def end(self, ended: Mapping[int, MessageStatus]) -> None:
+    def end(self, ended: Mapping[OutgoingMessage, MessageStatus]) -> None:
         """Count messages that ended when they would have been claimed: expired, or in doubt of an earlier attempt."""
-        for message_id, status in ended.items():
+        for message, status in ended.items():
             if status is MessageStatus.EXPIRED:
                 self._counts["expired"] += 1
-                logger.info("engagement.expired message_id=%s", message_id)
+                logger.info("engagement.expired message_id=%s", message.id)
             else:
                 self._counts["in_doubt"] += 1
-                self._errors.append((message_id, "an earlier attempt may have left"))
-                logger.warning("engagement.in_doubt message_id=%s status=%s", message_id, status)
+                self._errors.append((message.id, "an earlier attempt may have left"))
+                logger.warning("engagement.in_doubt message_id=%s status=%s", message.id, status)
 
     def result(self) -> ProcessResult:
         """Return what was counted."""

@@ -941,7 +941,7 @@ def test_counting_reads_an_index_instead_of_the_table(full_engine):
 
 PACKAGE = Path(engagement.__file__).parent
 LAYERS = [
-    ["models"],
+    ["models", "observing"],
     ["messages"],
     ["outcomes"],
     ["statements"],

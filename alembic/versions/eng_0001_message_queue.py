@@ -53,6 +53,7 @@ def upgrade() -> None:
         sa.Column("history", JSONB, server_default=sa.text("'[]'"), nullable=False),
         sa.Column("idempotency_key", sa.Text(collation="C"), nullable=False),
         sa.Column("created_at", MOMENT, server_default=sa.text("now()"), nullable=False),
+        sa.Column("trace_context", sa.Text),
         sa.PrimaryKeyConstraint("id", name=op.f(f"{TABLE}_pkey")),
         sa.UniqueConstraint("idempotency_key", name=op.f(f"{TABLE}_idempotency_key_key")),
         check(

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 from engagement.messages import OutgoingMessage
-from engagement.outcomes import Postpone
+from engagement.outcomes import Postpone, Sent
 from engagement.tally import logger
 from engagement.transports.client import Prepared
 
@@ -49,9 +49,9 @@ class Shadow:
         """Prepare the message, and put it off."""
         prepared = self._transport.prepare(message)
         if isinstance(prepared, Prepared):
-            reason = f"shadow: would be sent, {len(prepared.body)} bytes"
+            outcome, reason = Sent.__name__, f"shadow: would be sent, {len(prepared.body)} bytes"
         else:
             outcome = type(prepared).__name__
             reason = f"shadow: would be {outcome}: {getattr(prepared, 'reason', '')}"
-        logger.info("engagement.shadow message_id=%s attempt=%s %s", message.id, message.attempt, reason)
+        logger.info("engagement.shadow message_id=%s attempt=%s outcome=%s", message.id, message.attempt, outcome)
         return Postpone(datetime.now(UTC) + self._again_after, reason)

@@ -1,0 +1,121 @@
+"""Who is told what happens to messages: nobody, unless `engagement.telemetry` or `engagement.prometheus` is at work.
+
+An observer can neither change nor fail what it sees: what it raises is logged, and the work goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import copy_context
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from engagement.messages import OutgoingMessage, Queued, QueuedMany
+    from engagement.models import MessageStatus
+    from engagement.outcomes import Outcome, Verdict
+    from engagement.sending import Claim
+
+    R = TypeVar("R", Queued, QueuedMany)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+logger = logging.getLogger("engagement")
+
+QueueEnd = Callable[["Queued | QueuedMany | BaseException"], None]
+SendEnd = Callable[[Sequence["Outcome"]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one transaction of a worker did, after its commit. `started_at` is in nanoseconds since the epoch."""
+
+    started_at: int
+    settled: Sequence[tuple[Claim, Verdict, MessageStatus | None]]
+    """Each attempt, its verdict, and where its message stands now; None says that the claim was lost."""
+    claimed: Sequence[Claim]
+    expired: Mapping[OutgoingMessage, MessageStatus]
+    """What was found too late to be tried, and where it stands now."""
+
+
+class Observer(Protocol):
+    """What is told. Each call is made by the thread that does the work, which waits for it.
+
+    Between the beginning and the end of a step the work runs in the context (`contextvars`) that the beginning leaves
+    behind: a span that is made current there is the parent of what the driver or the transport records.
+    """
+
+    def queueing(self, message_type: str | None) -> tuple[str | None, QueueEnd]:
+        """Hear that a message of this type, or many (None), are about to be queued.
+
+        Return the W3C `traceparent` to store with them, if any, and what is to be told the result or the error.
+        """
+
+    def sending(self, claims: Sequence[Claim]) -> SendEnd | None:
+        """Hear that claims are handed to the transport; return what is to be told the outcomes, by another thread."""
+
+    def committed(self, round_: Round) -> None:
+        """Hear what was settled, claimed, and found expired, in one transaction."""
+
+
+_observers: tuple[Observer, ...] = ()
+
+
+def observe(observer: Observer) -> None:
+    """Tell `observer` from now on what this process does."""
+    global _observers  # noqa: PLW0603 - one list for the process, as with logging
+    _observers = (*_observers, observer)
+
+
+def unobserve(observer: Observer) -> None:
+    """Tell `observer` nothing any more."""
+    global _observers  # noqa: PLW0603
+    _observers = tuple(other for other in _observers if other is not observer)
+
+
+def queueing(message_type: str | None, queue: Callable[[str | None], R]) -> R:
+    """Return `queue(trace_context)`, and tell the observers."""
+    if not _observers:
+        return queue(None)
+    context = copy_context()
+    begun = [context.run(_guarded, observer.queueing, message_type) for observer in _observers]
+    steps = [step for step in begun if step is not None]
+
+    def end(result: Queued | QueuedMany | BaseException) -> None:
+        for _, told in steps:
+            _guarded(told, result)
+
+    try:
+        result = context.run(queue, next((given for given, _ in steps if given), None))
+    except BaseException as error:
+        end(error)
+        raise
+    end(result)
+    return result
+
+
+def sending(claims: Sequence[Claim]) -> SendEnd:
+    """Tell the observers, in the context that the send will run in; return what is to be told the outcomes."""
+    begun = [_guarded(observer.sending, claims) for observer in _observers]
+
+    def end(outcomes: Sequence[Outcome]) -> None:
+        for told in begun:
+            if told is not None:
+                _guarded(told, outcomes)
+
+    return end
+
+
+def committed(round_: Round) -> None:
+    """Tell the observers."""
+    for observer in _observers:
+        _guarded(observer.committed, round_)
+
+
+def _guarded(told: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    try:
+        return told(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001 - taken for the transport's, it would send a message twice
+        logger.warning("engagement.observer_failed error=%s", type(error).__name__)
+        return None
