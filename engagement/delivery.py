@@ -142,6 +142,7 @@ class Delivery:
     def _settle_and_take(self, connection: Connection, *, wanted: int) -> _Taken:
         """Change nothing but the database; the whole is done again if the database is lost on the way."""
         taken = _Taken()
+        claims.prepare(connection)
         if self._decided:
             taken.recorded = claims.settle(connection, [(claim.message, verdict) for claim, verdict in self._decided])
         if not wanted or self._stop.is_set():

@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextvars import copy_context
@@ -49,6 +50,9 @@ Transport = SendFunction | SendingTransport | BatchTransport
 - `look_up(message) -> Sent | NotSent | None`: what became of this delivery id; None if that is not known.
 """
 
+
+_Call = Callable[..., Future[Any]]
+"""Runs a function of the transport where it belongs: takes what is to be checked right before, and its arguments."""
 
 CLOSE_SECONDS = 5.0
 """How long the event loop may take to cancel what is left in it."""
@@ -106,12 +110,13 @@ class Sender:
         self.answers: SimpleQueue[tuple[Claim, Outcome] | None] = SimpleQueue()
         self.idempotent = bool(getattr(transport, "idempotent", False))
         self.sends_many = send_many is not None
-        self._send: Callable[..., Any] = send_many or send
-        self._look_up: Callable[..., Any] | None = getattr(transport, "look_up", None)
-        self._ready: Callable[..., Any] | None = getattr(transport, "ready", None)
         self._classify = classify
         self._loop = _EventLoop()
         self._threads = _Threads(concurrency, self._loop)
+        self._send = self._call(send_many or send)
+        look_up, ready = getattr(transport, "look_up", None), getattr(transport, "ready", None)
+        self._look_up = None if look_up is None else self._call(look_up)
+        self._ready = None if ready is None else self._call(ready)
 
     def start(self, claims: list[Claim]) -> None:
         """Send what was claimed; ask what became of what was taken over."""
@@ -136,7 +141,7 @@ class Sender:
         """Ask the transport whether it can send now, or return None if it has no `ready` to ask."""
         if self._ready is None:
             return None
-        answer = self._run(_always, self._ready)
+        answer = self._ready(_always)
         answer.add_done_callback(lambda _: self.answers.put(None))
         return answer
 
@@ -148,7 +153,7 @@ class Sender:
     def _submit(
         self,
         claims: list[Claim],
-        function: Callable[..., Any],
+        call: _Call,
         argument: object,
         read: Callable[[Any, int], list[Outcome]],
     ) -> None:
@@ -171,14 +176,14 @@ class Sender:
             for claim, outcome in zip(claims, outcomes, strict=True):
                 self.answers.put((claim, outcome))
 
-        future = context.run(self._run, check, function, argument)
+        future = context.run(call, check, argument)
         for claim in claims:
             claim.future = future
         future.add_done_callback(arrive)
 
-    def _run(self, check: Callable[[], None], function: Callable[..., Any], *arguments: object) -> Future[Any]:
-        runner = self._loop if _is_async(function) else self._threads
-        return runner.submit(check, function, *arguments)
+    def _call(self, function: Callable[..., Any]) -> _Call:
+        submit = self._loop.submit if _is_async(function) else self._threads.submit
+        return lambda check, *arguments: submit(check, function, *arguments)
 
     def _outcomes(self, future: Future[Any], messages: int, read: Callable[[Any, int], list[Outcome]]) -> list[Outcome]:
         """Return what the transport answered, or what its exception means, for each message of the call."""
@@ -238,13 +243,18 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 
 class _Threads:
-    """Daemon threads, started as needed: unlike those of an executor, one that hangs keeps no process alive."""
+    """Daemon threads, started as needed: unlike those of an executor, one that hangs keeps no process alive.
+
+    Each that takes a job calls the next if there are more: so many quick sends wake few threads.
+    """
 
     def __init__(self, limit: int, loop: _EventLoop) -> None:
         self._limit = limit
         self._loop = loop
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._started = 0
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._started = self._idle = 0
+        self._one_is_called = self._is_closed = False
 
     def submit(self, check: Callable[[], None], function: Callable[..., Any], *arguments: object) -> Future[Any]:
         future: Future[Any] = Future()
@@ -264,16 +274,16 @@ class _Threads:
             else:
                 future.set_result(result)
 
-        # In a copy of the caller's context, as the event loop runs an `async def`.
-        self._jobs.put(partial(copy_context().run, job))
-        if self._started < self._limit:
-            threading.Thread(target=self._work, name=f"engagement-send-{self._started}", daemon=True).start()
-            self._started += 1
+        with self._changed:
+            # In a copy of the caller's context, as the event loop runs an `async def`.
+            self._jobs.append(partial(copy_context().run, job))
+            self._call_one()
         return future
 
     def close(self) -> None:
-        for _ in range(self._started):
-            self._jobs.put(None)
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
 
     def _awaited(self, check: Callable[[], None], coroutine: Coroutine[Any, Any, Any]) -> Any:
         try:
@@ -281,9 +291,41 @@ class _Threads:
         finally:
             coroutine.close()  # If the check failed, it was never begun.
 
+    def _call_one(self) -> None:
+        """Wake or start a thread, unless one is on its way or all are at work. Holds the lock."""
+        if self._one_is_called:
+            return
+        if self._idle:
+            self._changed.notify()
+        elif self._started < self._limit:
+            threading.Thread(target=self._work, name=f"engagement-send-{self._started}", daemon=True).start()
+            self._started += 1
+        else:
+            return
+        self._one_is_called = True
+
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        self._arrive()
+        while (job := self._next_job()) is not None:
             job()
+
+    def _next_job(self) -> Callable[[], None] | None:
+        with self._changed:
+            while not self._jobs:
+                if self._is_closed:
+                    return None
+                self._idle += 1
+                self._changed.wait()
+                self._idle -= 1
+                self._one_is_called = False
+            job = self._jobs.popleft()
+            if self._jobs:
+                self._call_one()
+            return job
+
+    def _arrive(self) -> None:
+        with self._changed:
+            self._one_is_called = False
 
 
 class _EventLoop:

@@ -39,6 +39,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    text,
     tuple_,
     update,
 )
@@ -197,7 +198,7 @@ def _insert_sorted(rows: Table | TableValuedAlias) -> Executable:
 
 # Delivery ------------------------------------------------------------------------------------------------------------
 
-_OUTGOING = (
+OUTGOING = (
     C.id,
     C.idempotency_key,
     C.user_id,
@@ -208,10 +209,10 @@ _OUTGOING = (
     C.destination,
     C.destination_jid,
     C.scheduled_for,
-    C.next_attempt_at,
-    C.status,
     C.attempt,
     C.retry_count,
+    C.next_attempt_at,
+    C.status,
     C.trace_context,
 )
 _LEASE = NOW + bindparam("lease", type_=Interval)
@@ -223,6 +224,15 @@ def _durably() -> ColumnElement[Any]:
     setting = _word("synchronous_commit")
     is_weak = func.current_setting(setting).in_([_word(word) for word in _WEAK_COMMITS])
     return case((is_weak, func.set_config(setting, _word("on"), literal_column("true")))).label("durable")
+
+
+@cache
+def plan_for_any_values() -> Executable:
+    """Plan each statement once for a connection, and not for the values of each transaction, until this one ends.
+
+    All find their rows by the same indexes whatever the values are, and planning takes longer than running them.
+    """
+    return text("SET LOCAL plan_cache_mode = force_generic_plan")
 
 
 def _after() -> ColumnElement[bool]:
@@ -267,7 +277,7 @@ def claim(*, one_per_destination: bool) -> Executable:
             claimed_by=case((ends, C.claimed_by), else_=bindparam("worker", type_=Text)),
             history=case((ends, _history_with(event, reason)), else_=C.history),
         )
-        .returning(*_OUTGOING, _durably())
+        .returning(*OUTGOING, _durably())
     )
 
 
@@ -309,7 +319,7 @@ def _leased(condition: ColumnElement[bool], *, by: str) -> Executable:
         update(QUEUE)
         .where(condition)
         .values(lease_expires_at=_LEASE, claimed_by=bindparam(by, type_=Text))
-        .returning(*_OUTGOING, _durably())
+        .returning(*OUTGOING, _durably())
     )
 
 
