@@ -944,8 +944,8 @@ LAYERS = [
     ["statements"],
     ["repository", "sending"],
     ["claims", "tally"],
-    ["delivery"],
-    ["worker"],
+    ["delivery", "metrics"],
+    ["worker", "telemetry", "prometheus"],
 ]
 
 
