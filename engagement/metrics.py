@@ -185,7 +185,7 @@ _BY_NAME = {metric.name: metric for metric in QUEUE}
 
 
 def _queue_as_samples() -> CompoundSelect[Any]:
-    """Return (name, message type, value) of each sample, from partial indexes only."""
+    """Return (name, message type, value) of each sample, by partial indexes only."""
     is_due, is_scheduled = C.next_attempt_at <= NOW, C.next_attempt_at > NOW
     is_recent = C.next_attempt_at > NOW - literal_column(f"interval '{FAILED_DAYS} days'")
     age = func.coalesce(func.extract("epoch", NOW - func.min(C.next_attempt_at)), 0)

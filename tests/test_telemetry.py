@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 import threading
+import tomllib
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -556,6 +558,15 @@ def test_durations_are_measured_by_the_conventions(engine, watched):
     }
 
 
+def test_opentelemetry_instrument_finds_it():
+    """The entry point that `opentelemetry-instrument` looks for leads to the instrumentor."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    group = "opentelemetry_instrumentor"
+    ((name, value),) = project["entry-points"][group].items()
+
+    assert EntryPoint(name, value, group).load() is EngagementInstrumentor
+
+
 def test_instrumented_twice_counts_once(engine, watched):
     """A host that calls it again, as after `opentelemetry-instrument`, is told everything once."""
     watched.instrument()
@@ -585,12 +596,13 @@ def test_the_queue_is_measured_by_one_reading(engine, watched):
     assert len(statements) == 1
 
 
-def test_switched_off_it_reads_the_queue_no_more(engine, watched):
+def test_switched_off_it_reads_the_queue_no_more(engine, watched, caplog):
     """A meter keeps its instruments; once telemetry is off, they ask the database nothing."""
     watched.instrument(engine=engine)
     EngagementInstrumentor().uninstrument()
 
     assert not {name for name in watched.metrics() if name.startswith("engagement.")}
+    assert caplog.records == []
 
 
 def test_a_lost_database_is_a_measurement(watched, caplog):
