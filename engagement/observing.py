@@ -35,8 +35,8 @@ class Round:
     settled: Sequence[tuple[Claim, Verdict, MessageStatus | None]]
     """Each attempt, its verdict, and where its message stands now; None says that the claim was lost."""
     claimed: Sequence[Claim]
-    expired: Mapping[OutgoingMessage, MessageStatus]
-    """What was found too late to be tried, and where it stands now."""
+    ended: Mapping[OutgoingMessage, MessageStatus]
+    """What ended instead of being claimed: expired, or in doubt of an earlier attempt."""
 
 
 class Observer(Protocol):
@@ -56,7 +56,7 @@ class Observer(Protocol):
         """Hear that claims are handed to the transport; return what is to be told the outcomes, by another thread."""
 
     def committed(self, round_: Round) -> None:
-        """Hear what was settled, claimed, and found expired, in one transaction."""
+        """Hear what was settled, what was claimed, and what ended instead, in one transaction."""
 
 
 _observers: tuple[Observer, ...] = ()

@@ -11,7 +11,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import assert_never
+from typing import ClassVar, assert_never
 
 from engagement.messages import checked_moment
 from engagement.models import MessageStatus
@@ -25,6 +25,8 @@ MAX_REASON = 1000
 class Sent:
     """The transport's far side accepted the message."""
 
+    event: ClassVar[str] = "sent"
+    """What history, logs and metrics call it."""
     provider_message_id: str | None = None
 
 
@@ -32,6 +34,7 @@ class Sent:
 class NotSent:
     """It provably did not leave, and may be tried again; not before `retry_after` from now has passed."""
 
+    event: ClassVar[str] = "not_sent"
     reason: str
     retry_after: timedelta | None = None
 
@@ -44,6 +47,7 @@ class NotSent:
 class Refused:
     """It did not leave, and never will: a wrong number, a template that does not exist."""
 
+    event: ClassVar[str] = "refused"
     reason: str
 
 
@@ -51,6 +55,7 @@ class Refused:
 class InDoubt:
     """Nobody can say whether it left: it is not sent again by itself, unless the transport is idempotent."""
 
+    event: ClassVar[str] = "in_doubt"
     reason: str
 
 
@@ -58,6 +63,7 @@ class InDoubt:
 class Postpone:
     """Not now, but at `until` (quiet hours). It did not leave, and this counts as no failure."""
 
+    event: ClassVar[str] = "postponed"
     until: datetime
     reason: str
 
@@ -69,6 +75,7 @@ class Postpone:
 class Withdraw:
     """It did not leave and is no longer wanted (opted out)."""
 
+    event: ClassVar[str] = "withdrawn"
     reason: str
 
 
@@ -136,12 +143,12 @@ def decide(
     failures = retry_count + 1
 
     def again_or(
-        last: MessageStatus, event: str, reason: str, *, has_doubt: bool | None, at_least: timedelta = timedelta(0)
+        last: MessageStatus, reason: str, *, has_doubt: bool | None, at_least: timedelta = timedelta(0)
     ) -> Verdict:
         is_last = failures >= max_retries
         return Verdict(
             status=last if is_last else MessageStatus.PENDING,
-            event=event,
+            event=outcome.event,
             reason=reason,
             counts_as_failure=True,
             has_doubt=has_doubt,
@@ -153,30 +160,30 @@ def decide(
             verdict = _SENT
         case Sent(provider_message_id):
             verdict = Verdict(
-                status=MessageStatus.SENT, event="sent", has_doubt=False, provider_message_id=provider_message_id
+                status=MessageStatus.SENT, event=outcome.event, has_doubt=False, provider_message_id=provider_message_id
             )
         case NotSent(reason, retry_after):
             last = MessageStatus.IN_DOUBT if worker_lost else MessageStatus.FAILED
             # A send speaks of itself. A look-up speaks of the delivery id, and so of all attempts.
             has_doubt = False if worker_lost else None
             at_least = retry_after or timedelta(0)
-            verdict = again_or(last, "not_sent", reason, has_doubt=has_doubt, at_least=at_least)
+            verdict = again_or(last, reason, has_doubt=has_doubt, at_least=at_least)
         case InDoubt(reason) if idempotent:
-            verdict = again_or(MessageStatus.IN_DOUBT, "in_doubt", reason, has_doubt=True)
+            verdict = again_or(MessageStatus.IN_DOUBT, reason, has_doubt=True)
         case InDoubt(reason):
-            verdict = Verdict(status=MessageStatus.IN_DOUBT, event="in_doubt", reason=reason, has_doubt=True)
+            verdict = Verdict(status=MessageStatus.IN_DOUBT, event=outcome.event, reason=reason, has_doubt=True)
         case Refused(reason):
-            verdict = Verdict(status=MessageStatus.FAILED, event="refused", reason=reason)
+            verdict = Verdict(status=MessageStatus.FAILED, event=outcome.event, reason=reason)
         case Postpone(until, reason):
-            verdict = Verdict(status=MessageStatus.PENDING, event="postponed", reason=reason, until=until)
+            verdict = Verdict(status=MessageStatus.PENDING, event=outcome.event, reason=reason, until=until)
         case Withdraw(reason):
-            verdict = Verdict(status=MessageStatus.CANCELLED, event="withdrawn", reason=reason)
+            verdict = Verdict(status=MessageStatus.CANCELLED, event=outcome.event, reason=reason)
         case _:
             assert_never(outcome)
     return verdict
 
 
-_SENT = Verdict(status=MessageStatus.SENT, event="sent", has_doubt=False)
+_SENT = Verdict(status=MessageStatus.SENT, event=Sent.event, has_doubt=False)
 
 Classify = Callable[[BaseException], Outcome]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engagement.messages import OutgoingMessage
 from engagement.models import MessageStatus
-from engagement.outcomes import Verdict
+from engagement.outcomes import InDoubt, NotSent, Postpone, Refused, Verdict
 from engagement.sending import Claim
 
 logger = logging.getLogger("engagement")
@@ -60,7 +60,7 @@ class Tally:
         if status is None:
             logger.warning("engagement.claim_lost message_id=%s attempt=%s", message.id, message.attempt)
             return
-        self._counts["postponed" if verdict.event == "postponed" else _COUNTED_AS[status]] += 1
+        self._counts["postponed" if verdict.event == Postpone.event else _COUNTED_AS[status]] += 1
         level = logging.WARNING if verdict.event in _TROUBLE else logging.INFO
         logger.log(
             level,
@@ -87,7 +87,7 @@ class Tally:
         return ProcessResult(**self._counts, errors=tuple(self._errors))
 
 
-_TROUBLE = frozenset({"not_sent", "refused", "in_doubt"})
+_TROUBLE = frozenset({NotSent.event, Refused.event, InDoubt.event})
 _COUNTED_AS = {
     MessageStatus.SENT: "succeeded",
     MessageStatus.FAILED: "failed",

@@ -138,8 +138,8 @@ def test_an_observer_is_told_what_was_delivered(engine, observe):
         for round_ in recorder.rounds
         for claim, verdict, status in round_.settled
     ] == [(sent, "sent", MessageStatus.SENT), (refused, "refused", MessageStatus.FAILED)]
-    expired = {message.id: status for round_ in recorder.rounds for message, status in round_.expired.items()}
-    assert expired == {late: MessageStatus.EXPIRED}
+    ended = {message.id: status for round_ in recorder.rounds for message, status in round_.ended.items()}
+    assert ended == {late: MessageStatus.EXPIRED}
 
 
 def test_an_observer_is_told_of_a_lost_claim(engine, observe):

@@ -947,8 +947,8 @@ LAYERS = [
     ["statements"],
     ["repository", "sending"],
     ["claims", "tally"],
-    ["delivery"],
-    ["worker"],
+    ["delivery", "metrics"],
+    ["worker", "telemetry", "prometheus"],
 ]
 
 

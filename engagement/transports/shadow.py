@@ -49,9 +49,9 @@ class Shadow:
         """Prepare the message, and put it off."""
         prepared = self._transport.prepare(message)
         if isinstance(prepared, Prepared):
-            outcome, reason = Sent.__name__, f"shadow: would be sent, {len(prepared.body)} bytes"
+            event, reason = Sent.event, f"shadow: would be sent, {len(prepared.body)} bytes"
         else:
-            outcome = type(prepared).__name__
-            reason = f"shadow: would be {outcome}: {getattr(prepared, 'reason', '')}"
-        logger.info("engagement.shadow message_id=%s attempt=%s outcome=%s", message.id, message.attempt, outcome)
+            event = getattr(prepared, "event", type(prepared).__name__)
+            reason = f"shadow: would be {type(prepared).__name__}: {getattr(prepared, 'reason', '')}"
+        logger.info("engagement.shadow message_id=%s attempt=%s outcome=%s", message.id, message.attempt, event)
         return Postpone(datetime.now(UTC) + self._again_after, reason)

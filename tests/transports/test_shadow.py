@@ -38,7 +38,7 @@ def test_a_shadow_tells_what_would_be_refused(caplog):
         outcome = Shadow(gateway(server, render=lambda _: {}["name"])).send(outgoing())
 
     assert outcome.reason == "shadow: would be Refused: the message has no words: KeyError"
-    assert caplog.messages == ["engagement.shadow message_id=7 attempt=1 outcome=Refused"]
+    assert caplog.messages == ["engagement.shadow message_id=7 attempt=1 outcome=refused"]
 
 
 def test_a_shadow_asks_what_the_transport_asks():

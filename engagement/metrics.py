@@ -1,0 +1,219 @@
+"""What is measured, said once for OpenTelemetry and Prometheus: what this process does, and how the queue stands.
+
+No label holds anything personal, and each has few values: outcomes and statuses are words of ours, and message types
+are words in the host's code.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    CompoundSelect,
+    Engine,
+    Float,
+    Select,
+    Subquery,
+    Text,
+    cast,
+    func,
+    literal_column,
+    null,
+    select,
+    union_all,
+)
+from sqlalchemy.exc import SQLAlchemyError
+
+from engagement.claims import describe
+from engagement.messages import Queued, QueuedMany
+from engagement.models import MessageStatus
+from engagement.observing import QueueEnd, Round
+from engagement.statements import FAILED, IN_DOUBT, NOW, PENDING, SENDING, C
+
+logger = logging.getLogger("engagement")
+
+COUNTED_UP_TO = 100_000
+"""A count of the queue ends here, so that reading it costs the same whether there is a backlog or not."""
+COUNTED_BY_TYPE_UP_TO = 10_000
+"""A count by type ends sooner: the type is in the table, not in the index, and each message may be another page."""
+FAILED_DAYS = 7
+"""A failure is counted for so long: it stays in the table for ever, and would fill the count in the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric, in OpenTelemetry's spelling; `help` is its one line for everybody."""
+
+    name: str
+    unit: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+    @property
+    def prometheus_name(self) -> str:
+        """The name as Prometheus spells it: the one that OpenTelemetry's own exporters make of it, too."""
+        return self.name.replace(".", "_") + ("_seconds" if self.unit == "s" else "")
+
+
+_MESSAGES = "{message}"
+_BY_TYPE = ("message_type",)
+
+QUEUED = Metric("engagement.queued", _MESSAGES, "Messages queued by this process, in transactions that may still fail.")
+DUPLICATES = Metric("engagement.duplicates", _MESSAGES, "Messages not queued by this process, since their key existed.")
+OUTCOMES = Metric(
+    "engagement.outcomes",
+    _MESSAGES,
+    "Attempts that this process settled: what the transport said, and where the message stands now.",
+    ("message_type", "outcome", "status"),
+)
+DUE_TO_SENT = Metric(
+    "engagement.due_to_sent", "s", "Time from when a message was last due until it was recorded as sent.", _BY_TYPE
+)
+COUNTERS = (QUEUED, DUPLICATES, OUTCOMES)
+DUE_TO_SENT_BUCKETS = (1, 2.5, 5, 10, 30, 60, 150, 300, 900, 1_800, 3_600, 14_400, 43_200, 86_400)
+
+UP = Metric("engagement.up", "", "Whether the queue could be read: 1, or 0 and nothing else of the queue.")
+OLDEST_DUE_AGE = Metric("engagement.oldest_due_age", "s", "How long the oldest due message has waited; 0 if none.")
+DUE = Metric("engagement.due", _MESSAGES, "Messages that wait for a worker (counted up to 100,000).")
+SCHEDULED = Metric("engagement.scheduled", _MESSAGES, "Messages that are pending, and not due yet (up to 100,000).")
+CLAIMED = Metric("engagement.sending", _MESSAGES, "Messages that a worker has claimed and not settled (up to 100,000).")
+EXPIRED_LEASES = Metric(
+    "engagement.expired_leases", _MESSAGES, "Claims whose worker was lost, and which nobody has recovered (to 100,000)."
+)
+DOUBTS = Metric("engagement.in_doubt", _MESSAGES, "Messages in doubt: somebody has to look (up to 10,000).", _BY_TYPE)
+FAILURES = Metric(
+    "engagement.failed", _MESSAGES, "Messages that failed and were last due within 7 days (up to 10,000).", _BY_TYPE
+)
+QUEUE = (UP, OLDEST_DUE_AGE, DUE, SCHEDULED, CLAIMED, EXPIRED_LEASES, DOUBTS, FAILURES)
+
+
+# What this process does ----------------------------------------------------------------------------------------------
+
+Labels = Mapping[str, str]
+Measure = Callable[[Metric, float, Labels], None]
+
+
+class Counting:
+    """An observer that counts: `add` is given what to add to a counter, `record` what to record in a histogram."""
+
+    def __init__(self, *, add: Measure, record: Measure) -> None:
+        self._add = add
+        self._record = record
+
+    def queueing(self, message_type: str | None) -> tuple[None, QueueEnd]:  # noqa: ARG002 - a batch has many types
+        """Count what will have been queued."""
+        return None, self._count_queued
+
+    def sending(self, claims: object) -> None:
+        """Hear nothing: an outcome counts when it is recorded."""
+
+    def committed(self, round_: Round) -> None:
+        """Count what was settled, and what ended instead of being claimed."""
+        now = datetime.now(UTC)
+        for claim, verdict, status in round_.settled:
+            message_type = claim.message.message_type
+            self._count_outcome(message_type, verdict.event, status or "claim_lost")
+            if status is MessageStatus.SENT:
+                # By this host's clock, which may be a moment behind the database's.
+                waited = max(now - claim.place[0], timedelta(0))
+                self._record(DUE_TO_SENT, waited.total_seconds(), {"message_type": message_type})
+        for message, status in round_.ended.items():
+            self._count_outcome(message.message_type, status, status)
+
+    def _count_outcome(self, message_type: str, outcome: str, status: str) -> None:
+        self._add(OUTCOMES, 1, {"message_type": message_type, "outcome": str(outcome), "status": str(status)})
+
+    def _count_queued(self, result: Queued | QueuedMany | BaseException) -> None:
+        match result:
+            case Queued(created=created):
+                self._add(QUEUED if created else DUPLICATES, 1, {})
+            case QueuedMany(created=created, duplicates=duplicates):
+                self._add(QUEUED, created, {})
+                self._add(DUPLICATES, duplicates, {})
+
+
+# How the queue stands ------------------------------------------------------------------------------------------------
+
+Sample = tuple[Metric, Labels, float]
+
+
+class QueueReader:
+    """Reads how the queue stands, in one round trip that `timeout` ends: however long the queue is, it is short.
+
+    The engine's driver must be psycopg. Give the engine a `connect_timeout`, which is for the time before that.
+    """
+
+    def __init__(self, engine: Engine, *, schema: str | None = None, timeout: timedelta = timedelta(seconds=2)) -> None:
+        if not isinstance(engine, Engine) or engine.dialect.driver != "psycopg":
+            raise ValueError("engine: must be a sync Engine of psycopg")
+        if timeout < timedelta(milliseconds=1):
+            raise ValueError("timeout: must be at least a millisecond")
+        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        where: dict[str, Any] = {"schema_translate_map": {None: schema}, "render_schema_translate": True}
+        statement = _queue_as_samples().compile(
+            engine, compile_kwargs={"literal_binds": True}, **({} if schema is None else where)
+        )
+        # Two statements in one message are one transaction, whose end takes the settings back. Where the statistics are
+        # from before a backlog, a planner that may sort reads all of it, to count the first of it.
+        local = {"statement_timeout": timeout // timedelta(milliseconds=1), "enable_sort": "off"}
+        settings = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in local.items())
+        self.sql = f"SELECT {settings}; {statement}"
+
+    def read(self) -> list[Sample]:
+        """Return the samples of `QUEUE`, or only that it is not `UP`: this does not raise what the database does."""
+        try:
+            with self._engine.connect() as connection:
+                cursor: Any = connection.exec_driver_sql(self.sql).cursor
+                cursor.nextset()
+                rows = cursor.fetchall()
+        except SQLAlchemyError as error:
+            logger.warning("engagement.queue_not_read error=%s", describe(error))
+            return [(UP, {}, 0)]
+        return [(UP, {}, 1), *(_sample(*row) for row in rows)]
+
+
+def _sample(name: str, message_type: str | None, value: float) -> Sample:
+    return _BY_NAME[name], {} if message_type is None else {"message_type": message_type}, value
+
+
+_BY_NAME = {metric.name: metric for metric in QUEUE}
+
+
+def _queue_as_samples() -> CompoundSelect[Any]:
+    """Return (name, message type, value) of each sample, by partial indexes only."""
+    is_due, is_scheduled = C.next_attempt_at <= NOW, C.next_attempt_at > NOW
+    is_recent = C.next_attempt_at > NOW - literal_column(f"interval '{FAILED_DAYS} days'")
+    age = func.coalesce(func.extract("epoch", NOW - func.min(C.next_attempt_at)), 0)
+    return union_all(
+        _value(OLDEST_DUE_AGE, age).where(C.status == PENDING, is_due),
+        _count(DUE, C.status == PENDING, is_due),
+        _count(SCHEDULED, C.status == PENDING, is_scheduled),
+        _count(CLAIMED, C.status == SENDING, by=C.lease_expires_at),
+        _count(EXPIRED_LEASES, C.status == SENDING, C.lease_expires_at <= NOW, by=C.lease_expires_at),
+        _count_by_type(DOUBTS, C.status == IN_DOUBT),
+        _count_by_type(FAILURES, C.status == FAILED, is_recent),
+    )
+
+
+def _value(metric: Metric, value: ColumnElement[Any], message_type: ColumnElement[Any] | None = None) -> Select[Any]:
+    of_type = null() if message_type is None else message_type
+    return select(literal_column(f"'{metric.name}'", Text), cast(of_type, Text), cast(value, Float))
+
+
+def _count(metric: Metric, *wanted: ColumnElement[bool], by: ColumnElement[Any] = C.next_attempt_at) -> Select[Any]:
+    return _value(metric, func.count()).select_from(_first(by, *wanted, by=by, limit=COUNTED_UP_TO))
+
+
+def _count_by_type(metric: Metric, *wanted: ColumnElement[bool]) -> Select[Any]:
+    first = _first(C.message_type, *wanted, by=C.next_attempt_at.desc(), limit=COUNTED_BY_TYPE_UP_TO)
+    return _value(metric, func.count(), first.c.message_type).group_by(first.c.message_type)
+
+
+def _first(what: ColumnElement[Any], *wanted: ColumnElement[bool], by: ColumnElement[Any], limit: int) -> Subquery:
+    # In the order of an index, which ends the count early.
+    return select(what).where(*wanted).order_by(by).limit(literal_column(str(limit))).subquery()
