@@ -10,7 +10,6 @@ import asyncio
 import inspect
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextvars import copy_context
@@ -243,18 +242,13 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 
 class _Threads:
-    """Daemon threads, started as needed: unlike those of an executor, one that hangs keeps no process alive.
-
-    Each that takes a job calls the next if there are more: so many quick sends wake few threads.
-    """
+    """Daemon threads, started as needed: unlike those of an executor, one that hangs keeps no process alive."""
 
     def __init__(self, limit: int, loop: _EventLoop) -> None:
         self._limit = limit
         self._loop = loop
-        self._jobs: deque[Callable[[], None]] = deque()
-        self._changed = threading.Condition()
-        self._started = self._idle = 0
-        self._one_is_called = self._is_closed = False
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._started = 0
 
     def submit(self, check: Callable[[], None], function: Callable[..., Any], *arguments: object) -> Future[Any]:
         future: Future[Any] = Future()
@@ -274,16 +268,16 @@ class _Threads:
             else:
                 future.set_result(result)
 
-        with self._changed:
-            # In a copy of the caller's context, as the event loop runs an `async def`.
-            self._jobs.append(partial(copy_context().run, job))
-            self._call_one()
+        # In a copy of the caller's context, as the event loop runs an `async def`.
+        self._jobs.put(partial(copy_context().run, job))
+        if self._started < self._limit:
+            threading.Thread(target=self._work, name=f"engagement-send-{self._started}", daemon=True).start()
+            self._started += 1
         return future
 
     def close(self) -> None:
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
+        for _ in range(self._started):
+            self._jobs.put(None)
 
     def _awaited(self, check: Callable[[], None], coroutine: Coroutine[Any, Any, Any]) -> Any:
         try:
@@ -291,41 +285,9 @@ class _Threads:
         finally:
             coroutine.close()  # If the check failed, it was never begun.
 
-    def _call_one(self) -> None:
-        """Wake or start a thread, unless one is on its way or all are at work. Holds the lock."""
-        if self._one_is_called:
-            return
-        if self._idle:
-            self._changed.notify()
-        elif self._started < self._limit:
-            threading.Thread(target=self._work, name=f"engagement-send-{self._started}", daemon=True).start()
-            self._started += 1
-        else:
-            return
-        self._one_is_called = True
-
     def _work(self) -> None:
-        self._arrive()
-        while (job := self._next_job()) is not None:
+        while (job := self._jobs.get()) is not None:
             job()
-
-    def _next_job(self) -> Callable[[], None] | None:
-        with self._changed:
-            while not self._jobs:
-                if self._is_closed:
-                    return None
-                self._idle += 1
-                self._changed.wait()
-                self._idle -= 1
-                self._one_is_called = False
-            job = self._jobs.popleft()
-            if self._jobs:
-                self._call_one()
-            return job
-
-    def _arrive(self) -> None:
-        with self._changed:
-            self._one_is_called = False
 
 
 class _EventLoop:
