@@ -498,6 +498,7 @@ def process(
     epilog=examples(
         "engagement work --transport myapp.whatsapp:send",
         "engagement work --transport myapp.whatsapp:Gateway --concurrency 8 --send-timeout 30s --verbose",
+        "engagement work --transport myapp.whatsapp:send --prune-older-than 90d --verify-every 1d",
     ),
 )
 @delivers
@@ -507,6 +508,18 @@ def process(
     type=positive_duration,
     metavar="TIME",
     help="How soon a message that becomes due is noticed.",
+)
+@click.option(
+    "--prune-older-than",
+    type=duration,
+    metavar="TIME",
+    help="Every hour, blank finished messages that were last due longer ago; keys stay.",
+)
+@click.option(
+    "--verify-every",
+    type=positive_duration,
+    metavar="TIME",
+    help="How often to look for broken promises, and log them.",
 )
 @on_database
 def work(
