@@ -99,7 +99,7 @@ class Housekeeping:
             with Session(self._worker.engine) as session, session.begin():
                 if not self._is_our_turn(session, "prune"):
                     break
-                batch = self._repository(session).prune_messages(older_than, PRUNE_BATCH)
+                batch = EngagementMessageRepository(session).prune_messages(older_than, PRUNE_BATCH)
             pruned += batch
             self._over.wait(PAUSE_SECONDS)
         if pruned:
@@ -119,6 +119,3 @@ class Housekeeping:
         """Take the lock of `task` until the end of the transaction, unless another worker has it."""
         key = func.hashtextextended(f"{self._lock_names}:{task}", 0)
         return bool(session.scalar(select(func.pg_try_advisory_xact_lock(key))))
-
-    def _repository(self, session: Session) -> EngagementMessageRepository:
-        return EngagementMessageRepository(session, schema=self._worker.schema)
