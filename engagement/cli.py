@@ -26,6 +26,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from engagement import migrations
+from engagement.inspection import masked
 from engagement.jsonl import BadLine, read_messages
 from engagement.messages import NewMessage
 from engagement.models import EngagementMessage
@@ -613,14 +614,6 @@ def _show_result(result: ProcessResult, *, as_json: bool, reveal: bool) -> None:
         click.echo(f"message {message_id}: {reason}", err=True)
     if len(errors) > ERRORS_SHOWN:
         click.echo(f"and {len(errors) - ERRORS_SHOWN} more", err=True)
-
-
-_PERSONAL = re.compile(r"\S+@\S+|\+\d[\d ().-]{5,}\d|\d{7,}")
-
-
-def masked(reason: str) -> str:
-    """Return a provider's text without what looks like an address or a number of a person."""
-    return _PERSONAL.sub("***", reason)
 
 
 # Looking -------------------------------------------------------------------------------------------------------------
