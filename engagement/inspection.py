@@ -209,6 +209,22 @@ def count_messages(session: Session, *, schema: str | None = None, **filters: Un
     return int(session.execute(counted, execution_options=_options(schema)).scalar_one())
 
 
+def message_ids(
+    session: Session, *, after: int, up_to: int, limit: int, schema: str | None = None, **filters: Unpack[Filters]
+) -> list[int]:
+    """Return the ids of the next messages that fit after one and up to another, the oldest first."""
+    chosen = select(C.id).where(*_conditions(filters), C.id > after, C.id <= up_to).order_by(C.id).limit(limit)
+    return list(session.execute(chosen, execution_options=_options(schema)).scalars())
+
+
+def count_prunable(session: Session, older_than: timedelta, *, schema: str | None = None) -> int:
+    """Return how many messages `prune_messages` would blank. Read by its index."""
+    is_old = C.next_attempt_at < NOW - bindparam("older_than", type_=Interval)
+    counted = select(func.count()).select_from(statements.QUEUE).where(_is_prunable(), is_old)
+    values = {"older_than": older_than}
+    return int(session.execute(counted, values, execution_options=_options(schema)).scalar_one())
+
+
 LONGEST_PAGE = 10_000
 
 
