@@ -20,7 +20,9 @@ from conftest import new_message, queue, row
 from sqlalchemy import text
 
 from engagement import migrations, process_message_queue
-from engagement.cli import cli, duration, masked, positive_duration
+from engagement.cli import cli
+from engagement.cli.parameters import duration, positive_duration
+from engagement.inspection import masked
 from engagement.transports import TransportNotFound, load_transport
 from engagement.transports.console import Console
 
@@ -104,10 +106,10 @@ def line(user_id="ana", **fields) -> str:
 
 def test_the_table_is_made_kept_and_taken_away(run, empty_engine):
     """Upgrade makes the table, twice is as good as once, `current` tells, and downgrade takes it away."""
-    assert run("current", on=empty_engine)[:2] == (3, "revision=\nnewest=eng_0001\n")
-    assert run("upgrade")[:2] == (0, "upgraded to eng_0001\n")
-    assert run("upgrade")[:2] == (0, "already at eng_0001\n")
-    assert json.loads(run("current", "--json").out) == {"revision": "eng_0001", "newest": "eng_0001"}
+    assert run("current", on=empty_engine)[:2] == (3, "revision=\nnewest=eng_0002\n")
+    assert run("upgrade")[:2] == (0, "upgraded to eng_0002\n")
+    assert run("upgrade")[:2] == (0, "already at eng_0002\n")
+    assert json.loads(run("current", "--json").out) == {"revision": "eng_0002", "newest": "eng_0002"}
     assert run("downgrade")[:2] == (0, "downgraded to base: the table is gone\n")
     assert scalar(empty_engine, "SELECT to_regclass('engagement_message_queue')") is None
 
@@ -120,7 +122,7 @@ def test_nobody_loses_messages_to_a_downgrade_unasked(run, empty_engine):
     refused = run("downgrade", on=empty_engine)
     assert (refused.status, refused.err) == (
         2,
-        "engagement: there are 1 messages. To downgrade all the same, add --yes\n",
+        "engagement: there are 1 messages, and there is no terminal to ask on. To downgrade to base, add --yes\n",
     )
     assert statuses(empty_engine) == ["pending"]
     assert run("downgrade", "--yes").status == 0
@@ -400,20 +402,6 @@ def test_failed_messages_and_doubts_are_status_1_with_their_reasons(run, engine,
     for error in json.loads(revealed.out)["errors"]:
         assert re.search(r"900101|a@b\.example", error["reason"])
         assert f"message 1: {masked(error['reason'])}\n" in ran.err
-
-
-@pytest.mark.parametrize(
-    ("reason", "shown"),
-    [
-        ("HTTP 503 at 2026-01-31 09:00, code 131026", "HTTP 503 at 2026-01-31 09:00, code 131026"),
-        ("no account for 447700900101", "no account for ***"),
-        ("no account for +55 (11) 99999-0000", "no account for ***"),
-        ("447700900101@s.whatsapp.net is gone", "*** is gone"),
-    ],
-)
-def test_only_what_looks_personal_is_masked(reason, shown):
-    """Numbers and addresses of people are masked; codes, statuses and times are what an operator needs."""
-    assert masked(reason) == shown
 
 
 def test_warnings_are_logged_and_all_events_on_demand(run, engine):
@@ -723,10 +711,9 @@ def test_status_counts_and_tells_how_long_the_oldest_due_one_waits(run, engine):
         )
     busy = json.loads(run("status", "--json").out)
 
-    assert idle[:2] == (
-        0,
-        "pending=0\nsending=0\nsent=0\nfailed=0\ncancelled=0\nexpired=0\nin_doubt=0\noldest_due_seconds=\n",
-    )
+    assert idle.status == 0
+    assert idle.out.startswith("pending=0\nsending=0\nsent=0\nfailed=0\ncancelled=0\nexpired=0\nin_doubt=0\ndue=0\n")
+    assert "\noldest_due_seconds=\n" in idle.out
     assert (busy["pending"], busy["sent"]) == (2, 0)
     assert 90 <= busy["oldest_due_seconds"] < 90 + PATIENCE
 
@@ -744,7 +731,7 @@ def test_a_person_gets_a_table(engine):
     assert "pending=" not in shown
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in cli.commands)])
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.list_commands(None))])
 def test_every_command_explains_itself(run, command):
     """Help needs nothing and is status 0; the group's tells the exit statuses."""
     ran = run(*command, "--help")

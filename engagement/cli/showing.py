@@ -1,0 +1,142 @@
+"""How things are shown: to a person on a terminal, to a program through a pipe, or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol
+
+import click
+from rich import box, filesize
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+reveal_option = click.option("--reveal", is_flag=True, help="Show what is personal: users, addresses, params, errors.")
+
+NEED_ATTENTION = frozenset({"bad", "failed", "in_doubt", "leases_expired", "unchanged"})
+
+
+def examples(*lines: str) -> str:
+    """Return the part of a help page that shows `lines` as they are to be typed."""
+    return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))
+
+
+def show(title: str, facts: Mapping[str, object], *, as_json: bool) -> None:
+    """Print facts: a table for a person, `name=value` lines or JSON for a program."""
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False, default=for_program))
+    elif sys.stdout.isatty():
+        _show_table(title, facts)
+    else:
+        for name, value in facts.items():
+            click.echo(f"{name}={for_program(value)}")
+
+
+def show_rows(rows: Sequence[Mapping[str, object]], columns: Sequence[str], for_people: Sequence[str]) -> None:
+    """Print rows: a table of the columns `for_people` for a person, lines of all with tabs between for a program."""
+    if not sys.stdout.isatty():
+        click.echo("\t".join(columns))
+        for row in rows:
+            click.echo("\t".join(str(for_program(row[name])) for name in columns))
+        return
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
+    for name in for_people:
+        table.add_column(_label(name), no_wrap=True, overflow="ellipsis")
+    for row in rows:
+        table.add_row(*(_cell(name, row[name]) for name in for_people))
+    Console(highlight=False).print(table)
+
+
+def _show_table(title: str, facts: Mapping[str, object]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right", overflow="fold")
+    for name, value in facts.items():
+        needs_attention = name in NEED_ATTENTION and bool(value)
+        style = "bold yellow" if needs_attention else None if value else "dim"
+        table.add_row(_label(name), _cell(name, value), style=style)
+    Console().print(table)
+
+
+# Values --------------------------------------------------------------------------------------------------------------
+
+_COLOURS = {"pending": "yellow", "sending": "yellow", "sent": "green", "failed": "red", "in_doubt": "magenta"}
+
+
+def for_program(value: object) -> Any:
+    """Return what a program reads: moments in ISO 8601 and UTC, nothing for None."""
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat()
+    return "" if value is None else value
+
+
+def _label(name: str) -> str:
+    for unit in ("_seconds", "_bytes"):
+        name = name.removesuffix(unit)
+    return name.replace("_", " ")
+
+
+def _cell(name: str, value: object) -> Text:
+    return Text(for_person(name, value), _COLOURS.get(str(value), ""))
+
+
+def for_person(name: str, value: object) -> str:
+    """Return what a person reads; `name` ends in the unit, if there is one."""
+    match value:
+        case None:
+            shown = "-"
+        case datetime():
+            shown = f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+        case int() | float() if name.endswith("_seconds"):
+            shown = in_words(timedelta(seconds=value))
+        case int() if name.endswith("_bytes"):
+            shown = filesize.decimal(value)
+        case bool():
+            shown = "yes" if value else "no"
+        case int() if name != "id":
+            shown = f"{value:,}"
+        case float():
+            shown = f"{value:,.1f}"
+        case _:
+            shown = str(value)
+    return shown
+
+
+def in_words(length: timedelta) -> str:
+    """Return a duration in its two largest units: `6h 58m`."""
+    seconds = int(length.total_seconds())
+    parts = (("d", seconds // 86_400), ("h", seconds // 3_600 % 24), ("m", seconds // 60 % 60), ("s", seconds % 60))
+    largest = next((place for place, (_, count) in enumerate(parts) if count), len(parts) - 1)
+    return " ".join(f"{count}{unit}" for unit, count in parts[largest : largest + 2])
+
+
+# Progress ------------------------------------------------------------------------------------------------------------
+
+
+class Advance(Protocol):
+    """Says how far the work is."""
+
+    def __call__(self, completed: float, description: str = "", /) -> None:
+        """Show that so much of it is done."""
+
+
+@contextmanager
+def progress(total: float, description: str, screen: Console) -> Iterator[Advance]:
+    """Show a bar on `screen` while work is done, if a person is watching."""
+    if not screen.is_terminal:
+        yield lambda *_: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=screen, transient=True) as bar:
+        task = bar.add_task(description, total=total)
+
+        def advance(completed: float, words: str = "") -> None:
+            bar.update(task, completed=completed, description=words or description)
+
+        yield advance
