@@ -1,6 +1,8 @@
 """A worker that keeps house: it prunes and verifies beside its sends, one worker at a time, and survives what fails."""
 
 import logging
+import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -11,7 +13,7 @@ import pytest
 from conftest import new_message, queue, row
 from sqlalchemy import event, func, select, text
 from sqlalchemy.orm import Session
-from test_crashes import Running, until
+from test_crashes import Running, in_thread, until
 
 from engagement import (
     EngagementMessage,
@@ -23,6 +25,7 @@ from engagement import (
     migrations,
     process_message_queue,
 )
+from engagement.cli import cli
 from engagement.verification import Violation
 
 DAY = timedelta(days=1)
@@ -274,3 +277,29 @@ def test_what_makes_no_sense_is_refused(engine, options):
     """The keyword is named, and nothing runs."""
     with pytest.raises(ValueError, match=next(iter(options))):
         Worker(engine, lambda _: Sent(), **options)
+
+
+def test_the_command_takes_both(engine, monkeypatch):
+    """`engagement work` prunes and verifies as its options say, and a signal ends it all."""
+    monkeypatch.setenv("ENGAGEMENT_DATABASE_URL", engine.url.render_as_string(hide_password=False))
+    (old,) = queue_finished(engine, days_ago=91)
+    (young,) = queue_finished(engine, days_ago=89)
+    verified = threading.Event()
+    monkeypatch.setattr(housekeeping, "verify", lambda *_, **__: verified.set() or [])
+
+    def stop_when_done() -> None:
+        try:
+            until(lambda: one(engine, PRUNED) == 1 and verified.is_set())
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping = in_thread(stop_when_done)
+    options = ["--prune-older-than=90d", "--verify-every=100ms"]
+    with pytest.raises(SystemExit) as left:
+        cli.main(["work", "--transport=engagement.transports.console:Console", *options])
+
+    stopping.result(20)
+    assert left.value.code == 0
+    with Session(engine) as session:
+        kept = EngagementMessageRepository(session).get_message_by_key
+        assert [kept(message.key).destination_jid is None for message in (old, young)] == [True, False]

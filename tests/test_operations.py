@@ -267,7 +267,10 @@ def test_a_backlog(operator):
 
     assert operator.run(dry) == "found=3\n"
     assert "cancelled=3\n" in operator.run(cancel)
+    operator.provider("hangs")
     with operator.working(work), operator.working(work):
+        until(lambda: len(list(operator.directory.glob("begun-*"))) == 30)
+        operator.provider("is up")
         until(lambda: "pending" not in operator.statuses() and "sending" not in operator.statuses())
 
     assert operator.statuses() == ["cancelled"] * 3 + ["sent"] * 30

@@ -1,7 +1,4 @@
-"""Vacuum by what a queue leaves behind: each message leaves two dead rows, and as many dead entries in each index.
-
-A message that was settled needs no more than a fiftieth of the table to follow it.
-"""
+"""Let autovacuum come when a fiftieth of the table is dead, not a fifth: each message leaves two dead rows."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,13 +7,6 @@ revision = "eng_0002"
 down_revision = "eng_0001"
 branch_labels = None
 depends_on = None
-
-SETTINGS = {
-    "autovacuum_vacuum_scale_factor": "0.02",
-    "autovacuum_vacuum_threshold": "1000",
-    "autovacuum_analyze_scale_factor": "0.02",
-    "autovacuum_analyze_threshold": "1000",
-}
 
 
 def table():
@@ -29,9 +19,9 @@ def table():
 def upgrade() -> None:
     # It does not wait for who reads or writes, but for a vacuum or another change of the table.
     op.execute("SET LOCAL lock_timeout = '5s'")
-    op.execute(f"ALTER TABLE {table()} SET ({', '.join(f'{name} = {value}' for name, value in SETTINGS.items())})")
+    op.execute(f"ALTER TABLE {table()} SET (autovacuum_vacuum_scale_factor = 0.02)")
 
 
 def downgrade() -> None:
     op.execute("SET LOCAL lock_timeout = '5s'")
-    op.execute(f"ALTER TABLE {table()} RESET ({', '.join(SETTINGS)})")
+    op.execute(f"ALTER TABLE {table()} RESET (autovacuum_vacuum_scale_factor)")
