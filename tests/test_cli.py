@@ -122,7 +122,7 @@ def test_nobody_loses_messages_to_a_downgrade_unasked(run, empty_engine):
     refused = run("downgrade", on=empty_engine)
     assert (refused.status, refused.err) == (
         2,
-        "engagement: there are 1 messages, and there is no terminal to ask on. To downgrade to base, add --yes\n",
+        "engagement: it is about 1 message, and there is no terminal to ask on. To downgrade to base, add --yes\n",
     )
     assert statuses(empty_engine) == ["pending"]
     assert run("downgrade", "--yes").status == 0

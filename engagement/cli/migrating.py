@@ -65,7 +65,7 @@ def _ask_to_downgrade(database: Database, revision: str) -> None:
     with database.repository() as repository:
         messages = sum(repository.count_by_status().by_status.values())
     if messages:
-        ask(f"downgrade to {revision}", f"there are {messages} messages")
+        ask(f"downgrade to {revision}", messages)
 
 
 @click.command()
