@@ -73,8 +73,8 @@ class Worker:
     - `prune_older_than`: every hour, blank finished messages that were last due longer ago. None leaves that to you.
     - `verify_every`: how often to look for broken promises, each of which is logged. None leaves that to you.
 
-    Of many workers one prunes, and one verifies, at a time. Either takes a second connection of the engine while it is
-    at it, and none of the sends waits for it.
+    Of many workers one prunes, and one verifies, at a time. Each takes one more connection of the engine's pool while
+    it is at it, and no send waits for it.
     """
 
     def __init__(

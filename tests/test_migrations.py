@@ -103,6 +103,17 @@ def test_a_change_of_a_living_table_does_not_wait_for_ever(empty_engine):
         assert step.index("SET LOCAL lock_timeout") < min(changes, default=len(step))
 
 
+def test_the_settings_of_the_table_wait_for_nobody_who_reads_or_writes(empty_engine):
+    """A host's open transaction that has queued does not hold up the revision, nor does it wait for that."""
+    migrations.upgrade(empty_engine, "eng_0001")
+    with Session(empty_engine) as session, session.begin():
+        EngagementMessageRepository(session).queue_message(new_message())
+        with empty_engine.connect() as connection:
+            migrations.upgrade(connection, "eng_0002")
+            EngagementMessageRepository(session).queue_message(new_message("other"))
+            migrations.downgrade(connection, "eng_0001")
+
+
 def test_a_new_revision_can_be_written_from_the_template(tmp_path, empty_engine):
     """What `alembic revision` writes can be loaded, run up and down, and read by `history`, as it is."""
     shutil.copytree(ROOT / "alembic", tmp_path / "alembic")

@@ -106,21 +106,35 @@ def act_on(database: Database, request: Request, act: Act) -> None:
         else:
             tally, batches = _fitting(database, engine, request)
         if request.dry_run:
-            show(f"to be {act.done}", {"found": tally.found}, as_json=request.as_json)
+            show_dry_run(tally.found, act.done, as_json=request.as_json)
             return
         if tally.found and not request.yes and len(request.named) != 1:
-            ask(f"{act.command} {tally.found:,} messages{_in_words(request)}", f"{tally.found} messages match")
-        with progress(tally.found, act.done, Console(stderr=True)) as advance, _told_if_interrupted(act, tally):
+            ask(f"{act.command} {in_number(tally.found)}{_in_words(request)}")
+        screen = Console(stderr=True, quiet=tally.found <= BATCH)
+        with progress(tally.found, act.done, screen) as advance, _told_if_interrupted(act, tally):
             for ids in batches:
                 _act_on_batch(database, engine, act, ids, tally)
                 advance(tally.done + tally.unchanged)
     _tell(request, act, tally)
 
 
-def ask(action: str, otherwise: str) -> None:
+def show_dry_run(found: int, done: str, *, as_json: bool) -> None:
+    """Say how many messages it would be."""
+    if sys.stdout.isatty() and not as_json:
+        click.echo(f"{in_number(found)} would be {done}")
+    else:
+        show("", {"found": found}, as_json=as_json)
+
+
+def in_number(count: int) -> str:
+    """Return how many messages, as a person says it."""
+    return "1 message" if count == 1 else f"{count:,} messages"
+
+
+def ask(action: str) -> None:
     """Ask a person whether to go on. Where there is none to be asked, it is a problem; so is a no."""
     if not sys.stdin.isatty():
-        raise Problem(f"{otherwise}, and there is no terminal to ask on. To {action}, add --yes")
+        raise Problem(f"there is no terminal to ask on. To {action}, add --yes")
     if not click.confirm(f"{action[0].upper()}{action[1:]}?", err=True):
         click.echo("nothing was changed", err=True)
         raise needs_attention()
@@ -189,7 +203,7 @@ def _told_if_interrupted(act: Act, tally: _Tally) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        click.echo(f"engagement: {tally.done} messages were {act.done} before it ended", err=True)
+        click.echo(f"engagement: ended early, {in_number(tally.done)} {act.done}", err=True)
         raise
 
 

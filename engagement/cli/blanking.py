@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from sqlalchemy.orm import Session
 
-from engagement.cli.acting import ask, dry_run_option, yes_option
+from engagement.cli.acting import ask, dry_run_option, in_number, show_dry_run, yes_option
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.parameters import age
 from engagement.cli.problems import Problem
@@ -30,16 +30,17 @@ BATCH = 2_000
 def forget_user(database: Database, user_id: str, *, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Cancel and blank all messages of a user.
 
-    What is pending is cancelled; params, destination, errors and provider ids are blanked in all messages. In one transaction. It cannot be undone. The user id and the keys stay, and a key still blocks.
+    What is pending is cancelled; params, destination, errors and provider ids are blanked in all messages. In one
+    transaction. It cannot be undone. The user id and the keys stay, and a key still blocks.
     """
     try:
         with database.session() as session:
             found = count_messages(session, schema=database.schema, user_id=user_id)
         if dry_run:
-            show("to be forgotten", {"found": found}, as_json=as_json)
+            show_dry_run(found, "forgotten", as_json=as_json)
             return
         if found and not yes:
-            ask(f"forget {found:,} messages of this user", f"{found} messages match")
+            ask(f"forget {in_number(found)} of this user")
         with database.repository() as repository:
             forgotten = repository.forget_user(user_id)
     except InvalidMessage as error:
@@ -61,19 +62,19 @@ def forget_user(database: Database, user_id: str, *, dry_run: bool, yes: bool, a
 def prune(database: Database, older_than: timedelta, *, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Blank what is personal in old finished messages.
 
-    Params, destination, errors, provider ids and history. It cannot be undone, and what is pruned cannot be retried. Each batch is a transaction of its own: what was pruned
-    before it is interrupted stays so.
+    Params, destination, errors, provider ids and history. It cannot be undone, and what is pruned cannot be retried.
+    Each batch is a transaction of its own: what was pruned before it is interrupted stays so.
     """
     pruned = 0
     with database.engine() as engine:
         with Session(engine) as session:
             found = count_prunable(session, older_than, schema=database.schema)
         if dry_run:
-            show("to be pruned", {"found": found}, as_json=as_json)
+            show_dry_run(found, "pruned", as_json=as_json)
             return
         if found and not yes:
-            ask(f"prune {found:,} messages older than {in_words(older_than)}", f"{found} messages match")
-        with progress(found, "pruned", Console(stderr=True)) as advance:
+            ask(f"prune {in_number(found)} older than {in_words(older_than)}")
+        with progress(found, "pruned", Console(stderr=True, quiet=found <= BATCH)) as advance:
             while True:
                 with Session(engine) as session, session.begin():
                     batch = database.repository_on(session).prune_messages(older_than, BATCH)

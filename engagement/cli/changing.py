@@ -32,7 +32,8 @@ reason_option = click.option("--reason", metavar="TEXT", help="Kept in the messa
 def cancel(database: Database, request: Request, reason: str | None) -> None:
     """Cancel pending messages.
 
-    Those named, or all that fit the filters.     It never says cancelled of a message that is or may have been sent; such a one is told, and the exit status is 1.
+    Those named, or all that fit the filters.     It never says cancelled of a message that is or may have been sent;
+    such a one is told, and the exit status is 1.
     """
     act = Act(
         "cancel",
@@ -110,8 +111,8 @@ def retry(database: Database, request: Request) -> None:
 def resolve(database: Database, request: Request, reason: str | None, *, sent: bool) -> None:
     """Say what became of messages in doubt.
 
-    They were sent, or they were not, and then they are due again.     Look at the provider (its log, the chat) with the delivery id that `engagement show` tells. Say --not-sent only if
-    you know it: it sends the message.
+    They were sent, or they were not, and then they are due again.     Look at the provider (its log, the chat) with the
+    delivery id that `engagement show` tells. Say --not-sent only if you know it: it sends the message.
     """
     act = Act(
         f"resolve as {'sent' if sent else 'not sent, and send again,'}",

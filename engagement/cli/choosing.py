@@ -10,6 +10,7 @@ import click
 
 from engagement.cli.parameters import moment_ago
 from engagement.cli.problems import Problem
+from engagement.cli.showing import for_person
 from engagement.inspection import Filters
 from engagement.messages import InvalidMessage
 from engagement.models import EngagementMessage, MessageStatus
@@ -71,7 +72,7 @@ def described(filters: Filters) -> str:
     }
     told = []
     for name, value in filters.items():
-        shown = " or ".join(value) if isinstance(value, tuple) else value
+        shown = " or ".join(value) if isinstance(value, tuple) else for_person(name, value)
         told.append(f"{words[name]} {shown}")
     return ", ".join(told)
 

@@ -11,7 +11,17 @@ import click
 from engagement.cli.choosing import filtered, find_message
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.problems import needs_attention
-from engagement.cli.showing import examples, for_program, json_option, reveal_option, show, show_rows
+from engagement.cli.showing import (
+    examples,
+    for_person,
+    for_program,
+    how_far,
+    json_option,
+    reveal_option,
+    show,
+    show_rows,
+    show_table,
+)
 from engagement.inspection import (
     HIDDEN,
     LONGEST_PAGE,
@@ -29,7 +39,16 @@ COLUMNS = (
     *("id", "status", "message_type", "user", "destination", "destination_jid", "created_at", "scheduled_for"),
     *("next_attempt_at", "sent_at", "attempt", "retry_count", "error_message"),
 )
-FOR_PEOPLE = ("id", "status", "message_type", "user", "next_attempt_at", "attempt", "error_message")
+FOR_PEOPLE = {
+    "id": for_person,
+    "status": for_person,
+    "message_type": for_person,
+    "user": for_person,
+    "due": how_far,
+    "attempt": for_person,
+    "error": for_person,
+}
+"""`due` is when a pending message is due, and when any other last was."""
 
 
 @click.command(
@@ -60,7 +79,7 @@ def list_(
 ) -> None:
     """List messages, the newest first, a page at a time.
 
-    A TIME is a moment such as 2026-11-24T09:00Z, or 2h for two hours ago. Times shown are UTC. Users are shown by a
+    A TIME is a moment such as 2026-11-24T09:00Z, or 2h for two hours ago. Users are shown by a
     pseudonym, the same for each message of a user, unless --reveal.
     """
     with database.session() as session:
@@ -69,9 +88,16 @@ def list_(
     if as_json:
         click.echo(json.dumps({"messages": facts}, ensure_ascii=False, default=for_program))
         return
-    show_rows(facts, COLUMNS, FOR_PEOPLE)
-    if sys.stderr.isatty() and len(page) == limit:
-        click.echo(f"There may be older ones. To see them, add: --before {page[-1].id}", err=True)
+    if sys.stdout.isatty():
+        show_table(
+            [each | {"due": each["next_attempt_at"], "error": each["error_message"]} for each in facts],
+            FOR_PEOPLE,
+            elided=True,
+        )
+    else:
+        show_rows(facts, COLUMNS)
+    if sys.stderr.isatty() and len(facts) == limit:
+        click.echo(f"There may be older ones. To see them, add: --before {facts[-1]['id']}", err=True)
 
 
 @click.command(
@@ -89,8 +115,8 @@ def list_(
 def show_one(database: Database, which: str, *, reveal: bool, as_json: bool) -> None:
     """Show one message, and what happened to it when.
 
-    Everything that is known of it. A number is an id, anything else an idempotency key (key:4711 for a key that is a number). Times are UTC. What was
-    not recorded is said to be unknown.
+    Everything that is known of it. A number is an id, anything else an idempotency key (key:4711 for a key that is a
+    number). What was not recorded is said to be unknown.
     """
     with database.session() as session:
         message = find_message(database.repository_on(session), which)
@@ -105,9 +131,9 @@ def show_one(database: Database, which: str, *, reveal: bool, as_json: bool) -> 
     if as_json:
         show("", facts | {"timeline": moments}, as_json=True)
         return
-    show(f"message {facts['id']}", facts, as_json=False)
+    show(f"message {facts['id']}", facts, as_json=False, justify="left")
     click.echo()
-    show_rows(moments, ("at", "what", "attempt", "detail"), ("at", "what", "attempt", "detail"))
+    show_rows(moments, ("at", "what", "attempt", "detail"))
 
 
 def facts_of(message: EngagementMessage, *, reveal: bool) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from engagement.messages import NewMessage
 def queue(database: Database, source: IO[bytes], *, as_json: bool) -> None:
     """Queue the messages of a JSON Lines file.
 
-    A FILE of - is standard input. Each line is an object with user_id, message_type, message_key, destination (individual or group) and
-    destination_jid, and optionally message_params, scheduled_for and expires_at (ISO 8601 with an offset), tz (such as
-    America/Sao_Paulo: whose date the idempotency key has) and idempotency_key.
+    A FILE of - is standard input. Each line is an object with user_id, message_type, message_key, destination
+    (individual or group) and destination_jid, and optionally message_params, scheduled_for and expires_at (ISO 8601
+    with an offset), tz (such as America/Sao_Paulo: whose date the idempotency key has) and idempotency_key.
 
     All good lines are queued in one transaction. What was queued before is a duplicate, and is left alone; so the same
     file can be given again. Each bad line is told on standard error, and makes the exit status 1.

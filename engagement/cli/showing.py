@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import click
 from rich import box, filesize
@@ -27,40 +27,57 @@ def examples(*lines: str) -> str:
     return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))
 
 
-def show(title: str, facts: Mapping[str, object], *, as_json: bool) -> None:
+def show(
+    title: str, facts: Mapping[str, object], *, as_json: bool, justify: Literal["left", "right"] = "right"
+) -> None:
     """Print facts: a table for a person, `name=value` lines or JSON for a program."""
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False, default=for_program))
     elif sys.stdout.isatty():
-        _show_table(title, facts)
+        _show_table(title, facts, justify)
     else:
         for name, value in facts.items():
             click.echo(f"{name}={for_program(value)}")
 
 
-def show_rows(rows: Sequence[Mapping[str, object]], columns: Sequence[str], for_people: Sequence[str]) -> None:
-    """Print rows: a table of the columns `for_people` for a person, lines of all with tabs between for a program."""
-    if not sys.stdout.isatty():
-        click.echo("\t".join(columns))
-        for row in rows:
-            click.echo("\t".join(str(for_program(row[name])) for name in columns))
+def show_rows(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
+    """Print rows: lines with tabs between for a program, a table for a person."""
+    if sys.stdout.isatty():
+        show_table(rows, dict.fromkeys(columns, for_person))
         return
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
-    for name in for_people:
-        table.add_column(_label(name), no_wrap=True, overflow="ellipsis")
+    click.echo("\t".join(columns))
     for row in rows:
-        table.add_row(*(_cell(name, row[name]) for name in for_people))
+        click.echo("\t".join(str(for_program(row[name])) for name in columns))
+
+
+def show_table(
+    rows: Sequence[Mapping[str, object]], columns: Mapping[str, Callable[[str, object], str]], *, elided: bool = False
+) -> None:
+    """Print a table for a person; each column comes with what makes words of its values.
+
+    Where the terminal is too narrow, the last column is wrapped, or `elided`.
+    """
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False)
+    last = list(columns)[-1]
+    for name in columns:
+        table.add_column(_label(name), no_wrap=name != last)
+    for row in rows:
+        cells = [(row[name] is not None and words_of(name, row[name])) or "" for name, words_of in columns.items()]
+        styles = [_COLOURS.get(str(row[name]), "") for name in columns]
+        table.add_row(
+            *(Text(*cell, no_wrap=elided or None, overflow="ellipsis") for cell in zip(cells, styles, strict=True))
+        )
     Console(highlight=False).print(table)
 
 
-def _show_table(title: str, facts: Mapping[str, object]) -> None:
+def _show_table(title: str, facts: Mapping[str, object], justify: Literal["left", "right"]) -> None:
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column()
-    table.add_column(justify="right", overflow="fold")
+    table.add_column(justify=justify, overflow="fold")
     for name, value in facts.items():
         needs_attention = name in NEED_ATTENTION and bool(value)
         style = "bold yellow" if needs_attention else None if value else "dim"
-        table.add_row(_label(name), _cell(name, value), style=style)
+        table.add_row(_label(name), Text(for_person(name, value)), style=style)
     Console().print(table)
 
 
@@ -73,6 +90,8 @@ def for_program(value: object) -> Any:
     """Return what a program reads: moments in ISO 8601 and UTC, nothing for None."""
     if isinstance(value, datetime):
         return value.astimezone(UTC).isoformat()
+    if isinstance(value, Mapping):
+        return json.dumps(value, ensure_ascii=False)
     return "" if value is None else value
 
 
@@ -82,17 +101,13 @@ def _label(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _cell(name: str, value: object) -> Text:
-    return Text(for_person(name, value), _COLOURS.get(str(value), ""))
-
-
 def for_person(name: str, value: object) -> str:
     """Return what a person reads; `name` ends in the unit, if there is one."""
     match value:
         case None:
             shown = "-"
         case datetime():
-            shown = f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+            shown = f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
         case int() | float() if name.endswith("_seconds"):
             shown = in_words(timedelta(seconds=value))
         case int() if name.endswith("_bytes"):
@@ -103,9 +118,18 @@ def for_person(name: str, value: object) -> str:
             shown = f"{value:,}"
         case float():
             shown = f"{value:,.1f}"
+        case Mapping():
+            shown = json.dumps(value, ensure_ascii=False)
         case _:
             shown = str(value)
     return shown
+
+
+def how_far(_: str, moment: object) -> str:
+    """Return how far a moment is from now: `7h 11m ago`, `in 2d 3h`."""
+    assert isinstance(moment, datetime)
+    ahead = moment - datetime.now(UTC)
+    return f"in {in_words(ahead)}" if ahead > timedelta(0) else f"{in_words(-ahead)} ago"
 
 
 def in_words(length: timedelta) -> str:
@@ -113,7 +137,8 @@ def in_words(length: timedelta) -> str:
     seconds = int(length.total_seconds())
     parts = (("d", seconds // 86_400), ("h", seconds // 3_600 % 24), ("m", seconds // 60 % 60), ("s", seconds % 60))
     largest = next((place for place, (_, count) in enumerate(parts) if count), len(parts) - 1)
-    return " ".join(f"{count}{unit}" for unit, count in parts[largest : largest + 2])
+    shown = [f"{count}{unit}" for unit, count in parts[largest : largest + 2] if count]
+    return " ".join(shown) or "0s"
 
 
 # Progress ------------------------------------------------------------------------------------------------------------
