@@ -942,9 +942,9 @@ LAYERS = [
     ["messages"],
     ["outcomes"],
     ["statements"],
-    ["repository", "sending"],
+    ["repository", "sending", "verification"],
     ["claims", "tally"],
-    ["delivery"],
+    ["delivery", "housekeeping"],
     ["worker"],
 ]
 
