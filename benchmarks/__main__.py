@@ -16,6 +16,7 @@ from benchmarks.old_snapshot import drain_under_an_old_snapshot
 from benchmarks.queueing import queue_many, queue_one
 from benchmarks.server import server
 from benchmarks.setup import Setup, Work, machine
+from benchmarks.vacuuming import queue_and_drain_under_autovacuum
 
 WORKS: dict[str, Work] = {
     "queue-many": queue_many,
@@ -24,6 +25,7 @@ WORKS: dict[str, Work] = {
     "crowd": claim_from_a_crowd,
     "old-snapshot": drain_under_an_old_snapshot,
     "idle": idle,
+    "vacuum": queue_and_drain_under_autovacuum,
 }
 
 

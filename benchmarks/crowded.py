@@ -28,7 +28,8 @@ _CROWD = """
 """
 
 
-def _finished(size: int) -> str:
+def finished(size: int) -> str:
+    """Return the INSERT of so many messages that were sent long ago."""
     due = "now() - interval '1 year'"
     return _CROWD.format(status="'sent'", sent_at="now()", attempt=1, due=due, size=size)
 
@@ -41,10 +42,10 @@ def _scheduled(size: int) -> str:
 def claim_from_a_crowd(setup: Setup) -> Iterator[str]:
     """Claim beside five million finished messages, and beside a million that are scheduled for later."""
     size = setup.size(20_000, 2_000)
-    finished, scheduled = setup.size(5_000_000, 5_000), setup.size(1_000_000, 1_000)
+    done, scheduled = setup.size(5_000_000, 5_000), setup.size(1_000_000, 1_000)
     crowds = {
         "an empty table": None,
-        f"{finished:,} finished": _finished(finished),
+        f"{done:,} finished": finished(done),
         f"{scheduled:,} scheduled for later": _scheduled(scheduled),
     }
     with ExitStack() as stack:

@@ -195,7 +195,7 @@ def _has_unreadable_moment() -> ColumnElement[bool]:
 
 
 def _missing_guards(session: Session, schema: str | None) -> Iterator[Violation]:
-    in_force = {(kind, name) for kind, name in session.execute(_guards_in_force(), {"queue": _qualified(schema)})}
+    in_force = {(kind, name) for kind, name in session.execute(_guards_in_force(), {"queue": qualified_name(schema)})}
     for kind, name in _guards():
         if (kind, name) not in in_force:
             yield Violation("guards_in_force", None, f"the {kind} {name} is missing or not valid")
@@ -210,7 +210,8 @@ def _guards() -> list[tuple[str, str]]:
     return sorted(constraints + indexes) + [(_NOT_NULL, value.name) for value in C if not value.nullable]
 
 
-def _qualified(schema: str | None) -> str:
+def qualified_name(schema: str | None) -> str:
+    """Return the table's name as `to_regclass` takes it."""
     if schema is None:
         return TABLE_NAME
     quoted = schema.replace('"', '""')

@@ -12,7 +12,9 @@ from typing import TypedDict, Unpack
 from sqlalchemy import Engine
 
 from engagement.delivery import Delivery
+from engagement.housekeeping import Housekeeping
 from engagement.outcomes import Backoff, Classify, classify_exception, exponential_backoff
+from engagement.repository import LONGEST_AGE
 from engagement.sending import Transport
 from engagement.tally import ProcessResult
 
@@ -68,6 +70,11 @@ class Worker:
     - `worker_name`: what `claimed_by` begins with; default: host and process.
     - `poll_interval`: how soon a message that becomes due is noticed by an idle worker.
     - `schema`: where the table is, if not on the search path.
+    - `prune_older_than`: every hour, blank finished messages that were last due longer ago. None leaves that to you.
+    - `verify_every`: how often to look for broken promises, each of which is logged. None leaves that to you.
+
+    Of many workers one prunes, and one verifies, at a time. Each takes one more connection of the engine's pool while
+    it is at it, and no send waits for it.
     """
 
     def __init__(
@@ -86,6 +93,8 @@ class Worker:
         worker_name: str | None = None,
         poll_interval: timedelta = timedelta(seconds=5),
         schema: str | None = None,
+        prune_older_than: timedelta | None = None,
+        verify_every: timedelta | None = None,
     ) -> None:
         _check(isinstance(engine, Engine), "engine", "must be a sync Engine; make one from an AsyncEngine's url")
         _check(concurrency >= 1, "concurrency", "must be at least 1")
@@ -95,6 +104,9 @@ class Worker:
         _check(send_timeout is None or send_timeout > timedelta(0), "send_timeout", "must be positive")
         _check(isinstance(backoff(1), timedelta), "backoff", "must return a timedelta")
         _check(poll_interval > timedelta(0), "poll_interval", "must be positive")
+        keeps_long_enough = prune_older_than is None or timedelta(0) <= prune_older_than <= LONGEST_AGE
+        _check(keeps_long_enough, "prune_older_than", f"must be from zero to {LONGEST_AGE.days} days")
+        _check(verify_every is None or verify_every > timedelta(0), "verify_every", "must be positive")
         # Under a stricter isolation the claims of two workers would fail each other, and AUTOCOMMIT has no transaction
         # to settle and claim in.
         self.engine = engine.execution_options(isolation_level="READ COMMITTED")
@@ -110,13 +122,17 @@ class Worker:
         self.classify: Classify = classify or partial(classify_exception, strict=strict)
         self.worker_name = worker_name or f"{socket.gethostname()}:{os.getpid()}"
         self.poll_interval = poll_interval.total_seconds()
+        self.schema = schema
+        self.prune_older_than = prune_older_than
+        self.verify_every = verify_every
 
     def run(self, stop: threading.Event | None = None) -> ProcessResult:
         """Send what is due until `stop` is set; then let the sends in hand finish, settle them, and return.
 
         A lost database is waited for. An error that waiting does not mend, such as a missing table, is raised.
         """
-        return Delivery(self, stop or threading.Event(), until_empty=False, limit=None).run()
+        with Housekeeping(self).beside():
+            return Delivery(self, stop or threading.Event(), until_empty=False, limit=None).run()
 
 
 def _check(holds: bool, name: str, problem: str) -> None:

@@ -17,6 +17,7 @@ TOLD = {
     "crowd": ["5,000 finished", "1,000 scheduled for later", "LockRows", "engagement_message_queue_due"],
     "old-snapshot": ["plain claims of 100", "ours, at the end of the snapshot", "≥ 5", "after the vacuum"],
     "idle": ["statements for each poll", "from due to sent, longest", "burst of"],
+    "vacuum": ["PostgreSQL's defaults", "vacuum at 2 %", "pages for 100 due", "HOT"],
 }
 
 

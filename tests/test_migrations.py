@@ -63,12 +63,19 @@ def test_upgrading_twice_is_as_good_as_once(empty_engine):
 
 
 def test_every_step_goes_up_down_and_up_again(empty_engine):
-    """Each revision can be taken back and made again; at the end nothing but an empty version table is left."""
+    """Each revision can be taken back, wholly, and made again; at the end only an empty version table is left."""
+
+    def described() -> dict[str, list] | None:
+        with empty_engine.connect() as connection:
+            return catalogue(connection) if TABLE_NAME in tables(empty_engine) else None
+
     steps = revisions()
     for revision, before in zip(steps, [None, *steps], strict=False):
+        was = described()
         migrations.upgrade(empty_engine, revision)
         migrations.downgrade(empty_engine, before or "base")
         assert migrations.current(empty_engine) == before
+        assert described() == was
         migrations.upgrade(empty_engine, revision)
         assert migrations.current(empty_engine) == revision
     assert steps[-1] == migrations.head()
@@ -101,6 +108,17 @@ def test_a_change_of_a_living_table_does_not_wait_for_ever(empty_engine):
             step.index(word) for word in ("ALTER TABLE", "DROP TABLE", "CREATE INDEX", "DROP INDEX") if word in step
         ]
         assert step.index("SET LOCAL lock_timeout") < min(changes, default=len(step))
+
+
+def test_the_settings_of_the_table_wait_for_nobody_who_reads_or_writes(empty_engine):
+    """A host's open transaction that has queued does not hold up the revision, nor does it wait for that."""
+    migrations.upgrade(empty_engine, "eng_0001")
+    with Session(empty_engine) as session, session.begin():
+        EngagementMessageRepository(session).queue_message(new_message())
+        with empty_engine.connect() as connection:
+            migrations.upgrade(connection, "eng_0002")
+            EngagementMessageRepository(session).queue_message(new_message("other"))
+            migrations.downgrade(connection, "eng_0001")
 
 
 def test_a_new_revision_can_be_written_from_the_template(tmp_path, empty_engine):

@@ -945,9 +945,9 @@ LAYERS = [
     ["messages"],
     ["outcomes"],
     ["statements"],
-    ["repository", "sending"],
+    ["repository", "sending", "verification"],
     ["claims", "tally"],
-    ["delivery", "metrics"],
+    ["delivery", "housekeeping", "metrics"],
     ["worker", "telemetry", "prometheus"],
 ]
 

@@ -1,0 +1,88 @@
+"""`forget-user` and `prune`: blank what is personal. Keys stay, and still block."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import click
+from rich.console import Console
+from sqlalchemy.orm import Session
+
+from engagement.cli.acting import ask, dry_run_option, in_number, show_dry_run, told_if_ended_early, yes_option
+from engagement.cli.connecting import Database, on_database
+from engagement.cli.parameters import age
+from engagement.cli.problems import Problem
+from engagement.cli.showing import examples, in_words, json_option, progress, show
+from engagement.inspection import count_messages, count_prunable
+from engagement.messages import InvalidMessage
+
+BATCH = 2_000
+
+
+@click.command(
+    "forget-user", epilog=examples("engagement forget-user user123 --dry-run", "engagement forget-user user123 --yes")
+)
+@click.argument("user_id", metavar="USER")
+@dry_run_option
+@yes_option
+@json_option
+@on_database
+def forget_user(database: Database, user_id: str, *, dry_run: bool, yes: bool, as_json: bool) -> None:
+    """Cancel and blank all messages of a user.
+
+    What is pending is cancelled; params, destination, errors and provider ids are blanked in all messages. In one
+    transaction. It cannot be undone. The user id and the keys stay, and a key still blocks.
+    """
+    try:
+        with database.session() as session:
+            found = count_messages(session, schema=database.schema, user_id=user_id)
+        if dry_run:
+            show_dry_run(found, "forgotten", as_json=as_json)
+            return
+        if found and not yes:
+            ask(f"forget {in_number(found)} of this user")
+        with database.repository() as repository:
+            forgotten = repository.forget_user(user_id)
+    except InvalidMessage as error:
+        raise Problem(str(error)) from None
+    facts = {"found": found, "cancelled": forgotten.cancelled, "blanked": forgotten.blanked}
+    show("forgotten", facts, as_json=as_json)
+
+
+@click.command(
+    epilog=examples("engagement prune --older-than 90d --dry-run", "engagement prune --older-than 90d --yes --json")
+)
+@click.option(
+    "--older-than", required=True, type=age, metavar="TIME", help="Finished, and last due longer ago than this."
+)
+@dry_run_option
+@yes_option
+@json_option
+@on_database
+def prune(database: Database, older_than: timedelta, *, dry_run: bool, yes: bool, as_json: bool) -> None:
+    """Blank what is personal in old finished messages.
+
+    Params, destination, errors, provider ids and history. It cannot be undone, and what is pruned cannot be retried.
+    Each batch is a transaction of its own: what was pruned before it is interrupted stays so.
+    """
+    pruned = 0
+    with database.engine() as engine:
+        with Session(engine) as session:
+            found = count_prunable(session, older_than, schema=database.schema)
+        if dry_run:
+            show_dry_run(found, "pruned", as_json=as_json)
+            return
+        if found and not yes:
+            ask(f"prune {in_number(found)} older than {in_words(older_than)}")
+        with (
+            progress(found, "pruned", Console(stderr=True, quiet=found <= BATCH)) as advance,
+            told_if_ended_early(lambda: f"{in_number(pruned)} pruned"),
+        ):
+            while True:
+                with Session(engine) as session, session.begin():
+                    batch = database.repository_on(session).prune_messages(older_than, BATCH)
+                pruned += batch
+                advance(pruned)
+                if batch < BATCH:
+                    break
+    show("pruned", {"found": found, "pruned": pruned}, as_json=as_json)

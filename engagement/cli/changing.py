@@ -1,0 +1,126 @@
+"""`cancel`, `reschedule`, `retry`, `resolve`: change what becomes of messages."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import click
+
+from engagement.cli.acting import Act, Request, act_on, on_messages
+from engagement.cli.connecting import Database, on_database
+from engagement.cli.parameters import moment_ahead
+from engagement.cli.showing import examples
+from engagement.models import MessageStatus
+
+PENDING, FAILED, EXPIRED = MessageStatus.PENDING, MessageStatus.FAILED, MessageStatus.EXPIRED
+IN_DOUBT = MessageStatus.IN_DOUBT
+BLANKED = "it was forgotten or pruned"
+
+reason_option = click.option("--reason", metavar="TEXT", help="Kept in the message's history; nothing personal.")
+
+
+@click.command(
+    epilog=examples(
+        "engagement cancel 4711 --reason 'came back'",
+        "engagement cancel --user user123 --dry-run",
+        "engagement cancel --type weekly_review --scheduled-since 2026-12-24T00:00Z",
+    )
+)
+@on_messages(PENDING)
+@reason_option
+@on_database
+def cancel(database: Database, request: Request, reason: str | None) -> None:
+    """Cancel pending messages.
+
+    Those named, or all that fit the filters. It never says cancelled of a message that is or may have been sent;
+    such a one is told, and the exit status is 1.
+    """
+    act = Act(
+        "cancel",
+        "cancelled",
+        (PENDING,),
+        lambda queue, message_id: queue.cancel_message(message_id, reason).is_cancelled,
+    )
+    act_on(database, request, act)
+
+
+@click.command(
+    epilog=examples(
+        "engagement reschedule 4711 --to 2026-11-24T09:00-03:00",
+        "engagement reschedule --type weekly_review --scheduled-until 2026-11-24T00:00Z --to 12h",
+    )
+)
+@on_messages(PENDING)
+@click.option(
+    "--to", required=True, type=moment_ahead, metavar="TIME", help="A moment with an offset, or 2h for in two hours."
+)
+@on_database
+def reschedule(database: Database, request: Request, to: datetime) -> None:
+    """Move pending messages to another time.
+
+    Those named, or all that fit the filters. Their keys stay. A message that expires before then is not moved.
+    """
+    act = Act(
+        f"reschedule to {to:%Y-%m-%d %H:%M%z}",
+        "rescheduled",
+        (PENDING,),
+        lambda queue, message_id: queue.reschedule_message(message_id, to),
+        unless="it expires before then",
+    )
+    act_on(database, request, act)
+
+
+@click.command(
+    epilog=examples(
+        "engagement retry 4711",
+        "engagement retry --status failed --type weekly_review --dry-run",
+        "engagement retry --status failed --created-since 1d --yes",
+    )
+)
+@on_messages(FAILED, EXPIRED)
+@on_database
+def retry(database: Database, request: Request) -> None:
+    """Make failed or expired messages due again.
+
+    Those named, or all that fit the filters: with all their retries, under the same keys. An expiry that has passed is
+    lifted.
+    """
+    act = Act(
+        "retry",
+        "retried",
+        (FAILED, EXPIRED),
+        lambda queue, message_id: queue.retry_message(message_id),
+        unless=BLANKED,
+        also={"blanked": False},
+    )
+    act_on(database, request, act)
+
+
+@click.command(
+    epilog=examples(
+        'engagement resolve 4711 --sent --reason "seen in the provider\'s log"',
+        "engagement resolve --all --created-until 2d --sent --dry-run",
+        "engagement resolve 4711 --not-sent",
+    )
+)
+@on_messages(IN_DOUBT)
+@click.option(
+    "--sent/--not-sent", required=True, default=None, help="What became of them. What was not sent is sent again."
+)
+@reason_option
+@on_database
+def resolve(database: Database, request: Request, reason: str | None, *, sent: bool) -> None:
+    """Say what became of messages in doubt.
+
+    They were sent, or they were not, and then they are due again. Look at the provider (its log, the chat) with the
+    delivery id that `engagement show` tells. Say --not-sent only if you know it: it sends the message.
+    """
+    act = Act(
+        f"resolve as {'sent' if sent else 'not sent, and send again,'}",
+        "resolved",
+        (IN_DOUBT,),
+        lambda queue, message_id: queue.resolve_message(message_id, sent, reason),
+        unless=BLANKED,
+        also={} if sent else {"blanked": False},
+    )
+    act_on(database, request, act)

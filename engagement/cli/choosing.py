@@ -1,0 +1,91 @@
+"""Which messages a command is about: the filters that all have in common, and what names one message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import click
+
+from engagement.cli.parameters import moment_ago
+from engagement.cli.problems import Problem
+from engagement.cli.showing import for_person
+from engagement.inspection import Filters
+from engagement.messages import InvalidMessage
+from engagement.models import EngagementMessage, MessageStatus
+from engagement.repository import EngagementMessageRepository
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_MOMENTS = {
+    "created_since": "Queued at this time or later",
+    "created_until": "Queued before this time",
+    "scheduled_since": "Wanted at this time or later",
+    "scheduled_until": "Wanted before this time",
+}
+
+
+def filtered(*statuses: MessageStatus) -> Callable[[F], Callable[..., Any]]:
+    """Give a command the options that choose messages, as its argument `filters`.
+
+    Without `--status` they are those that have one of `statuses`; of a single one there is nothing to choose.
+    """
+
+    def decorate(command: F) -> Callable[..., Any]:
+        @wraps(command)
+        def run(*, status: tuple[str, ...] = (), **options: Any) -> Any:
+            names = ("user_id", "message_type", *_MOMENTS)
+            given = {name: value for name in names if (value := options.pop(name)) is not None}
+            if status:
+                given["status"] = status
+            return command(filters=cast("Filters", given), **options)
+
+        for option in reversed(_options(statuses)):
+            run = option(run)
+        return run
+
+    return decorate
+
+
+def _options(statuses: tuple[MessageStatus, ...]) -> list[Callable[[Any], Any]]:
+    words = [str(status) for status in statuses]
+    status = click.option("--status", multiple=True, type=click.Choice(words), help="May be given more than once.")
+    return [
+        *([status] if len(statuses) > 1 else []),
+        click.option("--user", "user_id", metavar="ID", help="Of this user."),
+        click.option("--type", "message_type", metavar="NAME", help="Of this message type."),
+        *(
+            click.option(f"--{name.replace('_', '-')}", type=moment_ago, metavar="TIME", help=f"{words}.")
+            for name, words in _MOMENTS.items()
+        ),
+    ]
+
+
+def described(filters: Filters) -> str:
+    """Return the filters in words, for a question."""
+    words = {
+        "status": "status",
+        "user_id": "user",
+        "message_type": "type",
+        **{name: name.replace("_", " ") for name in _MOMENTS},
+    }
+    told = []
+    for name, value in filters.items():
+        shown = " or ".join(value) if isinstance(value, tuple) else for_person(name, value)
+        told.append(f"{words[name]} {shown}")
+    return ", ".join(told)
+
+
+def find_message(repository: EngagementMessageRepository, which: str) -> EngagementMessage | None:
+    """Return the message that `which` names: a number is an id, anything else is an idempotency key."""
+    try:
+        if which.isascii() and which.isdecimal():
+            return repository.get_message(int(which))
+        return repository.get_message_by_key(which.removeprefix(KEY))
+    except InvalidMessage as error:
+        raise Problem(str(error)) from None
+
+
+KEY = "key:"
+"""Before a key that is a number, or begins with this."""

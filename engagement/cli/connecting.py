@@ -1,0 +1,130 @@
+"""Where the queue is: the options that say so, the engine they make, and its errors as problems."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
+
+import click
+from sqlalchemy import URL, Engine, create_engine, make_url, select
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from engagement.cli.problems import DatabaseProblem, Problem
+from engagement.models import EngagementMessage
+from engagement.repository import EngagementMessageRepository
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+EXAMPLE_URL = "postgresql://user:password@host:5432/name"
+CONNECT_SECONDS = 10
+_NOT_MIGRATED = frozenset({"42P01", "42703", "3F000"})  # no such table, column, schema
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """What `--database-url` and `--schema` say. Nothing is connected before it is used."""
+
+    given_url: str | None
+    schema: str | None
+
+    @contextmanager
+    def engine(self) -> Iterator[Engine]:
+        """Hand out an engine, and turn the database's errors into problems."""
+        url = _checked_url(self.given_url)
+        try:
+            engine = create_engine(url, hide_parameters=True, connect_args=_connect_args(url))
+        except ImportError:
+            raise Problem("psycopg cannot be loaded. Run: pip install 'psycopg[binary]'") from None
+        # It would log, past our one line, how it cancels the query that Ctrl-C interrupts.
+        logging.getLogger("psycopg").addHandler(logging.NullHandler())
+        try:
+            yield engine
+        except SQLAlchemyError as error:
+            raise self._problem(error, url) from None
+        finally:
+            engine.dispose()
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """Hand out a session in a transaction that is committed at the end."""
+        with self.engine() as engine, Session(engine) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def repository(self) -> Iterator[EngagementMessageRepository]:
+        """Hand out a repository in a transaction that is committed at the end."""
+        with self.session() as session:
+            options = {"schema_translate_map": {None: self.schema}} if self.schema else {}
+            # What cannot work is said before anything is read.
+            session.execute(select(EngagementMessage.id).limit(0), execution_options=options)
+            yield self.repository_on(session)
+
+    def repository_on(self, session: Session) -> EngagementMessageRepository:
+        """Return a repository on a session of our own making."""
+        return EngagementMessageRepository(session, schema=self.schema)
+
+    def _problem(self, error: SQLAlchemyError, url: URL) -> Problem:
+        original = getattr(error, "orig", None)
+        state = getattr(original, "sqlstate", None)
+        if state in _NOT_MIGRATED:
+            option = "" if self.schema is None else f" --schema {self.schema}"
+            return DatabaseProblem(f"the queue's table is missing or old. Run: engagement upgrade{option}")
+        if original is None or state is not None:
+            # Not the server's text, which may show a row.
+            return DatabaseProblem(f"the database refused: {type(original or error).__name__} {state or ''}")
+        return DatabaseProblem(f"cannot reach the database: {_without_passwords(str(original), url)}")
+
+
+def _checked_url(given: str | None) -> URL:
+    """Return the URL with our driver. What is wrong with it is said without repeating it: it may hold a password."""
+    if not given:
+        problem = f"no database given. Set ENGAGEMENT_DATABASE_URL={EXAMPLE_URL} or use --database-url"
+        raise Problem(problem)
+    try:
+        url = make_url(given)
+    except (ArgumentError, ValueError):
+        raise Problem(f"the database URL cannot be read. It looks like {EXAMPLE_URL}") from None
+    if url.get_backend_name() not in {"postgres", "postgresql"}:
+        raise Problem(f"the database URL is none of PostgreSQL. It looks like {EXAMPLE_URL}")
+    if "@" in (url.host or ""):
+        raise Problem("the database URL has an @ too many. In a password, write it as %40")
+    return url.set(drivername="postgresql+psycopg")
+
+
+def _connect_args(url: URL) -> dict[str, Any]:
+    # A pooler in transaction mode gives each transaction another session, without what the last one has prepared.
+    arguments: dict[str, Any] = {"prepare_threshold": None}
+    if "connect_timeout" not in url.query and "PGCONNECT_TIMEOUT" not in os.environ:
+        arguments["connect_timeout"] = CONNECT_SECONDS
+    return arguments
+
+
+def _without_passwords(text: str, url: URL) -> str:
+    for secret in (url.password, url.query.get("password"), url.query.get("sslpassword")):
+        if secret:
+            text = text.replace(str(secret), "***")
+    return text
+
+
+def on_database(command: F) -> Callable[..., Any]:
+    """Give a command the options that say where the queue is, as its argument `database`."""
+
+    @click.option(
+        "--database-url",
+        envvar="ENGAGEMENT_DATABASE_URL",
+        show_envvar=True,
+        metavar="URL",
+        help="The PostgreSQL database. Rather set the variable: options can be seen by others.",
+    )
+    @click.option("--schema", metavar="NAME", help="Where the table is, if not on the search path.")
+    @wraps(command)
+    def run(*, database_url: str | None, schema: str | None, **options: Any) -> Any:
+        return command(database=Database(database_url, schema or None), **options)
+
+    return run

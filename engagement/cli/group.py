@@ -1,0 +1,128 @@
+"""The group of all commands: what there is, where it is, and what its help says.
+
+A command's module is imported when the command is used.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from importlib import import_module
+from typing import Any, NoReturn
+
+import click
+
+SECTIONS = {
+    "Set up": {
+        "upgrade": "migrating:upgrade",
+        "downgrade": "migrating:downgrade",
+        "current": "migrating:current",
+        "demo": "offline:demo",
+        "lint-catalogues": "offline:lint_catalogues",
+    },
+    "Queue and send": {
+        "queue": "queueing:queue",
+        "process": "delivering:process",
+        "work": "delivering:work",
+    },
+    "Look": {
+        "status": "looking:status",
+        "list": "listing:list_",
+        "show": "listing:show_one",
+        "verify": "looking:verify",
+    },
+    "Act": {
+        "cancel": "changing:cancel",
+        "reschedule": "changing:reschedule",
+        "retry": "changing:retry",
+        "resolve": "changing:resolve",
+        "forget-user": "blanking:forget_user",
+        "prune": "blanking:prune",
+    },
+}
+"""Every command, by what it is for: `module:function` below this package."""
+
+OVERVIEW = """\b
+See it work, on a database that is gone afterwards:
+  engagement demo
+
+\b
+On your own database:
+  export ENGAGEMENT_DATABASE_URL=postgresql://user@host/name
+  engagement upgrade
+  engagement queue messages.jsonl
+  engagement process --transport myapp.whatsapp:send
+  engagement status
+
+\b
+Exit status:
+  0    all is well; also after a first signal, once the sends in hand are settled
+  1    something needs attention: bad lines, failed messages, messages in doubt, a
+       message that was not changed as asked, or is not there; a person said no
+  2    the command was not understood, or something that it needs is missing
+  3    the database cannot be reached, refused, or is not migrated
+  130  interrupted (SIGINT); where the first signal waits for sends, by the second
+  143  likewise by SIGTERM
+
+\b
+Completion of commands and options, in ~/.bashrc (zsh and fish likewise):
+  eval "$(_ENGAGEMENT_COMPLETE=bash_source engagement)\""""
+
+
+class Commands(click.Group):
+    """A group that imports a command when it is asked for, and says problems on one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """Return the names of all commands, in the order of the help."""
+        return [name for commands in SECTIONS.values() for name in commands]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Return a command, or None if there is none of that name."""
+        for commands in SECTIONS.values():
+            if cmd_name in commands:
+                module, _, function = commands[cmd_name].partition(":")
+                command: click.Command = getattr(import_module(f"engagement.cli.{module}"), function)
+                return command
+        return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands by what they are for."""
+        width = max(len(name) for name in self.list_commands(ctx))
+        for section, commands in SECTIONS.items():
+            with formatter.section(section):
+                found = [(name, self.get_command(ctx, name)) for name in commands]
+                rows = [
+                    (name.ljust(width), command.get_short_help_str(formatter.width - width - 6))
+                    for name, command in found
+                    if command
+                ]
+                formatter.write_dl(rows)
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run a command, and leave with its status."""
+        try:
+            status = super().main(*args, **kwargs | {"standalone_mode": False})
+        except click.Abort:
+            click.echo("engagement: interrupted", err=True)
+            status = 128 + signal.SIGINT
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "engagement"
+            click.echo(f"{command}: {' '.join(error.format_message().split())} See: {command} --help", err=True)
+            status = error.exit_code
+        except click.ClickException as error:
+            click.echo(f"engagement: {error.format_message()}", err=True)
+            status = error.exit_code
+        sys.exit(status or 0)
+
+
+@click.group(
+    cls=Commands,
+    epilog=OVERVIEW,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Queue proactive messages once, and never send one twice."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())

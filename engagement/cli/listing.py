@@ -1,0 +1,170 @@
+"""`list` and `show`: messages, and one message with its timeline."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from engagement.cli.choosing import filtered, find_message
+from engagement.cli.connecting import Database, on_database
+from engagement.cli.problems import needs_attention
+from engagement.cli.showing import (
+    examples,
+    for_person,
+    for_program,
+    how_far,
+    json_option,
+    reveal_option,
+    show,
+    show_rows,
+    show_table,
+)
+from engagement.inspection import (
+    HIDDEN,
+    LONGEST_PAGE,
+    Filters,
+    list_messages,
+    mask_address,
+    masked,
+    pseudonym,
+    timeline,
+)
+from engagement.messages import delivery_id, key_hash
+from engagement.models import EngagementMessage, MessageStatus
+
+COLUMNS = (
+    *("id", "status", "message_type", "user", "destination", "destination_jid", "created_at", "scheduled_for"),
+    *("next_attempt_at", "sent_at", "attempt", "retry_count", "error_message"),
+)
+FOR_PEOPLE = {
+    "id": for_person,
+    "status": for_person,
+    "message_type": for_person,
+    "user": for_person,
+    "due": how_far,
+    "attempt": for_person,
+    "error": for_person,
+}
+"""`due` is when a pending message is due, and when any other last was."""
+
+
+@click.command(
+    "list",
+    epilog=examples(
+        "engagement list --status failed --status in_doubt",
+        "engagement list --user user123 --created-since 7d",
+        "engagement list --type weekly_review --scheduled-since 2026-11-24T00:00Z",
+        "engagement list --status failed --limit 10000 --json",
+    ),
+)
+@filtered(*MessageStatus)
+@click.option("--before", type=click.IntRange(1), metavar="ID", help="The next older ones after this message.")
+@click.option("--after", type=click.IntRange(1), metavar="ID", help="The next newer ones after this message.")
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, LONGEST_PAGE), metavar="N")
+@reveal_option
+@json_option
+@on_database
+def list_(
+    database: Database,
+    filters: Filters,
+    before: int | None,
+    after: int | None,
+    limit: int,
+    *,
+    reveal: bool,
+    as_json: bool,
+) -> None:
+    """List messages, the newest first, a page at a time.
+
+    A TIME is a moment such as 2026-11-24T09:00Z, or 2h for two hours ago. Users are shown by a
+    pseudonym, the same for each message of a user, unless --reveal.
+    """
+    with database.session() as session:
+        page = list_messages(session, before=before, after=after, limit=limit, schema=database.schema, **filters)
+        facts = [facts_of(message, reveal=reveal) for message in page]
+    if as_json:
+        click.echo(json.dumps({"messages": facts}, ensure_ascii=False, default=for_program))
+        return
+    if sys.stdout.isatty():
+        show_table(
+            [each | {"due": each["next_attempt_at"], "error": each["error_message"]} for each in facts],
+            FOR_PEOPLE,
+            elided=True,
+        )
+    else:
+        show_rows(facts, COLUMNS)
+    if sys.stderr.isatty() and len(facts) == limit:
+        click.echo(f"There may be older ones. To see them, add: --before {facts[-1]['id']}", err=True)
+
+
+@click.command(
+    "show",
+    epilog=examples(
+        "engagement show 4711",
+        "engagement show user123:goodbye:2026-11-21 --reveal",
+        "engagement show 4711 --json",
+    ),
+)
+@click.argument("which", metavar="ID|KEY")
+@reveal_option
+@json_option
+@on_database
+def show_one(database: Database, which: str, *, reveal: bool, as_json: bool) -> None:
+    """Show one message, and what happened to it when.
+
+    Everything that is known of it. A number is an id, anything else an idempotency key (key:4711 for a key that is a
+    number). What was not recorded is said to be unknown.
+    """
+    with database.session() as session:
+        message = find_message(database.repository_on(session), which)
+        if message is None:
+            click.echo("engagement: there is no such message", err=True)
+            raise needs_attention()
+        facts = facts_of(message, reveal=reveal)
+        moments = [
+            {"at": moment.at, "what": moment.what, "attempt": moment.attempt, "detail": moment.detail}
+            for moment in timeline(message, reveal=reveal)
+        ]
+    if as_json:
+        show("", facts | {"timeline": moments}, as_json=True)
+        return
+    show(f"message {facts['id']}", facts, as_json=False, justify="left")
+    click.echo()
+    show_rows(moments, ("at", "what", "attempt", "detail"))
+
+
+def facts_of(message: EngagementMessage, *, reveal: bool) -> dict[str, Any]:
+    """Return what is shown of a message; what is personal is hidden unless `reveal`."""
+    key, error, provider_id = message.idempotency_key, message.error_message, message.provider_message_id
+    personal: dict[str, Any]
+    if reveal:
+        personal = {"user": message.user_id, "idempotency_key": key, "message_params": message.message_params}
+        personal |= {"destination_jid": message.destination_jid, "provider_message_id": provider_id}
+    else:
+        personal = {"user": pseudonym(message.user_id), "key_hash": key_hash(key), "message_params": HIDDEN}
+        personal |= {"destination_jid": mask_address(message.destination_jid)}
+        personal |= {"provider_message_id": provider_id and HIDDEN}
+        error = error and masked(error)
+    return {
+        "id": message.id,
+        "status": str(message.status),
+        "message_type": message.message_type,
+        "message_key": message.message_key,
+        **personal,
+        "delivery_id": str(delivery_id(key)),
+        "destination": str(message.destination),
+        "created_at": message.created_at,
+        "scheduled_for": message.scheduled_for,
+        "expires_at": message.expires_at,
+        "next_attempt_at": message.next_attempt_at,
+        "attempt": message.attempt,
+        "retry_count": message.retry_count,
+        "has_doubt": message.has_doubt,
+        "claimed_by": message.claimed_by,
+        "lease_expires_at": message.lease_expires_at,
+        "sent_at": message.sent_at,
+        "error_message": error,
+    }

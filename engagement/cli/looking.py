@@ -1,0 +1,79 @@
+"""`status` and `verify`: how the queue stands, and whether it keeps its promises."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from datetime import timedelta
+
+import click
+
+from engagement.cli.connecting import Database, on_database
+from engagement.cli.parameters import duration
+from engagement.cli.problems import needs_attention
+from engagement.cli.showing import examples, json_option, show
+from engagement.inspection import overview
+
+
+@click.command(epilog=examples("engagement status", "watch -n 5 engagement status", "engagement status --json"))
+@json_option
+@on_database
+def status(database: Database, *, as_json: bool) -> None:
+    """Show how the queue stands: counts, rates, leases, sizes.
+
+    The oldest due message has been waiting for more than a few minutes: nobody sends, or too few do. In doubt, failed
+    and leases that expired: look at them with `engagement list`. What is queued and sent per minute, and dead rows,
+    are estimates.
+    """
+    with database.session() as session:
+        found = overview(session, schema=database.schema)
+    facts: dict[str, object] = {str(status): count for status, count in found.by_status.items()}
+    facts |= {
+        "due": found.due,
+        "oldest_due_seconds": _seconds(found.oldest_due),
+        "oldest_in_doubt_seconds": _seconds(found.oldest_in_doubt),
+        "pending_in_doubt": found.pending_in_doubt,
+        "leases_expired": found.leases_expired,
+        "queued_per_minute": round(found.queued_per_minute, 2),
+        "sent_per_minute": round(found.sent_per_minute, 2),
+        "table_bytes": found.table_bytes,
+        "index_bytes": found.index_bytes,
+        "dead_rows": found.dead_rows,
+        "last_vacuum": found.last_vacuum,
+    }
+    show("the queue", facts, as_json=as_json)
+
+
+def _seconds(length: timedelta | None) -> float | None:
+    return None if length is None else round(length.total_seconds(), 1)
+
+
+@click.command(epilog=examples("engagement verify", "engagement verify --overdue 15m --json"))
+@click.option(
+    "--overdue",
+    default="1h",
+    type=duration,
+    metavar="TIME",
+    show_default=True,
+    help="A message due for longer than this is a broken promise.",
+)
+@json_option
+@on_database
+def verify(database: Database, overdue: timedelta, *, as_json: bool) -> None:
+    """Look for broken promises in the queue, and name them. The exit status is 1 if there are any.
+
+    It only reads, but most of the table: for every night, not for every minute.
+    """
+    from engagement.verification import verify as broken_promises
+
+    with database.session() as session:
+        violations = broken_promises(session, schema=database.schema, overdue=overdue)
+    if as_json:
+        click.echo(json.dumps([asdict(violation) for violation in violations]))
+    for violation in () if as_json else violations:
+        where = "table" if violation.message_id is None else f"message {violation.message_id}"
+        click.echo(f"{violation.promise}: {where}: {violation.problem}")
+    if violations:
+        raise needs_attention()
+    if not as_json:
+        click.echo("no broken promise found")

@@ -1,0 +1,121 @@
+"""What a worker does beside sending, when it is asked to: prune old messages, and look for broken promises.
+
+Each in a thread and on a connection of its own, so that no send waits for it. All workers try when the database's clock
+comes to the next whole interval since 1970, as a cron job does; the first takes a lock, and the others leave it to that
+one. So a worker that is restarted again and again reads no whole table each time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Float, func, select
+from sqlalchemy.orm import Session
+
+from engagement import claims
+from engagement.repository import EngagementMessageRepository
+from engagement.tally import logger
+from engagement.verification import verify
+
+if TYPE_CHECKING:
+    from engagement.worker import Worker
+
+PRUNE_EVERY = timedelta(hours=1)
+PRUNE_BATCH = 1_000
+PAUSE_SECONDS = 0.2
+"""Between two batches: what else the database does, and its vacuum, comes first."""
+GRACE_SECONDS = 2.0
+"""How long the lock is kept after a verification: a worker on a busy machine comes to its turn a moment later."""
+LONGEST_NAP_SECONDS = 600.0
+"""How often the database's clock is looked at: ours may stand still while the machine sleeps."""
+RETRY_SECONDS = 60.0
+CLOSE_SECONDS = 5.0
+
+
+class Housekeeping:
+    """The housekeeping of one worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._over = threading.Event()
+        self._lock_names = f"engagement_housekeeping:{worker.schema or ''}"
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Keep house while the block runs. What is at it at the end may finish its batch, for a moment."""
+        threads = [
+            threading.Thread(target=self._keep, args=(task, every, work), name=f"engagement-{task}", daemon=True)
+            for task, every, work in self._tasks()
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            for thread in threads:
+                thread.join(CLOSE_SECONDS)
+
+    def _tasks(self) -> Iterator[tuple[str, timedelta, Callable[[], None]]]:
+        older_than, every = self._worker.prune_older_than, self._worker.verify_every
+        if older_than is not None:
+            yield "prune", PRUNE_EVERY, partial(self._prune, older_than)
+        if every is not None:
+            yield "verify", every, partial(self._verify, every)
+
+    def _keep(self, task: str, every: timedelta, work: Callable[[], None]) -> None:
+        """Do `work` at each turn, until it is over. What fails is tried again at the next one."""
+        turn = None
+        while not self._over.is_set():
+            wait = 0.0
+            try:
+                now = self._now()
+                turn = turn or (now // every.total_seconds() + 1) * every.total_seconds()
+                if now < turn:
+                    wait = min(turn - now, LONGEST_NAP_SECONDS)
+                else:
+                    turn = None
+                    work()
+            except Exception as error:  # noqa: BLE001 - one bad night must not be the last one
+                logger.error("engagement.housekeeping_failed task=%s error=%s", task, claims.describe(error))
+                wait = min(RETRY_SECONDS, every.total_seconds())
+            self._over.wait(wait)
+
+    def _now(self) -> float:
+        """Return the database's clock, in seconds since 1970."""
+        epoch = func.date_part("epoch", func.clock_timestamp(), type_=Float)
+        with self._worker.engine.connect() as connection:
+            now: float = connection.execute(select(epoch)).scalar_one()
+        return now
+
+    def _prune(self, older_than: timedelta) -> None:
+        pruned, batch = 0, PRUNE_BATCH
+        while batch == PRUNE_BATCH and not self._over.is_set():
+            with Session(self._worker.engine) as session, session.begin():
+                if not self._is_our_turn(session, "prune"):
+                    break
+                batch = EngagementMessageRepository(session).prune_messages(older_than, PRUNE_BATCH)
+            pruned += batch
+            self._over.wait(PAUSE_SECONDS)
+        if pruned:
+            logger.info("engagement.pruned messages=%s", pruned)
+
+    def _verify(self, every: timedelta) -> None:
+        with Session(self._worker.engine) as session, session.begin():
+            if not self._is_our_turn(session, "verify"):
+                return
+            violations = verify(session, schema=self._worker.schema)
+            self._over.wait(min(GRACE_SECONDS, every.total_seconds() / 2))
+        for violation in violations:
+            logger.error("engagement.violation promise=%s message_id=%s", violation.promise, violation.message_id)
+        logger.info("engagement.verified violations=%s", len(violations))
+
+    def _is_our_turn(self, session: Session, task: str) -> bool:
+        """Take the lock of `task` until the end of the transaction, unless another worker has it."""
+        key = func.hashtextextended(f"{self._lock_names}:{task}", 0)
+        return bool(session.scalar(select(func.pg_try_advisory_xact_lock(key))))

@@ -1,0 +1,421 @@
+"""What a person is shown of the queue: a message's timeline, a page of messages, an overview, activity over time.
+
+It only reads, in the session's transaction, and hides what is personal unless told otherwise. What the command and the
+admin page show is worked out here, so that both tell the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Executable,
+    Integer,
+    Interval,
+    Select,
+    Text,
+    and_,
+    bindparam,
+    column,
+    extract,
+    func,
+    literal_column,
+    select,
+    table,
+    union_all,
+)
+from sqlalchemy.dialects.postgresql import TIMESTAMP
+
+from engagement import statements
+from engagement.messages import checked_id, checked_moment, checked_text, key_hash
+from engagement.models import FINISHED, EngagementMessage, MessageStatus
+from engagement.statements import IN_DOUBT, NOW, PENDING, SENDING, SENT, C
+from engagement.verification import qualified_name
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+# Hiding what is personal ---------------------------------------------------------------------------------------------
+
+HIDDEN = "***"
+_PERSONAL = re.compile(r"\S+@\S+|\+\d[\d ().-]{5,}\d|\d{7,}")
+
+
+def masked(text: str) -> str:
+    """Return a provider's text without what looks like an address or a number of a person."""
+    return _PERSONAL.sub(HIDDEN, text)
+
+
+def mask_address(jid: str | None) -> str | None:
+    """Return a JID with its number hidden but for the last two digits: `***99@s.whatsapp.net`."""
+    if jid is None:
+        return None
+    number, _, domain = jid.rpartition("@")
+    return f"{HIDDEN}{number[-2:]}@{domain}"
+
+
+def pseudonym(user_id: str) -> str:
+    """Return eight characters that are the same for all messages of a user, and do not say who it is."""
+    return key_hash(user_id)[:8]
+
+
+# One message ---------------------------------------------------------------------------------------------------------
+
+NOT_KEPT = "unknown"
+_OUTCOMES = frozenset({"not_sent", "in_doubt", "refused", "postponed", "withdrawn", "resolved"})
+_BLANKINGS = frozenset({"forgotten", "pruned"})
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Something that happened to a message, or is to happen. `at` is None if nobody recorded when."""
+
+    at: datetime | None
+    what: str
+    """`queued`, `scheduled`, `claimed`, `sent`, an event of the history, what is to come (`due`, `lease_ends`,
+    `expires`), or `unknown`."""
+    attempt: int | None
+    detail: str | None
+
+
+def timeline(message: EngagementMessage, *, reveal: bool = False) -> list[Moment]:
+    """Return what is known of a message's life, in order; what is not known is said at its place.
+
+    Providers' reasons are `masked` unless `reveal`. A history holds what went other than well: neither when a message
+    was claimed nor that it was rescheduled is recorded.
+    """
+    history = [_recorded(entry, message.created_at, reveal=reveal) for entry in message.history]
+    known = [
+        (message.created_at, Moment(message.created_at, "queued", None, None)),
+        *_lost_attempts(message, history),
+        *history,
+    ]
+    if message.status != MessageStatus.PENDING or message.next_attempt_at != message.scheduled_for:
+        known.append((message.scheduled_for, Moment(message.scheduled_for, "scheduled", None, None)))
+    match message.status:
+        case MessageStatus.PENDING:
+            known += _still_to_come(message)
+        case MessageStatus.SENDING:
+            known += _in_hand(message, max(at for at, _ in history + known[:1]))
+        case MessageStatus.SENT:
+            known.append((_sent_at(message), Moment(message.sent_at, "sent", message.attempt, _by(message))))
+        case ended:
+            if all(moment.what in _BLANKINGS for _, moment in history):
+                lost = Moment(None, str(ended), message.attempt or None, "when and why is not kept")
+                known.insert(1, (message.created_at, lost))
+    return [moment for _, moment in sorted(known, key=itemgetter(0))]
+
+
+def _recorded(entry: Any, otherwise: datetime, *, reveal: bool) -> tuple[datetime, Moment]:
+    """Return an entry of a history and its place, also if somebody wrote it by hand."""
+    try:
+        at, reason = datetime.fromisoformat(entry["at"]), entry.get("reason")
+        detail = None if reason is None else str(reason) if reveal else masked(str(reason))
+        return at.astimezone(UTC), Moment(at, str(entry["event"]), int(entry["attempt"]), detail)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+        return otherwise, Moment(None, NOT_KEPT, None, "an entry of its history cannot be read")
+
+
+def _lost_attempts(
+    message: EngagementMessage, history: Sequence[tuple[datetime, Moment]]
+) -> Iterator[tuple[datetime, Moment]]:
+    told = {moment.attempt for _, moment in history if moment.what in _OUTCOMES}
+    if message.status in {MessageStatus.SENDING, MessageStatus.SENT}:
+        told.add(message.attempt)
+    lost = message.attempt - len(told)
+    if lost > 0:
+        attempts = "1 attempt" if lost == 1 else f"{lost} attempts"
+        yield message.created_at, Moment(None, NOT_KEPT, None, f"what became of {attempts} is not kept")
+
+
+def _still_to_come(message: EngagementMessage) -> Iterator[tuple[datetime, Moment]]:
+    doubt = "an earlier attempt may have left" if message.has_doubt else None
+    yield message.next_attempt_at, Moment(message.next_attempt_at, "due", message.attempt + 1, doubt)
+    if message.expires_at is not None:
+        yield message.expires_at, Moment(message.expires_at, "expires", None, "if not claimed by then")
+
+
+def _in_hand(message: EngagementMessage, latest: datetime) -> Iterator[tuple[datetime, Moment]]:
+    since = max(latest, message.next_attempt_at)
+    yield since, Moment(None, "claimed", message.attempt, f"{_by(message)}, when is not recorded")
+    if message.lease_expires_at is not None:
+        yield message.lease_expires_at, Moment(message.lease_expires_at, "lease_ends", message.attempt, None)
+
+
+def _sent_at(message: EngagementMessage) -> datetime:
+    assert message.sent_at is not None
+    return message.sent_at
+
+
+def _by(message: EngagementMessage) -> str:
+    return f"by {message.claimed_by or 'an unnamed worker'}"
+
+
+# Many messages -------------------------------------------------------------------------------------------------------
+
+
+class Filters(TypedDict, total=False):
+    """Which messages: all that fit every filter given. Moments are aware; `since` is included, `until` is not."""
+
+    status: Sequence[MessageStatus | str]
+    user_id: str
+    message_type: str
+    created_since: datetime
+    created_until: datetime
+    scheduled_since: datetime
+    scheduled_until: datetime
+    blanked: bool
+    """Whether what is personal was forgotten or pruned."""
+
+
+def list_messages(
+    session: Session,
+    *,
+    before: int | None = None,
+    after: int | None = None,
+    limit: int = 50,
+    schema: str | None = None,
+    **filters: Unpack[Filters],
+) -> list[EngagementMessage]:
+    """Return up to `limit` messages, the newest first: the newest of all, or the next ones `before` or `after` an id.
+
+    The next page begins `before` the last id of this one; a page that is not full is the last. A user's messages and
+    those of the statuses pending, sending, failed and in_doubt are found by an index. Otherwise the table is read from
+    its newest message on until the page is full: all of it, half a second for a million, if hardly any message fits.
+    """
+    if not 1 <= limit <= LONGEST_PAGE:
+        raise ValueError(f"limit: must be from 1 to {LONGEST_PAGE}")
+    chosen = select(EngagementMessage).where(*_conditions(filters))
+    if before is not None:
+        chosen = chosen.where(C.id < checked_id(before))
+    if after is not None:
+        chosen = chosen.where(C.id > checked_id(after))
+    is_upwards = after is not None and before is None
+    page = chosen.order_by(C.id if is_upwards else C.id.desc()).limit(limit)
+    # What the session loaded earlier may have been changed by a worker since.
+    found = session.scalars(page, execution_options=_options(schema) | {"populate_existing": True}).all()
+    return list(reversed(found)) if is_upwards else list(found)
+
+
+def count_messages(session: Session, *, schema: str | None = None, **filters: Unpack[Filters]) -> int:
+    """Return how many messages fit. Indexed as `list_messages` is; otherwise it reads the whole table."""
+    counted = select(func.count()).select_from(statements.QUEUE).where(*_conditions(filters))
+    return int(session.execute(counted, execution_options=_options(schema)).scalar_one())
+
+
+def message_ids(
+    session: Session, *, after: int, up_to: int, limit: int, schema: str | None = None, **filters: Unpack[Filters]
+) -> list[int]:
+    """Return the ids of the next messages that fit after one and up to another, the oldest first."""
+    chosen = select(C.id).where(*_conditions(filters), C.id > after, C.id <= up_to).order_by(C.id).limit(limit)
+    return list(session.execute(chosen, execution_options=_options(schema)).scalars())
+
+
+def count_prunable(session: Session, older_than: timedelta, *, schema: str | None = None) -> int:
+    """Return how many messages `prune_messages` would blank. Read by its index."""
+    is_old = C.next_attempt_at < NOW - bindparam("older_than", type_=Interval)
+    counted = select(func.count()).select_from(statements.QUEUE).where(_is_prunable(), is_old)
+    values = {"older_than": older_than}
+    return int(session.execute(counted, values, execution_options=_options(schema)).scalar_one())
+
+
+LONGEST_PAGE = 10_000
+
+
+def _conditions(filters: Filters) -> Iterator[ColumnElement[bool]]:
+    if statuses := filters.get("status"):
+        # Literals: PostgreSQL cannot prove that a parameter matches a partial index.
+        words = [literal_column(f"'{MessageStatus(status)}'", Text) for status in statuses]
+        yield words[0] == C.status if len(words) == 1 else C.status.in_(words)
+    if (user_id := filters.get("user_id")) is not None:
+        yield C.user_id == checked_text("user_id", user_id)
+    if (message_type := filters.get("message_type")) is not None:
+        yield C.message_type == checked_text("message_type", message_type)
+    if (blanked := filters.get("blanked")) is not None:
+        yield C.destination_jid.is_(None) if blanked else C.destination_jid.is_not(None)
+    for name, moment in (("created", C.created_at), ("scheduled", C.scheduled_for)):
+        if (since := filters.get(f"{name}_since")) is not None:
+            yield moment >= checked_moment(f"{name}_since", since)
+        if (until := filters.get(f"{name}_until")) is not None:
+            yield moment < checked_moment(f"{name}_until", until)
+
+
+def _options(schema: str | None) -> dict[str, Any]:
+    return {} if schema is None else {"schema_translate_map": {None: schema}}
+
+
+# All of it -----------------------------------------------------------------------------------------------------------
+
+RATE_OVER = timedelta(hours=1)
+RATE_ROWS = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overview:
+    """How the queue stands. Ages and leases are by the database's clock."""
+
+    by_status: Mapping[MessageStatus, int]
+    due: int
+    oldest_due: timedelta | None
+    """How long the oldest due message has been waiting."""
+    queued_per_minute: float
+    """Over the last hour, or as far back as the newest 10,000 messages reach: an estimate, by id."""
+    sent_per_minute: float
+    """Likewise, by when they were due: what was sent of an older backlog after newer messages may be missed."""
+    leases_expired: int
+    """Of the messages that are `sending`, how many have lost their worker, and wait to be recovered."""
+    pending_in_doubt: int
+    """Of the pending messages, how many may have left before."""
+    oldest_in_doubt: timedelta | None
+    """How long ago the oldest message in doubt was last due."""
+    table_bytes: int
+    index_bytes: int
+    dead_rows: int
+    """As the statistics of PostgreSQL estimate it; a replica knows none."""
+    last_vacuum: datetime | None
+
+
+def overview(session: Session, *, schema: str | None = None) -> Overview:
+    """Return how the queue stands.
+
+    The counts are exact and read the narrowest whole index (an index-only scan, while the table is vacuumed); all else
+    is read by partial indexes, from at most 10,000 rows, or from PostgreSQL's own statistics.
+    """
+    options = _options(schema)
+    counts = session.execute(statements.count_by_status(), execution_options=options).all()
+    facts = session.execute(_queue_facts(), {"over": RATE_OVER, "rows": RATE_ROWS}, execution_options=options).one()
+    table_facts = session.execute(_table_facts(), {"queue": qualified_name(schema)}).one()
+    return Overview(
+        by_status=dict.fromkeys(MessageStatus, 0) | {status: count for status, count, _ in counts},
+        queued_per_minute=_per_minute(facts.queued, facts.queued_over),
+        sent_per_minute=_per_minute(facts.sent, facts.sent_over),
+        due=facts.due,
+        oldest_due=facts.oldest_due,
+        leases_expired=facts.leases_expired,
+        pending_in_doubt=facts.pending_in_doubt,
+        oldest_in_doubt=facts.oldest_in_doubt,
+        **table_facts._mapping,  # noqa: SLF001 - the public name of a row's mapping
+    )
+
+
+def _per_minute(count: int, over: timedelta | None) -> float:
+    if not count or over is None:
+        return 0.0
+    # Over the whole hour, unless the rows that were read do not reach back so far.
+    span = RATE_OVER if count < RATE_ROWS else over
+    return count / max(span.total_seconds(), 1) * 60
+
+
+@cache
+def _queue_facts() -> Executable:
+    long_ago = NOW - bindparam("over", type_=Interval)
+    rows = bindparam("rows", type_=BigInteger)
+    newest = select(C.created_at.label("at")).order_by(C.id.desc()).limit(rows).subquery("newest")
+    last_sent = (
+        select(C.sent_at.label("at"))
+        # Word for word what the partial index says. A cancelled message may be due in a year; a sent one was due.
+        .where(_is_prunable(), C.status == SENT, C.next_attempt_at <= NOW)
+        .order_by(C.next_attempt_at.desc())
+        .limit(rows)
+        .subquery("last_sent")
+    )
+    due = and_(C.status == PENDING, C.next_attempt_at <= NOW)
+    questions: dict[str, Select[Any]] = {
+        "due": select(func.count()).where(due),
+        "oldest_due": select(NOW - func.min(C.next_attempt_at)).where(due),
+        "leases_expired": select(func.count()).where(C.status == SENDING, C.lease_expires_at <= NOW),
+        "pending_in_doubt": select(func.count()).where(C.status == PENDING, C.has_doubt),
+        "oldest_in_doubt": select(NOW - func.min(C.next_attempt_at)).where(C.status == IN_DOUBT),
+    }
+    for name, found in (("queued", newest), ("sent", last_sent)):
+        questions[name] = select(func.count()).select_from(found).where(found.c.at > long_ago)
+        questions[f"{name}_over"] = select(NOW - func.min(found.c.at)).where(found.c.at > long_ago)
+    return select(*(question.scalar_subquery().label(name) for name, question in questions.items()))
+
+
+def _is_prunable() -> ColumnElement[bool]:
+    words = [literal_column(f"'{status}'", Text) for status in FINISHED]
+    return and_(C.status.in_(words), C.destination_jid.is_not(None))
+
+
+@cache
+def _table_facts() -> Executable:
+    queue = func.to_regclass(bindparam("queue", type_=Text))
+    statistics = table(
+        "pg_stat_all_tables",
+        *(column(name) for name in ("relid", "n_dead_tup", "last_vacuum", "last_autovacuum")),
+        schema="pg_catalog",
+    )
+    return select(
+        func.pg_table_size(queue, type_=BigInteger).label("table_bytes"),
+        func.pg_indexes_size(queue, type_=BigInteger).label("index_bytes"),
+        statistics.c.n_dead_tup.label("dead_rows"),
+        func.greatest(statistics.c.last_vacuum, statistics.c.last_autovacuum).label("last_vacuum"),
+    ).where(statistics.c.relid == queue)
+
+
+# Over time -----------------------------------------------------------------------------------------------------------
+
+MOST_BUCKETS = 2_000
+LATEST_SEND = timedelta(days=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What was due, and what was sent, in the bucket that begins `at`."""
+
+    at: datetime
+    due: int
+    sent: int
+
+
+def activity(session: Session, since: datetime, bucket: timedelta, *, schema: str | None = None) -> list[Activity]:
+    """Return what was due and what was sent since then, bucket by bucket until now, zeros included.
+
+    Read by the partial indexes on when messages were last due, which leave out what was forgotten or pruned. A message
+    that was sent more than two days after it was due is only counted as sent if it was due in this time.
+    """
+    checked_moment("since", since)
+    if bucket <= timedelta(0):
+        raise ValueError("bucket: must be more than nothing")
+    options = _options(schema)
+    values = {"since": since, "bucket": bucket, "latest": LATEST_SEND}
+    now: datetime = session.execute(select(NOW)).scalar_one()
+    if (buckets := (now - since) // bucket + 1) > MOST_BUCKETS:
+        raise ValueError(f"bucket: makes {buckets} buckets, more than {MOST_BUCKETS}")
+    rows = session.execute(_activity(), values, execution_options=options)
+    counts = {number: (due, sent) for number, due, sent in rows}
+    return [Activity(since + number * bucket, *counts.get(number, (0, 0))) for number in range(buckets)]
+
+
+@cache
+def _activity() -> Executable:
+    since = bindparam("since", type_=TIMESTAMP(timezone=True))
+    is_recent = and_(since <= C.next_attempt_at, C.next_attempt_at <= NOW)
+    was_due = select(C.next_attempt_at.label("at"), literal_column("1").label("due"), literal_column("0").label("sent"))
+    was_sent = select(C.sent_at, literal_column("0"), literal_column("1"))
+    latest = bindparam("latest", type_=Interval)
+    seen = union_all(
+        # One for each index: with OR, the planner reads the whole table.
+        was_due.where(C.status == PENDING, is_recent),
+        was_due.where(C.status == SENDING, is_recent),
+        was_due.where(C.status == IN_DOUBT, is_recent),
+        was_due.where(_is_prunable(), is_recent),
+        was_sent.where(
+            _is_prunable(),
+            C.status == SENT,
+            and_(since - latest <= C.next_attempt_at, C.next_attempt_at <= NOW),
+            C.sent_at >= since,
+        ),
+    ).subquery("seen")
+    bucket = bindparam("bucket", type_=Interval)
+    number = func.floor(extract("epoch", seen.c.at - since) / extract("epoch", bucket)).cast(Integer)
+    return select(number, func.sum(seen.c.due), func.sum(seen.c.sent)).group_by(number)

@@ -1,0 +1,451 @@
+"""What a person is shown: timelines that say what is unknown, pages, an overview and activity, and nothing personal."""
+
+import re
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from conftest import new_message, queue
+from sqlalchemy import event, text
+from sqlalchemy.orm import Session
+
+from engagement import (
+    EngagementMessageRepository,
+    InDoubt,
+    InvalidMessage,
+    NotSent,
+    Postpone,
+    Refused,
+    Sent,
+    Withdraw,
+    exponential_backoff,
+    migrations,
+    process_message_queue,
+)
+from engagement.inspection import (
+    activity,
+    count_messages,
+    list_messages,
+    mask_address,
+    masked,
+    overview,
+    pseudonym,
+    timeline,
+)
+
+AT_ONCE = exponential_backoff(timedelta(microseconds=1), jitter=0)
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+A_DAY = timedelta(days=1)
+
+
+def told(engine, message_id=1, **options):
+    """Return what the timeline of a message says, without the times."""
+    with Session(engine) as session:
+        message = EngagementMessageRepository(session).get_message(message_id)
+        return [(moment.what, moment.attempt, moment.detail) for moment in timeline(message, **options)]
+
+
+def sql(engine, statement, **values):
+    with engine.begin() as connection:
+        connection.execute(text(statement), values)
+
+
+def update(engine, assignments, where="true", **values):
+    sql(engine, f"UPDATE engagement_message_queue SET {assignments} WHERE {where}", **values)
+
+
+def act(engine, method, *arguments, **options):
+    with Session(engine) as session, session.begin():
+        return getattr(EngagementMessageRepository(session), method)(*arguments, **options)
+
+
+def deliver(engine, *outcomes, **options):
+    remaining = iter(outcomes)
+    process_message_queue(
+        engine, lambda _: next(remaining), limit=len(outcomes), backoff=AT_ONCE, worker_name="w", **options
+    )
+
+
+# One message
+
+
+def test_a_message_that_waits_says_when_it_is_due(engine):
+    """Until it is claimed, a message is queued, due when it was asked for, and over when it expires."""
+    queue(engine, new_message(scheduled_for=NOON + 999 * A_DAY, expires_at=NOON + 1000 * A_DAY))
+
+    with Session(engine) as session:
+        moments = timeline(EngagementMessageRepository(session).get_message(1))
+
+    assert [(moment.what, moment.attempt) for moment in moments] == [("queued", None), ("due", 1), ("expires", None)]
+    assert [moment.at for moment in moments[1:]] == [NOON + 999 * A_DAY, NOON + 1000 * A_DAY]
+
+
+def test_every_attempt_that_went_wrong_is_told_in_order(engine):
+    """Failures, a wait, a person's retry and the success stand in the order in which they happened."""
+    queue(engine, new_message())
+    deliver(engine, NotSent("busy"), NotSent("down"), Refused("no account"))
+    act(engine, "retry_message", 1)
+    deliver(engine, Sent("wamid.1"))
+
+    assert told(engine) == [
+        ("queued", None, None),
+        ("scheduled", None, None),
+        ("not_sent", 1, "busy"),
+        ("not_sent", 2, "down"),
+        ("refused", 3, "no account"),
+        ("retried", 3, None),
+        ("sent", 4, f"by {claimed_by(engine)}"),
+    ]
+
+
+def claimed_by(engine) -> str:
+    with engine.connect() as connection:
+        return connection.scalar(text("SELECT claimed_by FROM engagement_message_queue"))
+
+
+@pytest.mark.parametrize(
+    ("outcome", "what", "more"),
+    [
+        (InDoubt("no answer"), ("in_doubt", 1, "no answer"), []),
+        (Withdraw("opted out"), ("withdrawn", 1, "opted out"), []),
+        (Postpone(NOON + 999 * A_DAY, "quiet"), ("postponed", 1, "quiet"), [("due", 2, None)]),
+    ],
+)
+def test_each_outcome_is_told(engine, outcome, what, more):
+    """What an attempt came to is the last that is told, or what comes next is."""
+    queue(engine, new_message())
+    deliver(engine, outcome)
+
+    assert told(engine) == [("queued", None, None), ("scheduled", None, None), what, *more]
+
+
+def test_a_message_in_hand_says_by_whom_and_until_when_but_not_since_when(engine):
+    """When a message was claimed is recorded nowhere: it is placed after it was due, and said to be unknown."""
+    queue(engine, new_message())
+    update(
+        engine,
+        "status = 'sending', attempt = 1, claimed_by = 'w:1', lease_expires_at = now() + interval '5 minutes'",
+    )
+
+    assert told(engine) == [
+        ("queued", None, None),
+        ("scheduled", None, None),
+        ("claimed", 1, "by w:1, when is not recorded"),
+        ("lease_ends", 1, None),
+    ]
+    with Session(engine) as session:
+        claimed = timeline(EngagementMessageRepository(session).get_message(1))[2]
+    assert claimed.at is None
+
+
+def test_a_doubt_that_is_sent_again_is_told(engine):
+    """A pending message that may have left says so where it says when it is due again."""
+    queue(engine, new_message())
+    update(engine, "has_doubt = true, attempt = 1, next_attempt_at = now() + interval '1 hour'")
+
+    assert told(engine)[-1] == ("due", 2, "an earlier attempt may have left")
+
+
+@pytest.mark.parametrize(
+    ("assignments", "lost"),
+    [
+        ("status = 'sent', sent_at = now(), attempt = 3", "what became of 2 attempts is not kept"),
+        ("status = 'cancelled', attempt = 1", "what became of 1 attempt is not kept"),
+    ],
+)
+def test_attempts_that_left_no_trace_are_counted(engine, assignments, lost):
+    """A pruned history, or one that was cut, is no proof that nothing happened: what is lost is said."""
+    queue(engine, new_message())
+    update(engine, assignments)
+
+    assert ("unknown", None, lost) in told(engine)
+
+
+def test_a_pruned_message_says_that_its_end_is_not_kept(engine):
+    """That it was cancelled is still known; when and why no longer is."""
+    queue(engine, new_message())
+    act(engine, "cancel_message", 1, reason="came back")
+    assert told(engine)[-1] == ("cancelled", 0, "came back")
+
+    act(engine, "prune_messages", timedelta(0))
+
+    assert ("cancelled", None, "when and why is not kept") in told(engine)
+    assert told(engine)[-1] == ("pruned", 0, None)
+
+
+@pytest.mark.parametrize("entry", ["7", "{}", '{"at": "today", "attempt": 1, "event": "not_sent"}', "null", "[]"])
+def test_a_history_that_somebody_wrote_by_hand_is_shown_all_the_same(engine, entry):
+    """An entry that cannot be read is said to be so, and hides nothing else."""
+    queue(engine, new_message())
+    update(engine, "history = jsonb_build_array(CAST(:entry AS jsonb))", entry=entry)
+
+    assert ("unknown", None, "an entry of its history cannot be read") in told(engine)
+    assert told(engine)[-1][0] == "due"
+
+
+def test_reasons_are_masked_unless_revealed(engine):
+    """A provider's text may name a person; an operator sees the rest of it."""
+    queue(engine, new_message())
+    deliver(engine, Refused("no account for 447700900101"))
+
+    assert told(engine)[-1] == ("refused", 1, "no account for ***")
+    assert told(engine, reveal=True)[-1] == ("refused", 1, "no account for 447700900101")
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("HTTP 503 at 2026-01-31 09:00, code 131026", "HTTP 503 at 2026-01-31 09:00, code 131026"),
+        ("no account for 447700900101", "no account for ***"),
+        ("no account for +55 (11) 99999-0000", "no account for ***"),
+        ("447700900101@s.whatsapp.net is gone", "*** is gone"),
+    ],
+)
+def test_only_what_looks_personal_is_masked(reason, shown):
+    """Numbers and addresses of people are masked; codes, statuses and times are what an operator needs."""
+    assert masked(reason) == shown
+
+
+def test_addresses_and_users_can_be_told_apart_but_not_known():
+    """A masked address shows its kind; a pseudonym is the same for the same user."""
+    assert mask_address("447700900101@s.whatsapp.net") == "***01@s.whatsapp.net"
+    assert mask_address("120363025246125486@g.us") == "***86@g.us"
+    assert mask_address(None) is None
+    assert pseudonym("ana") == pseudonym("ana") != pseudonym("ben")
+    assert "ana" not in pseudonym("ana")
+
+
+# Many messages
+
+
+def ids(engine, **options):
+    with Session(engine) as session:
+        return [message.id for message in list_messages(session, **options)]
+
+
+def test_pages_are_walked_both_ways_the_newest_first(engine):
+    """Each page goes on where the last one ended, none is repeated or left out, and each is newest first."""
+    queue(engine, *(new_message(f"user{number}") for number in range(5)))
+
+    assert ids(engine, limit=2) == [5, 4]
+    assert ids(engine, limit=2, before=4) == [3, 2]
+    assert ids(engine, limit=2, before=2) == [1]
+    assert ids(engine, limit=2, after=1) == [3, 2]
+    assert ids(engine, limit=2, after=5) == []
+    assert ids(engine, after=1, before=4) == [3, 2]
+
+
+@pytest.fixture(name="three")
+def _three(engine):
+    """Three messages a day apart, of two users and types; the second failed, and was forgotten."""
+    for number, (user_id, message_type) in enumerate([("a", "goodbye"), ("b", "review"), ("a", "review")]):
+        at = NOON + number * A_DAY
+        queue(engine, new_message(user_id, message_type=message_type, scheduled_for=at))
+        update(engine, "created_at = :at", f"id = {number + 1}", at=at)
+    update(engine, "status = 'failed', attempt = 1, destination_jid = NULL", "id = 2")
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({}, [3, 2, 1]),
+        ({"status": ["pending"]}, [3, 1]),
+        ({"status": ["pending", "failed"]}, [3, 2, 1]),
+        ({"status": ["sent"]}, []),
+        ({"user_id": "a"}, [3, 1]),
+        ({"message_type": "review"}, [3, 2]),
+        ({"user_id": "a", "message_type": "review", "status": ["pending"]}, [3]),
+        ({"blanked": False}, [3, 1]),
+        ({"blanked": True}, [2]),
+        *(
+            filters
+            for moment in ("created", "scheduled")
+            for filters in (
+                ({f"{moment}_since": NOON + A_DAY}, [3, 2]),
+                ({f"{moment}_since": NOON + A_DAY + timedelta(microseconds=1)}, [3]),
+                ({f"{moment}_until": NOON + A_DAY}, [1]),
+                ({f"{moment}_until": NOON + A_DAY + timedelta(microseconds=1)}, [2, 1]),
+            )
+        ),
+    ],
+)
+def test_filters_choose_what_fits_all_of_them(three, filters, expected):
+    """A message is listed and counted if every filter fits; a time since is included, and until is not."""
+    assert ids(three, **filters) == expected
+    with Session(three) as session:
+        assert count_messages(session, **filters) == len(expected)
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"status": ["lost"]},
+        {"user_id": ""},
+        {"message_type": "a\0b"},
+        {"created_since": datetime(2026, 3, 1)},  # noqa: DTZ001 - naive on purpose
+        {"before": 0},
+        {"limit": 0},
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_the_database_is(session, filters):
+    """Bad input raises ValueError and poisons no transaction."""
+    with pytest.raises(ValueError):
+        list_messages(session, **filters)
+    assert issubclass(InvalidMessage, ValueError)
+    assert not session.in_transaction()
+
+
+@pytest.mark.parametrize(
+    ("filters", "index"),
+    [
+        ({"status": ["pending"]}, "due"),
+        ({"status": ["sending"]}, "lease"),
+        ({"status": ["failed"], "message_type": "goodbye"}, "attention"),
+        ({"status": ["in_doubt"]}, "attention"),
+        ({"status": ["failed", "in_doubt"]}, "attention"),
+        ({"user_id": "user1"}, "user"),
+    ],
+)
+def test_what_needs_a_look_is_found_by_an_index(engine, filters, index):
+    """Messages of a user, and of what is not sent, are found by their index among many that are sent."""
+    sql(
+        engine,
+        """INSERT INTO engagement_message_queue (user_id, message_type, message_key, destination, destination_jid,
+               idempotency_key, status, attempt, sent_at)
+           SELECT 'u' || n, 'goodbye', 'k', 'individual', '5511999990000@s.whatsapp.net', 'key' || n, 'sent', 1, now()
+           FROM generate_series(1, 20000) n""",
+    )
+    ids_of_each = queue(engine, *(new_message(f"user{number}") for number in range(4)))
+    for status, message_id in zip(("sending", "failed", "in_doubt"), ids_of_each[1:], strict=True):
+        lease = "now()" if status == "sending" else "NULL"
+        update(engine, f"status = '{status}', attempt = 1, lease_expires_at = {lease}", f"id = {message_id}")
+    sql(engine, "ANALYZE engagement_message_queue")
+
+    assert {f"engagement_message_queue_{index}"} == indexes_read(engine, list_messages, **filters)
+    assert {f"engagement_message_queue_{index}"} == indexes_read(engine, count_messages, **filters)
+
+
+def indexes_read(engine, function, **filters) -> set[str]:
+    """Return the indexes in the plan of the statement that `function` executes."""
+    executed = []
+    with Session(engine) as session:
+        event.listen(session, "do_orm_execute", lambda state: executed.append(state.statement))
+        assert function(session, **filters)
+        (statement,) = executed
+        words = str(statement.compile(engine))
+        # As a parameter it would match no partial index once the statement is prepared.
+        assert all(f"'{status}'" in words for status in filters.get("status", ()))
+        compiled = statement.compile(engine, compile_kwargs={"literal_binds": True})
+        plan = session.scalars(text(f"EXPLAIN {compiled}")).all()
+    return set(re.findall(r"engagement_message_queue_\w+", "\n".join(plan)))
+
+
+# All of it
+
+
+def test_the_overview_counts_and_ages_by_the_databases_clock(engine):
+    """Counts, what is due, leases that ran out, doubts, rates, and the size of the table."""
+    queue(engine, *(new_message(f"user{number}") for number in range(9)))
+    update(engine, "next_attempt_at = now() - id * interval '1 minute'")
+    update(engine, "next_attempt_at = now() + interval '1 day', has_doubt = true, attempt = 1", "id = 1")
+    update(engine, "status = 'sending', attempt = 1, lease_expires_at = now() - interval '1 second'", "id = 2")
+    update(engine, "status = 'sending', attempt = 1, lease_expires_at = now() + interval '1 hour'", "id = 3")
+    update(engine, "status = 'in_doubt', attempt = 1", "id IN (4, 5)")
+    update(engine, "status = 'sent', attempt = 1, sent_at = now() - interval '59 minutes'", "id = 6")
+    update(engine, "status = 'sent', attempt = 1, sent_at = now() - interval '61 minutes'", "id = 7")
+    update(engine, "created_at = now() - interval '61 minutes'", "id <= 3")
+
+    with Session(engine) as session:
+        found = overview(session)
+
+    assert found.by_status == {
+        "pending": 3, "sending": 2, "sent": 2, "failed": 0, "cancelled": 0, "expired": 0, "in_doubt": 2,
+    }  # fmt: skip
+    assert found.due == 2
+    assert timedelta(minutes=9) <= found.oldest_due < timedelta(minutes=10)
+    assert found.leases_expired == 1
+    assert found.pending_in_doubt == 1
+    assert timedelta(minutes=5) <= found.oldest_in_doubt < timedelta(minutes=6)
+    assert found.queued_per_minute == pytest.approx(6 / 60)
+    assert found.sent_per_minute == pytest.approx(1 / 60)
+    assert found.table_bytes > 0
+    assert found.index_bytes > 0
+    assert found.dead_rows >= 0
+
+
+def test_a_rate_is_over_what_was_read(engine, monkeypatch):
+    """Where the newest rows reach back less than an hour, the rate is theirs: it is not capped by how many are read."""
+    monkeypatch.setattr("engagement.inspection.RATE_ROWS", 2)
+    queue(engine, *(new_message(f"user{number}") for number in range(4)))
+    update(engine, "created_at = now() - interval '10 minutes' + id * interval '1 minute'")
+
+    with Session(engine) as session:
+        found = overview(session)
+
+    assert found.queued_per_minute == pytest.approx(2 / 7, rel=0.01)
+
+
+def test_an_empty_queue_has_an_overview(session):
+    """Nothing is queued, sent, due or in doubt, and no age is told."""
+    found = overview(session)
+
+    assert sum(found.by_status.values()) == found.due == found.queued_per_minute == found.sent_per_minute == 0
+    assert found.oldest_due is found.oldest_in_doubt is None
+
+
+def test_activity_counts_what_was_due_and_what_was_sent_in_each_bucket(engine):
+    """Each message counts once where it was due and, if it was sent, once where that was; empty buckets are told."""
+    since = datetime.now(UTC) - timedelta(hours=4)
+    queue(engine, *(new_message(f"user{number}") for number in range(8)))
+    place = {
+        1: ("sent", 10, 130),  # due in the first hour, sent in the third
+        2: ("sent", -30, 10),  # due before
+        3: ("failed", 70, None),
+        4: ("in_doubt", 70, None),
+        5: ("cancelled", 70, None),
+        6: ("pending", 185, None),
+        7: ("sending", 130, None),
+        8: ("pending", 60 * 24, None),  # not due yet
+    }
+    for message_id, (status, due, sent) in place.items():
+        update(
+            engine,
+            "status = :status, attempt = 1, next_attempt_at = :due, sent_at = :sent, lease_expires_at = :lease",
+            f"id = {message_id}",
+            status=status,
+            due=since + timedelta(minutes=due),
+            sent=None if sent is None else since + timedelta(minutes=sent),
+            lease=since if status == "sending" else None,
+        )
+
+    with Session(engine) as session:
+        buckets = activity(session, since, timedelta(hours=1))
+
+    assert [(bucket.due, bucket.sent) for bucket in buckets] == [(1, 1), (3, 0), (1, 1), (1, 0), (0, 0)]
+    assert [bucket.at - since for bucket in buckets] == [timedelta(hours=hours) for hours in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("since", "bucket"),
+    [(timedelta(days=1), timedelta(0)), (timedelta(days=400), timedelta(minutes=1))],
+)
+def test_activity_has_a_sensible_number_of_buckets(session, since, bucket):
+    """Nobody can look at a million of them."""
+    with pytest.raises(ValueError, match="bucket: "):
+        activity(session, datetime.now(UTC) - since, bucket)
+
+
+def test_everything_only_reads_and_honors_the_schema(empty_engine):
+    """In a transaction that may not write, with the table in a schema off the search path."""
+    migrations.upgrade(empty_engine, schema="messaging")
+    with Session(empty_engine) as session, session.begin():
+        EngagementMessageRepository(session, schema="messaging").queue_message(new_message())
+    with Session(empty_engine) as session:
+        session.execute(text("SET TRANSACTION READ ONLY"))
+        (message,) = list_messages(session, schema="messaging")
+        assert timeline(message)
+        assert count_messages(session, schema="messaging") == 1
+        assert overview(session, schema="messaging").by_status["pending"] == 1
+        assert overview(session, schema="messaging").table_bytes > 0
+        buckets = activity(session, datetime.now(UTC) - A_DAY, A_DAY / 4, schema="messaging")
+        assert sum(bucket.due for bucket in buckets) == 1
