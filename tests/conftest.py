@@ -1,6 +1,7 @@
 """A real PostgreSQL for every test: the one of ENGAGEMENT_TEST_DATABASE_URL, else a temporary one of our own."""
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,11 +9,13 @@ import pytest
 from hypothesis import HealthCheck, settings
 from pytest_postgresql import factories
 from pytest_postgresql.janitor import DatabaseJanitor
+from shell import Ran, url_of
 from sqlalchemy import URL, Engine, create_engine, make_url, text
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from engagement import EngagementMessageRepository, NewMessage, migrations
+from engagement.cli import cli
 from engagement.temporary_postgres import temporary_postgres
 
 # How long an example takes says more of the machine than of us.
@@ -125,6 +128,24 @@ def _session(shared_engine: Engine) -> Iterator[Session]:
 @pytest.fixture(name="repository")
 def _repository(session: Session) -> EngagementMessageRepository:
     return EngagementMessageRepository(session)
+
+
+@pytest.fixture(name="run")
+def _run(monkeypatch, capfd, tmp_path):
+    """Run a command in this process, in a directory of its own, and return its status and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ENGAGEMENT_DATABASE_URL", raising=False)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+
+    def run(*arguments, on=None):
+        if on is not None:
+            monkeypatch.setenv("ENGAGEMENT_DATABASE_URL", url_of(on))
+        with pytest.raises(SystemExit) as leaving:
+            cli.main(args=[str(argument) for argument in arguments], prog_name="engagement")
+        printed = capfd.readouterr()
+        return Ran(leaving.value.code, printed.out, printed.err)
+
+    return run
 
 
 def new_message(user_id: str = "user1", **fields) -> NewMessage:

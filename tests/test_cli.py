@@ -1,7 +1,6 @@
 import io
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -12,11 +11,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import pytest
 from conftest import new_message, queue, row
+from shell import PATIENCE, ROOT, killed_at_the_end, program, terminal, url_of
 from sqlalchemy import text
 
 from engagement import migrations, process_message_queue
@@ -26,58 +25,7 @@ from engagement.inspection import masked
 from engagement.transports import TransportNotFound, load_transport
 from engagement.transports.console import Console
 
-ROOT = Path(__file__).parents[1]
-PATIENCE = 20
 CONSOLE = "engagement.transports.console:Console"
-
-
-class Ran(NamedTuple):
-    """What came of a command."""
-
-    status: int
-    out: str
-    err: str
-
-
-def url_of(engine) -> str:
-    return engine.url.render_as_string(hide_password=False)
-
-
-@pytest.fixture(name="run")
-def _run(monkeypatch, capfd, tmp_path):
-    """Run a command in this process, in a directory of its own, and return its status and what it printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("ENGAGEMENT_DATABASE_URL", raising=False)
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-
-    def run(*arguments, on=None):
-        if on is not None:
-            monkeypatch.setenv("ENGAGEMENT_DATABASE_URL", url_of(on))
-        with pytest.raises(SystemExit) as leaving:
-            cli.main(args=[str(argument) for argument in arguments], prog_name="engagement")
-        printed = capfd.readouterr()
-        return Ran(leaving.value.code, printed.out, printed.err)
-
-    return run
-
-
-def program(*arguments, on=None, **options):
-    """Start the command as a process of its own, in a session of its own, as a terminal or a supervisor does."""
-    environment = (
-        os.environ | {"PYTHONPATH": str(ROOT)} | ({} if on is None else {"ENGAGEMENT_DATABASE_URL": url_of(on)})
-    )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    command = [sys.executable, "-m", "engagement.cli", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
-
-
-@contextmanager
-def killed_at_the_end(process):
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def scalar(engine, sql):
@@ -122,7 +70,7 @@ def test_nobody_loses_messages_to_a_downgrade_unasked(run, empty_engine):
     refused = run("downgrade", on=empty_engine)
     assert (refused.status, refused.err) == (
         2,
-        "engagement: it is about 1 message, and there is no terminal to ask on. To downgrade to base, add --yes\n",
+        "engagement: there is no terminal to ask on. To downgrade to base with 1 message, add --yes\n",
     )
     assert statuses(empty_engine) == ["pending"]
     assert run("downgrade", "--yes").status == 0
@@ -316,36 +264,6 @@ def test_progress_is_shown_to_a_person_who_watches_a_file(engine, tmp_path, sour
 
     assert (process.returncode, out) == (0, b"queued=1200\nduplicates=0\nbad=0\n")
     assert ("messages read" in shown) is (source != "-")
-
-
-@contextmanager
-def terminal():
-    """Hand out a function that returns what a terminal showed, and the terminal's other end for a process."""
-    ours, theirs = pty.openpty()
-    shown = bytearray()
-
-    def read():
-        with open(ours, "rb", buffering=0, closefd=False) as source:
-            try:
-                while some := source.read(4096):
-                    shown.extend(some)
-            except OSError:  # the last process that had it is gone
-                return
-
-    reader = threading.Thread(target=read)
-    reader.start()
-
-    def screen():
-        if reader.is_alive():
-            os.close(theirs)
-            reader.join(PATIENCE)
-        return shown.decode()
-
-    try:
-        yield screen, theirs
-    finally:
-        screen()
-        os.close(ours)
 
 
 # Delivery

@@ -109,8 +109,9 @@ def act_on(database: Database, request: Request, act: Act) -> None:
             show_dry_run(tally.found, act.done, as_json=request.as_json)
             return
         if tally.found and not request.yes and len(request.named) != 1:
-            ask(f"{act.command} {in_number(tally.found)}{_in_words(request)}", tally.found)
-        with progress(tally.found, act.done, Console(stderr=True)) as advance, _told_if_interrupted(act, tally):
+            ask(f"{act.command} {in_number(tally.found)}{_in_words(request)}")
+        screen = Console(stderr=True, quiet=tally.found <= BATCH)
+        with progress(tally.found, act.done, screen) as advance, _told_if_interrupted(act, tally):
             for ids in batches:
                 _act_on_batch(database, engine, act, ids, tally)
                 advance(tally.done + tally.unchanged)
@@ -130,10 +131,10 @@ def in_number(count: int) -> str:
     return "1 message" if count == 1 else f"{count:,} messages"
 
 
-def ask(action: str, count: int) -> None:
+def ask(action: str) -> None:
     """Ask a person whether to go on. Where there is none to be asked, it is a problem; so is a no."""
     if not sys.stdin.isatty():
-        raise Problem(f"it is about {in_number(count)}, and there is no terminal to ask on. To {action}, add --yes")
+        raise Problem(f"there is no terminal to ask on. To {action}, add --yes")
     if not click.confirm(f"{action[0].upper()}{action[1:]}?", err=True):
         click.echo("nothing was changed", err=True)
         raise needs_attention()

@@ -40,7 +40,7 @@ def forget_user(database: Database, user_id: str, *, dry_run: bool, yes: bool, a
             show_dry_run(found, "forgotten", as_json=as_json)
             return
         if found and not yes:
-            ask(f"forget {in_number(found)} of this user", found)
+            ask(f"forget {in_number(found)} of this user")
         with database.repository() as repository:
             forgotten = repository.forget_user(user_id)
     except InvalidMessage as error:
@@ -73,8 +73,8 @@ def prune(database: Database, older_than: timedelta, *, dry_run: bool, yes: bool
             show_dry_run(found, "pruned", as_json=as_json)
             return
         if found and not yes:
-            ask(f"prune {in_number(found)} older than {in_words(older_than)}", found)
-        with progress(found, "pruned", Console(stderr=True)) as advance:
+            ask(f"prune {in_number(found)} older than {in_words(older_than)}")
+        with progress(found, "pruned", Console(stderr=True, quiet=found <= BATCH)) as advance:
             while True:
                 with Session(engine) as session, session.begin():
                     batch = database.repository_on(session).prune_messages(older_than, BATCH)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import click
 
 from engagement import migrations
-from engagement.cli.acting import ask
+from engagement.cli.acting import ask, in_number
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.problems import DatabaseProblem, Problem
 from engagement.cli.showing import examples, json_option, show
@@ -65,7 +65,7 @@ def _ask_to_downgrade(database: Database, revision: str) -> None:
     with database.repository() as repository:
         messages = sum(repository.count_by_status().by_status.values())
     if messages:
-        ask(f"downgrade to {revision}", messages)
+        ask(f"downgrade to {revision} with {in_number(messages)}")
 
 
 @click.command()

@@ -137,7 +137,8 @@ def in_words(length: timedelta) -> str:
     seconds = int(length.total_seconds())
     parts = (("d", seconds // 86_400), ("h", seconds // 3_600 % 24), ("m", seconds // 60 % 60), ("s", seconds % 60))
     largest = next((place for place, (_, count) in enumerate(parts) if count), len(parts) - 1)
-    return " ".join(f"{count}{unit}" for unit, count in parts[largest : largest + 2])
+    shown = [f"{count}{unit}" for unit, count in parts[largest : largest + 2] if count]
+    return " ".join(shown) or "0s"
 
 
 # Progress ------------------------------------------------------------------------------------------------------------
