@@ -174,6 +174,8 @@ class Filters(TypedDict, total=False):
     created_until: datetime
     scheduled_since: datetime
     scheduled_until: datetime
+    blanked: bool
+    """Whether what is personal was forgotten or pruned."""
 
 
 def list_messages(
@@ -239,6 +241,8 @@ def _conditions(filters: Filters) -> Iterator[ColumnElement[bool]]:
         yield C.user_id == checked_text("user_id", user_id)
     if (message_type := filters.get("message_type")) is not None:
         yield C.message_type == checked_text("message_type", message_type)
+    if (blanked := filters.get("blanked")) is not None:
+        yield C.destination_jid.is_(None) if blanked else C.destination_jid.is_not(None)
     for name, moment in (("created", C.created_at), ("scheduled", C.scheduled_for)):
         if (since := filters.get(f"{name}_since")) is not None:
             yield moment >= checked_moment(f"{name}_since", since)

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -73,8 +74,11 @@ def terminal():
         os.close(ours)
 
 
-def talk(*arguments, on, answer, meanwhile=lambda: None):
-    """Run a command as a person does on a terminal of 80 columns, answer its question, and return how it ended."""
+def talk(*arguments, on, answer, meanwhile=lambda: None, interrupted_at=None):
+    """Run a command as a person does on a terminal of 80 columns, answer its question, and return how it ended.
+
+    `interrupted_at` is what must be on the screen for them to press Ctrl-C.
+    """
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (50, 80))
     environment = {"TERM": "xterm"}
@@ -91,6 +95,9 @@ def talk(*arguments, on, answer, meanwhile=lambda: None):
                     asked = True
                     meanwhile()
                     os.write(ours, answer.encode() + b"\n")
+                if interrupted_at is not None and interrupted_at in shown:
+                    interrupted_at = None
+                    process.send_signal(signal.SIGINT)
         os.close(ours)
         process.wait(PATIENCE)
     return Ran(process.returncode, shown.decode().replace("\r\n", "\n"), "")

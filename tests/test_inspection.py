@@ -236,12 +236,12 @@ def test_pages_are_walked_both_ways_the_newest_first(engine):
 
 @pytest.fixture(name="three")
 def _three(engine):
-    """Three messages a day apart, of two users and types; the second failed."""
+    """Three messages a day apart, of two users and types; the second failed, and was forgotten."""
     for number, (user_id, message_type) in enumerate([("a", "goodbye"), ("b", "review"), ("a", "review")]):
         at = NOON + number * A_DAY
         queue(engine, new_message(user_id, message_type=message_type, scheduled_for=at))
         update(engine, "created_at = :at", f"id = {number + 1}", at=at)
-    update(engine, "status = 'failed', attempt = 1", "id = 2")
+    update(engine, "status = 'failed', attempt = 1, destination_jid = NULL", "id = 2")
     return engine
 
 
@@ -255,6 +255,8 @@ def _three(engine):
         ({"user_id": "a"}, [3, 1]),
         ({"message_type": "review"}, [3, 2]),
         ({"user_id": "a", "message_type": "review", "status": ["pending"]}, [3]),
+        ({"blanked": False}, [3, 1]),
+        ({"blanked": True}, [2]),
         *(
             filters
             for moment in ("created", "scheduled")

@@ -405,6 +405,29 @@ def test_each_batch_is_a_transaction_of_its_own(run, engine, monkeypatch):
     assert statuses(engine) == ["cancelled"] * 2 + ["pending"] * 4
 
 
+def test_an_interruption_tells_what_was_done(engine):
+    """Ctrl-C leaves with 130, between two batches or within one; what was done stays done, and is told."""
+    messages(engine, *["pending"] * (acting.BATCH * 3))
+    with engine.begin() as blocking:
+        last = acting.BATCH * 3
+        blocking.execute(text(f"SELECT 1 FROM {TABLE} WHERE id = {last} FOR UPDATE"))
+
+        ran = talk("cancel", "--all", on=engine, answer="y", interrupted_at=b"67%")
+
+    assert ran.status == 130
+    assert f"ended early, {acting.BATCH * 2} messages cancelled" in ran.out
+    assert statuses(engine).count("cancelled") == acting.BATCH * 2
+
+
+def test_what_cannot_be_retried_any_more_is_not_counted(run, engine):
+    """What was pruned is no reason to say each time that something was not changed."""
+    messages(engine, "failed", "pruned", "in_doubt", "pruned in doubt")
+
+    assert run("retry", "--all", "--yes", on=engine)[:2] == (0, "found=1\nretried=1\nunchanged=0\n")
+    assert run("resolve", "--all", "--not-sent", "--yes")[:2] == (0, "found=1\nresolved=1\nunchanged=0\n")
+    assert run("resolve", "--all", "--sent", "--yes")[:2] == (0, "found=1\nresolved=1\nunchanged=0\n")
+
+
 def test_reasons_do_not_flood_the_screen(run, engine, monkeypatch):
     """Of many verdicts the first are told, and how many more there are."""
     monkeypatch.setattr(acting, "REASONS_SHOWN", 2)

@@ -47,6 +47,8 @@ class Act:
     """Does it, and says whether it is done."""
     unless: str = "it has changed"
     """Why it may do nothing to a message that has the status."""
+    also: Filters = field(default_factory=Filters)
+    """What else must fit, so that it is done to all that are found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +106,17 @@ def act_on(database: Database, request: Request, act: Act) -> None:
         if request.named:
             tally, batches = _named(database, engine, request, act)
         else:
-            tally, batches = _fitting(database, engine, request)
+            tally, batches = _fitting(database, engine, {**request.filters, **act.also})
         if request.dry_run:
             show_dry_run(tally.found, act.done, as_json=request.as_json)
             return
         if tally.found and not request.yes and len(request.named) != 1:
             ask(f"{act.command} {in_number(tally.found)}{_in_words(request)}")
         screen = Console(stderr=True, quiet=tally.found <= BATCH)
-        with progress(tally.found, act.done, screen) as advance, _told_if_interrupted(act, tally):
+        with (
+            progress(tally.found, act.done, screen) as advance,
+            told_if_ended_early(lambda: f"{in_number(tally.done)} {act.done}"),
+        ):
             for ids in batches:
                 _act_on_batch(database, engine, act, ids, tally)
                 advance(tally.done + tally.unchanged)
@@ -157,9 +162,9 @@ def _named(database: Database, engine: Engine, request: Request, act: Act) -> tu
     return tally, (ids[start : start + BATCH] for start in range(0, len(ids), BATCH))
 
 
-def _fitting(database: Database, engine: Engine, request: Request) -> tuple[_Tally, Iterator[list[int]]]:
+def _fitting(database: Database, engine: Engine, filters: Filters) -> tuple[_Tally, Iterator[list[int]]]:
     with Session(engine) as session:
-        found = count_messages(session, schema=database.schema, **request.filters)
+        found = count_messages(session, schema=database.schema, **filters)
         newest = list_messages(session, limit=1, schema=database.schema)
     # What is queued from now on is not what was asked about.
     last = newest[0].id if newest else 0
@@ -168,9 +173,7 @@ def _fitting(database: Database, engine: Engine, request: Request) -> tuple[_Tal
         after = 0
         while True:
             with Session(engine) as session:
-                ids = message_ids(
-                    session, after=after, up_to=last, limit=BATCH, schema=database.schema, **request.filters
-                )
+                ids = message_ids(session, after=after, up_to=last, limit=BATCH, schema=database.schema, **filters)
             if not ids:
                 return
             yield ids
@@ -199,11 +202,12 @@ def _why_not(repository: EngagementMessageRepository, act: Act, message_id: int)
 
 
 @contextmanager
-def _told_if_interrupted(act: Act, tally: _Tally) -> Iterator[None]:
+def told_if_ended_early(done: Callable[[], str]) -> Iterator[None]:
+    """Say what was done, and stays done, if the work ends before its end."""
     try:
         yield
     except BaseException:
-        click.echo(f"engagement: ended early, {in_number(tally.done)} {act.done}", err=True)
+        click.echo(f"engagement: ended early, {done()}", err=True)
         raise
 
 

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from sqlalchemy.orm import Session
 
-from engagement.cli.acting import ask, dry_run_option, in_number, show_dry_run, yes_option
+from engagement.cli.acting import ask, dry_run_option, in_number, show_dry_run, told_if_ended_early, yes_option
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.parameters import age
 from engagement.cli.problems import Problem
@@ -74,7 +74,10 @@ def prune(database: Database, older_than: timedelta, *, dry_run: bool, yes: bool
             return
         if found and not yes:
             ask(f"prune {in_number(found)} older than {in_words(older_than)}")
-        with progress(found, "pruned", Console(stderr=True, quiet=found <= BATCH)) as advance:
+        with (
+            progress(found, "pruned", Console(stderr=True, quiet=found <= BATCH)) as advance,
+            told_if_ended_early(lambda: f"{in_number(pruned)} pruned"),
+        ):
             while True:
                 with Session(engine) as session, session.begin():
                     batch = database.repository_on(session).prune_messages(older_than, BATCH)

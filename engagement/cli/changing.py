@@ -32,7 +32,7 @@ reason_option = click.option("--reason", metavar="TEXT", help="Kept in the messa
 def cancel(database: Database, request: Request, reason: str | None) -> None:
     """Cancel pending messages.
 
-    Those named, or all that fit the filters.     It never says cancelled of a message that is or may have been sent;
+    Those named, or all that fit the filters. It never says cancelled of a message that is or may have been sent;
     such a one is told, and the exit status is 1.
     """
     act = Act(
@@ -91,6 +91,7 @@ def retry(database: Database, request: Request) -> None:
         (FAILED, EXPIRED),
         lambda queue, message_id: queue.retry_message(message_id),
         unless=BLANKED,
+        also={"blanked": False},
     )
     act_on(database, request, act)
 
@@ -111,7 +112,7 @@ def retry(database: Database, request: Request) -> None:
 def resolve(database: Database, request: Request, reason: str | None, *, sent: bool) -> None:
     """Say what became of messages in doubt.
 
-    They were sent, or they were not, and then they are due again.     Look at the provider (its log, the chat) with the
+    They were sent, or they were not, and then they are due again. Look at the provider (its log, the chat) with the
     delivery id that `engagement show` tells. Say --not-sent only if you know it: it sends the message.
     """
     act = Act(
@@ -120,5 +121,6 @@ def resolve(database: Database, request: Request, reason: str | None, *, sent: b
         (IN_DOUBT,),
         lambda queue, message_id: queue.resolve_message(message_id, sent, reason),
         unless=BLANKED,
+        also={} if sent else {"blanked": False},
     )
     act_on(database, request, act)
