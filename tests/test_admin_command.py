@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import httpx
 import pytest
 from conftest import new_message, queue, row
+from shell import PATIENCE, ROOT, killed_at_the_end, program, url_of
 from test_admin import fields_of, put, said, send
-from test_cli import PATIENCE, ROOT, killed_at_the_end, program, url_of
 
 from engagement.admin.serving import is_loopback
 
@@ -28,6 +28,13 @@ def serving(engine, *options):
 def browser_on(address):
     with httpx.Client(base_url=address.partition("?")[0], trust_env=False, timeout=PATIENCE) as client:
         yield client
+
+
+def ended(process):
+    """Wait for the end of a command, and return its status and what it said."""
+    with killed_at_the_end(process):
+        out, err = process.communicate(timeout=PATIENCE)
+    return process.returncode, out, err
 
 
 def test_the_address_lets_in_and_nothing_else_does(engine):
@@ -106,22 +113,19 @@ def test_a_port_that_is_taken_is_told(engine):
     """One line, and the exit status of a command that lacks something."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        done = program("admin", "--port", port, on=engine)
-        out, err = done.communicate(timeout=PATIENCE)
+        status, out, err = ended(program("admin", "--port", port, on=engine))
 
-    assert (done.returncode, out) == (2, b"")
+    assert (status, out) == (2, b"")
     assert err.startswith(f"engagement: cannot listen on 127.0.0.1 port {port}: ".encode())
 
 
 def test_a_table_that_is_missing_is_told_before_anything_is_served(empty_engine):
     """As by every command."""
-    done = program("admin", "--port", "0", on=empty_engine)
-
-    assert done.communicate(timeout=PATIENCE) == (
+    assert ended(program("admin", "--port", "0", on=empty_engine)) == (
+        3,
         b"",
         b"engagement: the queue's table is missing or old. Run: engagement upgrade\n",
     )
-    assert done.returncode == 3
 
 
 @pytest.mark.parametrize("missing", ["starlette_admin", "uvicorn"])

@@ -21,7 +21,7 @@ from engagement import inspection
 from engagement.admin.actions import ACTIONS, Action, act, actions_for
 from engagement.admin.chart import chart_of
 from engagement.admin.database import Queue
-from engagement.messages import InvalidMessage, delivery_id
+from engagement.messages import InvalidMessage, delivery_id, key_hash
 from engagement.models import EngagementMessage, MessageStatus
 from engagement.repository import EngagementMessageRepository
 
@@ -338,7 +338,7 @@ def _page_link(request: Request, **place: int) -> str:
 
 def _facts(message: EngagementMessage, *, reveal: bool) -> list[tuple[str, object]]:
     """Return what is known of a message but its timeline, as (name, value) pairs; None is shown as a dash."""
-    error = message.error_message
+    error, key = message.error_message, message.idempotency_key
     params = json.dumps(message.message_params, ensure_ascii=False, indent=2)
     hidden = inspection.HIDDEN
     return [
@@ -352,6 +352,6 @@ def _facts(message: EngagementMessage, *, reveal: bool) -> list[tuple[str, objec
         ("Failures", message.retry_count),
         ("Last error", error if reveal or error is None else inspection.masked(error)),
         ("Provider's id", message.provider_message_id if reveal or not message.provider_message_id else hidden),
-        ("Delivery id", delivery_id(message.idempotency_key)),
-        ("Idempotency key", message.idempotency_key if reveal else hidden),
+        ("Delivery id", delivery_id(key)),
+        ("Idempotency key", key) if reveal else ("Hash of its key", key_hash(key)),
     ]
