@@ -478,7 +478,7 @@ def _activity() -> Executable:
             _is_prunable(),
             C.status == SENT,
             and_(since - latest <= C.next_attempt_at, C.next_attempt_at <= NOW),
-            and_(since <= C.sent_at, C.sent_at <= NOW),
+            C.sent_at >= since,
         ),
     ).subquery("seen")
     bucket = bindparam("bucket", type_=Interval)

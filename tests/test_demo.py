@@ -181,3 +181,23 @@ def test_without_a_postgresql_one_line_says_what_to_do():
 
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "pip install 'engagement[demo]'" in done.stderr
+
+
+def test_a_signal_that_is_raised_into_nothing_is_sent_again():
+    """What Ctrl-C raises while an object is being collected is lost to Python, but not to the demo."""
+    code = (
+        "import os, signal, time, weakref\n"
+        "from engagement.demo import _unwinding_on_signals\n"
+        "class Collected: pass\n"
+        "with _unwinding_on_signals():\n"
+        "    collected = Collected()\n"
+        "    reference = weakref.ref(collected, lambda _: (signal.raise_signal(SIGNAL), list(range(9))))\n"
+        "    del collected\n"
+        f"    time.sleep({PATIENCE})\n"
+    )
+    for number, status in ((signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)):
+        command = [sys.executable, "-c", code.replace("SIGNAL", str(int(number)))]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
+        assert done.returncode == status

@@ -1,0 +1,65 @@
+"""`engagement demo`: a day of the queue, on a PostgreSQL that is gone afterwards.
+
+What happens is in `day`, who has which trouble in `trouble`, and the worker that is killed in `lost_worker`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NoReturn
+
+from rich.console import Console
+from sqlalchemy import create_engine
+
+from engagement import migrations
+from engagement.demo.day import Day
+from engagement.temporary_postgres import temporary_postgres
+
+WIDTH_WHEN_PIPED = 110
+
+
+def run_demo() -> None:
+    """Run the demo on standard output. It leaves no process and no file, also when it is interrupted."""
+    screen = Console(highlight=False)
+    if not screen.is_terminal:
+        screen = Console(highlight=False, width=WIDTH_WHEN_PIPED)
+    with _unwinding_on_signals(), ExitStack() as stack:
+        screen.print("[bold]A day of the queue.[/] Everybody here is made up, and nothing leaves this terminal.")
+        with screen.status("starting a PostgreSQL"):
+            server = stack.enter_context(temporary_postgres())
+            engine = create_engine(server.url)
+            stack.callback(engine.dispose)
+            migrations.upgrade(engine)
+        Day(screen, engine).run()
+    screen.print("\nThe PostgreSQL of this demo is stopped, and its files are gone.", style="dim")
+
+
+@contextmanager
+def _unwinding_on_signals() -> Iterator[None]:
+    """Let SIGTERM unwind as SIGINT does, and both also if they were ignored, as they are for a script's `demo &`."""
+
+    def leave(number: int, _: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    def send_again(lost: sys.UnraisableHookArgs) -> None:
+        # What a signal raises while an object is being collected is raised into nothing.
+        number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(lost.exc_type)
+        if number is None:
+            sys.__unraisablehook__(lost)
+        else:
+            threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+
+    wanted = {signal.SIGTERM: leave, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
+    hook, sys.unraisablehook = sys.unraisablehook, send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)

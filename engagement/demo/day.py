@@ -1,0 +1,226 @@
+"""What happens in the demo, in its order: what a host would do in a day."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from importlib.resources import files
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from rich.console import Console
+from rich.text import Text
+from sqlalchemy import ColumnElement, Engine, Select, func, select, text
+from sqlalchemy.orm import Session
+
+from engagement import migrations
+from engagement.demo.lost_worker import LEASE, kill_a_worker_in_a_send
+from engagement.demo.trouble import DemoTransport
+from engagement.demo.wording import COLOURS, local, name_of, reason_of, summary, table_of, when
+from engagement.jsonl import read_messages
+from engagement.messages import NewMessage, Queued
+from engagement.models import EngagementMessage, MessageStatus
+from engagement.outcomes import exponential_backoff
+from engagement.repository import EngagementMessageRepository
+from engagement.tally import ProcessResult
+from engagement.worker import process_message_queue
+
+MESSAGES = "demo_messages.jsonl"
+BACKOFF = exponential_backoff(timedelta(seconds=0.8), factor=1, jitter=0)
+"""As the lease, minutes in real life."""
+DELIVERY_JOBS = 3
+
+M = EngagementMessage
+
+
+class Day:
+    """What happens in the demo, in its order."""
+
+    def __init__(self, screen: Console, engine: Engine) -> None:
+        self._screen = screen
+        self._engine = engine
+        self._transport = DemoTransport(screen)
+        with (files("engagement") / MESSAGES).open("rb") as lines:
+            self._messages = list(read_messages(lines, screen.print))
+        self._people = {message.user_id: message for message in self._messages}
+
+    def run(self) -> None:
+        """Let it happen."""
+        self._show_database()
+        self._queue()
+        self._deliver()
+        self._lose_a_worker()
+        self._sum_up()
+
+    def _show_database(self) -> None:
+        self._title("1. A database")
+        with self._engine.connect() as connection:
+            version = str(connection.scalar(text("SHOW server_version"))).partition(" ")[0]
+        revision = migrations.current(self._engine)
+        self._say(f"PostgreSQL {version} runs in a temporary directory. Our table is at revision {revision}.")
+
+    # The daily job
+
+    def _queue(self) -> None:
+        self._title("2. The daily job queues its messages")
+        first = self._daily_job()
+        table = table_of("who", "when, where they are", "idempotency key", "")
+        for message, queued in zip(self._messages, first, strict=True):
+            state = Text("queued", "green") if queued.created else Text("duplicate", "yellow")
+            table.add_row(name_of(message), local(message.scheduled_for, message.tz), message.key, state)
+        self._screen.print(table)
+        self._say(f"{MESSAGES}, first run: {summary(first)}.")
+        second = self._daily_job()
+        nothing = "" if any(queued.created for queued in second) else " Nothing was queued: each key is taken."
+        self._say(f"The same job again, by mistake: {summary(second)}.[bold]{nothing}[/]")
+
+    def _daily_job(self) -> list[Queued]:
+        with self._repository() as repository:
+            return [repository.queue_message(message) for message in self._messages]
+
+    # The delivery job
+
+    def _deliver(self) -> None:
+        self._title("3. The delivery job sends what is due")
+        for run in range(1, DELIVERY_JOBS + 1):
+            if run > 1:
+                self._wait_until_due()
+            self._say(f"[bold]Run {run}[/]" + (", when the retries are due" if run > 1 else ""))
+            self._delivery_job()
+        self._show_history_of("gita")
+
+    def _delivery_job(self) -> ProcessResult:
+        known = {message.id: len(message.history) for message in self._all()}
+        result = process_message_queue(self._engine, self._transport, lease=LEASE, backoff=BACKOFF)
+        table = table_of("who", "message", "what happened", "and now")
+        for message in self._all():
+            if len(message.history) > known[message.id]:
+                last = message.history[-1]
+                table.add_row(self._name(message), message.message_type, reason_of(last), self._state(message))
+        if table.row_count:
+            self._screen.print(table)
+        return result
+
+    def _wait_until_due(self) -> None:
+        soon = M.next_attempt_at < func.now() + timedelta(minutes=1)
+        wait = select(func.max(M.next_attempt_at) - func.clock_timestamp()).where(M.status == "pending", soon)
+        self._sleep(wait)
+
+    def _show_history_of(self, user_id: str) -> None:
+        message = self._message(M.user_id == user_id)
+        self._say(f"Everything that went wrong is kept. The history of message {message.id}, to {self._name(message)}:")
+        for entry in message.history:
+            at = datetime.fromisoformat(entry["at"]).astimezone(UTC)
+            self._say(f"  {at:%H:%M:%S} UTC  attempt {entry['attempt']}  {entry['event']}: {entry['reason']}")
+
+    # A worker is lost
+
+    def _lose_a_worker(self) -> None:
+        self._title("4. A worker is killed in the middle of a send")
+        message_id = self._queue_for_lea()
+        self._say(f"A reminder for Lea is queued, message {message_id}. A worker process takes it …")
+        pid = kill_a_worker_in_a_send(self._engine)
+        lost = self._message(M.id == message_id)
+        assert lost.lease_expires_at is not None
+        self._say(f"… and is killed while it sends: kill -9 {pid}.")
+        until = f"{lost.lease_expires_at.astimezone(UTC):%H:%M:%S} UTC"
+        self._say(f"The row says: [bold]{lost.status}[/], attempt {lost.attempt}, lease until {until}.")
+        self._sleep(select(func.max(M.lease_expires_at) - func.clock_timestamp()))
+        self._say("The lease has run out, and the next delivery job comes by:")
+        self._delivery_job()
+        if not self._transport.left[lost.idempotency_key]:
+            self._say("[bold]It was not sent again[/]: it may have left, and nobody but a person can tell.")
+
+    def _queue_for_lea(self) -> int | None:
+        lea = NewMessage(
+            user_id="lea",
+            message_type="reminder",
+            message_key="reminder.appointment",
+            message_params={"name": "Lea", "locale": "nb-NO", "at": "16:00"},
+            destination="individual",
+            destination_jid="100000000000015@lid",
+            tz=ZoneInfo("Europe/Oslo"),
+        )
+        self._people["lea"] = lea
+        with self._repository() as repository:
+            return repository.queue_message(lea).message_id
+
+    # The end of the day
+
+    def _sum_up(self) -> None:
+        self._title("5. How the day ended")
+        table = table_of("", "who", "message", "attempts", "status", "why")
+        for message in self._all():
+            state = Text(str(message.status), COLOURS[message.status])
+            why = reason_of(message.history[-1]) if message.history and message.status != "sent" else ""
+            table.add_row(str(message.id), self._name(message), message.message_type, str(message.attempt), state, why)
+        self._screen.print(table)
+        with self._repository() as repository:
+            counts = repository.count_by_status()
+        self._say(", ".join(f"[bold]{count}[/] {status}" for status, count in counts.by_status.items() if count) + ".")
+        left = self._transport.left
+        twice = sum(times > 1 for times in left.values())
+        self._say(f"{left.total()} messages left this terminal, {twice or 'none'} of them twice.")
+        self._show_what_a_person_can_do()
+
+    def _show_what_a_person_can_do(self) -> None:
+        in_doubt = [message for message in self._all() if message.status == MessageStatus.IN_DOUBT]
+        failed = [message for message in self._all() if message.status == MessageStatus.FAILED]
+        self._say(
+            "\nWhat is in doubt is not sent again by itself. Look at the phone, or ask; then say what became of it:"
+        )
+        for message in in_doubt:
+            self._code(f"repository.resolve_message({message.id}, sent=True)", f"{self._name(message)} has it")
+        for message in in_doubt[-1:]:
+            self._code(f"repository.resolve_message({message.id}, sent=False)", "it never came: send it")
+        self._say("What failed can be tried again, under the same key:")
+        for message in failed[:1]:
+            self._code(f"repository.retry_message({message.id})", f"the provider is up: send {self._name(message)}'s")
+
+    # Small things
+
+    def _title(self, title: str) -> None:
+        self._screen.print(f"\n[bold cyan]{title}[/]")
+
+    def _say(self, line: str) -> None:
+        self._screen.print(line)
+
+    def _code(self, code: str, comment: str) -> None:
+        self._screen.print(Text.assemble(f"  {code}".ljust(46), (f"# {comment}", "dim")))
+
+    @contextmanager
+    def _repository(self) -> Iterator[EngagementMessageRepository]:
+        with Session(self._engine) as session, session.begin():
+            yield EngagementMessageRepository(session)
+
+    def _all(self) -> list[EngagementMessage]:
+        with Session(self._engine) as session:
+            return list(session.scalars(select(M).order_by(M.id)))
+
+    def _message(self, which: ColumnElement[bool]) -> EngagementMessage:
+        with Session(self._engine) as session:
+            return session.scalars(select(M).where(which)).one()
+
+    def _sleep(self, wait: Select[Any]) -> None:
+        """Wait as the database says: due times and leases are by its clock."""
+        with self._engine.connect() as connection:
+            left: timedelta = connection.scalar(wait) or timedelta(0)
+        time.sleep(max(left.total_seconds(), 0) + 0.01)
+
+    def _name(self, message: EngagementMessage) -> str:
+        return name_of(self._people[message.user_id])
+
+    def _state(self, message: EngagementMessage) -> Text:
+        match message.status:
+            case MessageStatus.PENDING:
+                zone = self._people[message.user_id].tz
+                words = f"again {when(message.next_attempt_at, zone)}"
+            case MessageStatus.IN_DOUBT:
+                words = "in doubt"
+            case MessageStatus.FAILED:
+                words = "failed" if message.retry_count else "failed at once"
+            case status:
+                words = str(status)
+        return Text(words, COLOURS[message.status])
