@@ -269,6 +269,16 @@ def test_links_hold_wherever_it_is_mounted(engine):
     assert 'href="/proxied/inner/queue/static/engagement.css"' in page.text
 
 
+def test_the_hosts_templates_are_not_ours(engine, tmp_path, monkeypatch):
+    """A host has a directory `templates`, too, and a layout, a list of messages and an error page in it."""
+    (tmp_path / "templates").mkdir()
+    for name in ("layout", "messages", "error", "overview", "parts"):
+        (tmp_path / "templates" / f"{name}.html").write_text("the host's")
+    monkeypatch.chdir(tmp_path)
+    with admin_of(engine) as client:
+        assert "the host's" not in "".join(client.get(path).text for path in ("", "messages", "messages/0"))
+
+
 # What it shows and hides
 
 

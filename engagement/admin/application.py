@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from datetime import UTC, timedelta, tzinfo
+from importlib.resources import files
 
 from sqlalchemy import Engine
 from starlette.applications import Starlette
@@ -61,6 +62,8 @@ def create_admin(
         base_url="",
         route_name=MOUNT,
         theme=Look(),
+        # By default the library looks into the host's directory first, whose layout.html is another.
+        templates_dir=str(files(__package__) / "templates"),
         index_view=OverviewPage(shown),
         secret_key=secret_key or secrets.token_hex(32),
         timezone_config=None,
