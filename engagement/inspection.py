@@ -24,20 +24,22 @@ from sqlalchemy import (
     Text,
     and_,
     bindparam,
+    cast,
     column,
     extract,
     func,
     literal_column,
     select,
     table,
+    true,
     union_all,
 )
-from sqlalchemy.dialects.postgresql import TIMESTAMP
+from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
 from engagement import statements
 from engagement.messages import checked_id, checked_moment, checked_text, key_hash
 from engagement.models import FINISHED, EngagementMessage, MessageStatus
-from engagement.statements import IN_DOUBT, NOW, PENDING, SENDING, SENT, C
+from engagement.statements import FAILED, IN_DOUBT, NOW, PENDING, SENDING, SENT, C
 from engagement.verification import qualified_name
 
 if TYPE_CHECKING:
@@ -263,6 +265,8 @@ class Overview:
     """How the queue stands. Ages and leases are by the database's clock."""
 
     by_status: Mapping[MessageStatus, int]
+    is_rough: bool
+    """Whether what is finished, and what reached `count_up_to`, is estimated."""
     due: int
     oldest_due: timedelta | None
     """How long the oldest due message has been waiting."""
@@ -283,18 +287,28 @@ class Overview:
     last_vacuum: datetime | None
 
 
-def overview(session: Session, *, schema: str | None = None) -> Overview:
+def overview(session: Session, *, schema: str | None = None, count_up_to: int | None = None) -> Overview:
     """Return how the queue stands.
 
     The counts are exact and read the narrowest whole index (an index-only scan, while the table is vacuumed); all else
     is read by partial indexes, from at most 10,000 rows, or from PostgreSQL's own statistics.
+
+    With `count_up_to`, a table that has more rows is not counted: what is finished is then estimated by the statistics,
+    and all else is counted so far and no further. `pending_in_doubt` speaks of as many pending messages.
     """
     options = _options(schema)
-    counts = session.execute(statements.count_by_status(), execution_options=options).all()
-    facts = session.execute(_queue_facts(), {"over": RATE_OVER, "rows": RATE_ROWS}, execution_options=options).one()
-    table_facts = session.execute(_table_facts(), {"queue": qualified_name(schema)}).one()
+    queue = {"queue": qualified_name(schema)}
+    values = {"over": RATE_OVER, "rows": RATE_ROWS, "most": count_up_to}
+    facts = session.execute(_queue_facts(), values, execution_options=options).one()
+    counts = {} if count_up_to is None else _count_roughly(session, queue | values, options)
+    is_rough = bool(counts)
+    if not counts:
+        found = session.execute(statements.count_by_status(), execution_options=options)
+        counts = {word: count for word, count, _ in found}
+    table_facts = session.execute(_table_facts(), queue).one()
     return Overview(
-        by_status=dict.fromkeys(MessageStatus, 0) | {status: count for status, count, _ in counts},
+        by_status=dict.fromkeys(MessageStatus, 0) | {MessageStatus(word): count for word, count in counts.items()},
+        is_rough=is_rough,
         queued_per_minute=_per_minute(facts.queued, facts.queued_over),
         sent_per_minute=_per_minute(facts.sent, facts.sent_over),
         due=facts.due,
@@ -304,6 +318,56 @@ def overview(session: Session, *, schema: str | None = None) -> Overview:
         oldest_in_doubt=facts.oldest_in_doubt,
         **table_facts._mapping,  # noqa: SLF001 - the public name of a row's mapping
     )
+
+
+def _count_roughly(session: Session, values: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, int]:
+    """Return counts that read little; none if the table is small, or the planner has not looked at it."""
+    counts: dict[str, int] = {row.word: row.counted for row in session.execute(_estimates(), values)}
+    if counts:
+        for word, count in session.execute(_counts_of_unfinished(), values, execution_options=options):
+            # Where counting was broken off, the estimate may know more.
+            counts[word] = max(count, counts.get(word, 0)) if count == values["most"] else count
+    return counts
+
+
+@cache
+def _estimates() -> Executable:
+    """Return (status, count) as the planner believes, if the table has more than `most` rows; else nothing."""
+    of_relation = ("oid", "reltuples", "relname", "relnamespace")
+    of_statistics = ("schemaname", "tablename", "attname", "most_common_vals", "most_common_freqs")
+    relation = table("pg_class", *map(column, of_relation), schema="pg_catalog")
+    namespace = table("pg_namespace", *map(column, ("oid", "nspname")), schema="pg_catalog")
+    statistics = table("pg_stats", *map(column, of_statistics), schema="pg_catalog")
+    words = cast(cast(statistics.c.most_common_vals, Text), ARRAY(Text))
+    common = func.unnest(words, statistics.c.most_common_freqs).table_valued("word", "share").render_derived("common")
+    return (
+        select(common.c.word, cast(relation.c.reltuples * common.c.share, BigInteger).label("counted"))
+        .select_from(relation)
+        .join(namespace, namespace.c.oid == relation.c.relnamespace)
+        .join(
+            statistics,
+            and_(statistics.c.schemaname == namespace.c.nspname, statistics.c.tablename == relation.c.relname),
+        )
+        .join(common, true())
+        .where(
+            relation.c.oid == func.to_regclass(bindparam("queue", type_=Text)),
+            relation.c.reltuples > bindparam("most", type_=BigInteger),
+            statistics.c.attname == "status",
+        )
+    )
+
+
+@cache
+def _counts_of_unfinished() -> Executable:
+    """Return (status, count) of those that have an index of their own, each counted to `most`."""
+    words = (PENDING, SENDING, FAILED, IN_DOUBT)
+    return union_all(*(select(word, _count_up_to_most(C.status == word).scalar_subquery()) for word in words))
+
+
+def _count_up_to_most(condition: ColumnElement[bool]) -> Select[Any]:
+    """Return how many rows fit, counted to `most`; to the end if that is NULL."""
+    some: Select[Any] = select(literal_column("1")).select_from(statements.QUEUE).where(condition)
+    return select(func.count()).select_from(some.limit(bindparam("most", type_=BigInteger)).subquery())
 
 
 def _per_minute(count: int, over: timedelta | None) -> float:
@@ -328,11 +392,12 @@ def _queue_facts() -> Executable:
         .subquery("last_sent")
     )
     due = and_(C.status == PENDING, C.next_attempt_at <= NOW)
+    pending = select(C.has_doubt).where(C.status == PENDING).limit(bindparam("most", type_=BigInteger)).subquery()
     questions: dict[str, Select[Any]] = {
-        "due": select(func.count()).where(due),
+        "due": _count_up_to_most(due),
         "oldest_due": select(NOW - func.min(C.next_attempt_at)).where(due),
         "leases_expired": select(func.count()).where(C.status == SENDING, C.lease_expires_at <= NOW),
-        "pending_in_doubt": select(func.count()).where(C.status == PENDING, C.has_doubt),
+        "pending_in_doubt": select(func.count()).select_from(pending).where(pending.c.has_doubt),
         "oldest_in_doubt": select(NOW - func.min(C.next_attempt_at)).where(C.status == IN_DOUBT),
     }
     for name, found in (("queued", newest), ("sent", last_sent)):

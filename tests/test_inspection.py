@@ -449,3 +449,33 @@ def test_everything_only_reads_and_honors_the_schema(empty_engine):
         assert overview(session, schema="messaging").table_bytes > 0
         buckets = activity(session, datetime.now(UTC) - A_DAY, A_DAY / 4, schema="messaging")
         assert sum(bucket.due for bucket in buckets) == 1
+
+
+def test_an_overview_may_count_only_so_far(engine):
+    """A large table is not counted whole: what is finished is estimated, the rest is counted as far as was asked."""
+    for number in range(6):
+        status, sent_at = ("sent", "now()") if number < 4 else ("failed", "NULL")
+        (message_id,) = queue(engine, new_message(f"user{number}"))
+        with engine.begin() as connection:
+            connection.execute(
+                text(f"UPDATE engagement_message_queue SET status = '{status}', sent_at = {sent_at} WHERE id = :id"),
+                {"id": message_id},
+            )
+    queue(engine, *(new_message(f"pending{number}") for number in range(3)))
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("ANALYZE engagement_message_queue"))
+    try:
+        queue(engine, new_message("later"))
+        with Session(engine) as session:
+            small, large = overview(session, count_up_to=9), overview(session, count_up_to=2)
+    finally:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("TRUNCATE engagement_message_queue"))
+            connection.execute(text("VACUUM ANALYZE engagement_message_queue"))
+
+    assert not small.is_rough
+    assert (small.by_status["pending"], small.by_status["sent"], small.due) == (4, 4, 4)
+    assert large.is_rough
+    # Three were pending when the planner looked; two were counted, and then no more.
+    assert (large.by_status["pending"], large.by_status["sent"], large.by_status["failed"]) == (3, 4, 2)
+    assert (large.by_status["cancelled"], large.due) == (0, 2)

@@ -30,6 +30,7 @@ SECTIONS = {
         "list": "listing:list_",
         "show": "listing:show_one",
         "verify": "looking:verify",
+        "admin": "serving:admin",
     },
     "Act": {
         "cancel": "changing:cancel",

@@ -1,0 +1,82 @@
+"""The pages put together: an ASGI app that a host mounts where it likes."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from datetime import UTC, timedelta, tzinfo
+from importlib.resources import files
+
+from sqlalchemy import Engine
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette_admin import BaseAdmin
+from starlette_admin.theme import BaseTheme, IconSet
+
+from engagement.admin.database import Queue
+from engagement.admin.guards import Authenticated, Authentication, SameOrigin
+from engagement.admin.pages import MessagesPage, OverviewPage, Shown, path_for
+
+MOUNT = "engagement"
+PATIENCE = timedelta(seconds=5)
+
+
+class Look(BaseTheme):
+    """Our templates and our style sheet, above the library's."""
+
+    name = MOUNT
+    package = __package__
+
+    def get_icon_set(self) -> IconSet:
+        """Return no icons: words do."""
+        return IconSet()
+
+
+def create_admin(
+    engine: Engine,
+    *,
+    authentication: Authentication,
+    may_reveal: bool | Callable[[Request], bool] = False,
+    tz: tzinfo = UTC,
+    schema: str | None = None,
+    secret_key: str | None = None,
+    patience: timedelta = PATIENCE,
+) -> ASGIApp:
+    """Return an ASGI app with the admin's pages, to be mounted in a Starlette or FastAPI app, or served alone.
+
+    `authentication(request)` says who asks: a name, which is logged with what they do; or a response of its own, such
+    as a redirect to a login; or None. It may be async, and may raise Starlette's `HTTPException`. `anyone` lets
+    everybody in, which has to be said.
+
+    What is personal is masked. `may_reveal` says to whom it may be shown, once they ask. Times are shown and read in
+    `tz`. A page whose query takes longer than `patience` says so instead. Where several processes serve the page, give
+    all the same `secret_key`: it signs the tokens of the forms.
+    """
+    if not callable(authentication):
+        raise TypeError("authentication: must say who asks. To let everybody in, give engagement.admin.anyone")
+    shown = Shown(Queue(engine, schema, patience), tz, may_reveal if callable(may_reveal) else lambda _: may_reveal)
+    admin = BaseAdmin(
+        title="Engagement",
+        base_url="",
+        route_name=MOUNT,
+        theme=Look(),
+        # By default the library looks into the host's directory first, whose layout.html is another.
+        templates_dir=str(files(__package__) / "templates"),
+        index_view=OverviewPage(shown),
+        secret_key=secret_key or secrets.token_hex(32),
+        timezone_config=None,
+    )
+    admin.templates.env.globals.update(path_for=path_for, **shown.words())
+    # Without the library's pages that make, edit and delete what is registered with it: nothing is, and none answers.
+    admin.routes = [route for route in admin.routes if route.name in {"static", "index"}]
+    admin.add_view(MessagesPage(shown))
+    app = Starlette(middleware=[Middleware(SameOrigin), Middleware(Authenticated, authentication)])
+    admin.mount_to(app)
+
+    async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
+        # Without the host's router: our links are looked up among our own routes, whatever name we are mounted under.
+        await app({key: scope[key] for key in scope.keys() - {"router", "app_root_path"}}, receive, send)
+
+    return mounted

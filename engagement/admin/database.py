@@ -1,0 +1,57 @@
+"""How pages reach the queue: in a thread, in a short transaction of their own, and not for long."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+from sqlalchemy import Engine, func, select
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+R = TypeVar("R")
+
+logger = logging.getLogger("engagement")
+
+_TOO_LONG = frozenset({"57014", "55P03"})  # a statement, or its wait for a lock, was cancelled
+_NOT_MIGRATED = frozenset({"42P01", "42703", "3F000"})  # no such table, column, schema
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """The table, for one page at a time. What the database says no to becomes a page that says so."""
+
+    engine: Engine
+    schema: str | None
+    patience: timedelta
+
+    async def run(self, work: Callable[[Session], R]) -> R:
+        """Return what `work` makes of a session; what it changed is committed."""
+        return await run_in_threadpool(self._run, work)
+
+    def _run(self, work: Callable[[Session], R]) -> R:
+        try:
+            with Session(self.engine, expire_on_commit=False) as session, session.begin():
+                # A page must not keep a database busy that has messages to send.
+                limit = f"{self.patience // timedelta(milliseconds=1)}ms"
+                session.execute(select(func.set_config("statement_timeout", limit, True)))  # noqa: FBT003
+                return work(session)
+        except SQLAlchemyError as error:
+            logger.warning("engagement.admin_database_failed error=%s", type(error).__name__)
+            raise HTTPException(503, self._said(error)) from None
+
+    def _said(self, error: SQLAlchemyError) -> str:
+        """Say what happened, without the server's text, which may show a row."""
+        state = getattr(error.orig, "sqlstate", None) if isinstance(error, DBAPIError) else None
+        if state in _TOO_LONG:
+            return (
+                f"The database took longer than {self.patience.total_seconds():g} s. Narrow the filters, or try again."
+            )
+        if state in _NOT_MIGRATED:
+            return "The queue's table is missing or old. Run: engagement upgrade"
+        return "The database does not answer." if state is None else f"The database refused: {state}."

@@ -1,0 +1,100 @@
+"""Who may come in, and from where: what stands before every page, its style sheets included."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from inspect import isawaitable
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+Authentication = Callable[[Request], str | Response | Awaitable[str | Response | None] | None]
+"""Says who asks, as a name for the log; or answers itself, as with a redirect to a login; None keeps the door shut."""
+
+
+def anyone(request: Request) -> str:  # noqa: ARG001 - an `Authentication`
+    """Let everybody in: for an app that is protected as a whole, by a proxy or a network."""
+    return "anyone"
+
+
+class Authenticated:
+    """Lets a request pass once `authentication` has said who asks; pages find that in `request.state.operator`."""
+
+    def __init__(self, app: ASGIApp, authentication: Authentication) -> None:
+        self._app = app
+        self._authentication = authentication
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Ask, and pass on or answer."""
+        if scope["type"] != "http":  # There are no pages behind it.
+            await self._app(scope, receive, send)
+            return
+        answer = await self._ask(Request(scope, receive))
+        if isinstance(answer, Response):
+            await answer(scope, receive, send)
+            return
+        scope.setdefault("state", {})["operator"] = answer
+        await self._app(scope, receive, send)
+
+    async def _ask(self, request: Request) -> str | Response:
+        try:
+            answer = self._authentication(request)
+            who = await answer if isawaitable(answer) else answer
+        except HTTPException as error:  # As FastAPI's security schemes say no.
+            return PlainTextResponse(error.detail, error.status_code, error.headers)
+        return who or PlainTextResponse("Not signed in.", 403)
+
+
+class SameOrigin:
+    """Refuses what a browser was made to send by another site, and says how browsers are to treat our pages.
+
+    The library's token is a cookie said twice, and who controls a sibling domain or another port can plant cookies.
+    """
+
+    _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+    _HEADERS = {  # noqa: RUF012 - never changed
+        "Cache-Control": "no-store",
+        "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src data:; form-action 'self'; "
+        "frame-ancestors 'none'; base-uri 'none'",
+        "Referrer-Policy": "same-origin",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._add_headers(message, is_static="/static/" in scope["path"])
+            await send(message)
+
+        request = Request(scope)
+        refused = request.method not in self._SAFE and self._is_foreign(request)
+        app = PlainTextResponse("This came from another site.", 403) if refused else self._app
+        await app(scope, receive, send_with_headers)
+
+    @staticmethod
+    def _is_foreign(request: Request) -> bool:
+        site = request.headers.get("sec-fetch-site")
+        if site is not None:
+            return site not in {"same-origin", "none"}
+        # Browsers leave that out on plain HTTP. What sends neither is no browser, and cannot be tricked as one.
+        origin = request.headers.get("origin")
+        return origin is not None and urlsplit(origin).netloc != request.headers.get("host")
+
+    def _add_headers(self, message: MutableMapping[str, Any], *, is_static: bool) -> None:
+        headers = MutableHeaders(scope=message)
+        for name, value in self._HEADERS.items():
+            if not (is_static and name == "Cache-Control"):
+                headers.setdefault(name, value)

@@ -1,0 +1,357 @@
+"""The pages: the overview, the list, one message, and the question before each action."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta, tzinfo
+from typing import Any
+
+from sqlalchemy.orm import Session
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette_admin.flash import flash, get_flashed_messages
+from starlette_admin.routing import route
+from starlette_admin.views import CustomView
+
+from engagement import inspection
+from engagement.admin.actions import ACTIONS, Action, act, actions_for
+from engagement.admin.chart import chart_of
+from engagement.admin.database import Queue
+from engagement.messages import InvalidMessage, delivery_id, key_hash
+from engagement.models import EngagementMessage, MessageStatus
+from engagement.repository import EngagementMessageRepository
+
+logger = logging.getLogger("engagement")
+
+PAGE = 50
+NOTHING = "-"
+COUNT_UP_TO = 10_000
+"""A larger table is not counted whole: a page must not read a million rows to say how many there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """How far back the chart goes, in how many buckets, and how their times are written."""
+
+    name: str
+    bucket: timedelta
+    buckets: int
+    clock: str
+
+
+SPANS = {
+    "day": Span("24 hours", timedelta(hours=1), 24, "%H:%M"),
+    "week": Span("7 days", timedelta(hours=6), 28, "%a %d"),
+}
+
+
+def path_for(request: Request, name: str, /, **parameters: Any) -> str:
+    """Return where a page of ours is, without scheme and host: behind a proxy we may not know them."""
+    return request.url_for(f"{request.app.state.ROUTE_NAME}:{name}", **parameters).path
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What all pages share: the queue, and how it is shown."""
+
+    queue: Queue
+    tz: tzinfo
+    may_reveal: Callable[[Request], bool]
+
+    def reveals(self, request: Request) -> bool:
+        """Tell whether this page shows what is personal: it was asked for, and is allowed."""
+        return request.query_params.get("reveal") == "1" and self.may_reveal(request)
+
+    def words(self) -> dict[str, Any]:
+        """Return what templates call to put values in words."""
+        return {
+            "moment": self._moment,
+            "clock": lambda at, form: at.astimezone(self.tz).strftime(form),
+            "zone": str(self.tz),
+            "long": long_words,
+            "size": _size,
+            "spoken": lambda word: str(word).replace("_", " "),
+            "statuses": tuple(MessageStatus),
+            "delivery_id": delivery_id,
+        }
+
+    def _moment(self, at: datetime) -> str:
+        return at.astimezone(self.tz).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def long_words(duration: timedelta | None) -> str:
+    """Say roughly how long: the two largest units."""
+    if duration is None:
+        return NOTHING
+    seconds = max(int(duration.total_seconds()), 0)
+    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+    parts = [f"{seconds // length % (10**9 if name == 'd' else _FULL[name])} {name}" for name, length in units]
+    first = next((place for place, (_, length) in enumerate(units) if seconds >= length), len(units) - 1)
+    return " ".join(parts[first : first + 2])
+
+
+_FULL = {"h": 24, "min": 60, "s": 60}
+
+
+def _size(count: int | None) -> str:
+    """Say roughly how many bytes."""
+    if count is None:
+        return NOTHING
+    amount = float(count)
+    for unit in ("B", "kB", "MB"):
+        if amount < 1000:  # noqa: PLR2004 - what the units mean
+            return f"{amount:.0f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} GB"
+
+
+class Page(CustomView):
+    """A page of ours, rendered by the admin that it was added to."""
+
+    def __init__(self, shown: Shown) -> None:
+        super().__init__()
+        self.shown = shown
+
+    def render(self, request: Request, name: str, **context: Any) -> Response:
+        """Return the page `name`."""
+        assert self.templates is not None
+        context |= {
+            "may_reveal": self.shown.may_reveal(request),
+            "reveal": self.shown.reveals(request),
+            "flashed_messages": get_flashed_messages(request),
+        }
+        return self.templates.TemplateResponse(request, name, context)
+
+
+class OverviewPage(Page):
+    """How the queue stands, at one look."""
+
+    menu_label = "Overview"
+    path = "/"
+
+    @route("")
+    async def index(self, request: Request) -> Response:
+        """Show counts, ages, rates and sizes, and what was due and sent over time."""
+        span = request.query_params.get("span")
+        chosen = span if span in SPANS else "day"
+        bucket = SPANS[chosen].bucket
+        since = _on_the_hour(datetime.now(self.shown.tz), bucket) - (SPANS[chosen].buckets - 1) * bucket
+        queue = self.shown.queue
+
+        overview = await queue.run(
+            lambda session: inspection.overview(session, schema=queue.schema, count_up_to=COUNT_UP_TO)
+        )
+        try:
+            activity = await queue.run(lambda session: inspection.activity(session, since, bucket, schema=queue.schema))
+        except HTTPException:
+            activity = None  # The counts are worth showing without it.
+        return self.render(
+            request,
+            "overview.html",
+            overview=overview,
+            count_up_to=COUNT_UP_TO,
+            chart=None if activity is None else chart_of(activity),
+            spans=SPANS,
+            chosen=chosen,
+        )
+
+
+def _on_the_hour(now: datetime, bucket: timedelta) -> datetime:
+    """Return when the current bucket began, counted from midnight."""
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    return midnight + (now - midnight) // bucket * bucket
+
+
+class MessagesPage(Page):
+    """The messages: a list of them, each of them, and what can be done about it."""
+
+    menu_label = "Messages"
+    path = "/messages"
+
+    def is_active(self, request: Request) -> bool:
+        """Also of one message."""
+        path: str = request.scope["path"]
+        return path.startswith(request.scope["root_path"] + self.path)
+
+    @route("", name="messages")
+    async def index(self, request: Request) -> Response:
+        """List the messages that fit the filters, the newest first, a page at a time."""
+        asked = request.query_params
+        queue = self.shown.queue
+        try:
+            filters = _filters(asked, self.shown.tz)
+            before, after = _number(asked.get("before")), _number(asked.get("after"))
+
+            def look(session: Session) -> list[EngagementMessage]:
+                return inspection.list_messages(
+                    session, before=before, after=after, limit=PAGE + 1, schema=queue.schema, **filters
+                )
+
+            found, problem = await queue.run(look), None
+        except InvalidMessage as error:
+            found, problem, before, after = [], str(error), None, None
+        page = found[-PAGE:] if after is not None and before is None else found[:PAGE]
+        there_is_more = len(found) > PAGE
+        goes_up = after is not None and before is None
+        return self.render(
+            request,
+            "messages.html",
+            messages=page,
+            mask=inspection.mask_address,
+            pseudonym=inspection.pseudonym,
+            problem=problem,
+            newer=_page_link(request, after=page[0].id) if page and (there_is_more if goes_up else before) else None,
+            older=_page_link(request, before=page[-1].id) if page and (goes_up or there_is_more) else None,
+        )
+
+    @route("/find", name="find")
+    async def find(self, request: Request) -> Response:
+        """Go to the message with this number or idempotency key."""
+        sought = request.query_params.get("q", "").strip()
+
+        def look(session: Session) -> EngagementMessage | None:
+            repository = EngagementMessageRepository(session, schema=self.shown.queue.schema)
+            by_number = repository.get_message(int(sought)) if sought.isdecimal() and sought.isascii() else None
+            return by_number or repository.get_message_by_key(sought)
+
+        try:
+            message = await self.shown.queue.run(look)
+        except InvalidMessage:
+            message = None
+        if message is None:
+            flash(request, "No message has this number or key.", "warning")
+            return RedirectResponse(path_for(request, "messages"), 303)
+        return RedirectResponse(path_for(request, "message", message_id=message.id), 303)
+
+    @route("/{message_id:int}", name="message")
+    async def message(self, request: Request) -> Response:
+        """Show one message: what it is, its timeline, and what can be done."""
+        message = await self._message(request)
+        reveals = self.shown.reveals(request)
+        if reveals:
+            _log(request, message.id, "reveal", "revealed")
+        return self.render(
+            request,
+            "message.html",
+            message=message,
+            timeline=inspection.timeline(message, reveal=reveals),
+            facts=_facts(message, reveal=reveals),
+            actions=actions_for(message),
+        )
+
+    @route("/{message_id:int}/{action}", name="ask")
+    async def ask(self, request: Request) -> Response:
+        """Ask whether to do it."""
+        action = _action(request)
+        message = await self._message(request)
+        return self.render(request, "ask.html", message=message, action=action, problem=None)
+
+    @route("/{message_id:int}/{action}", methods=["POST"], name="act")
+    async def act(self, request: Request) -> Response:
+        """Do it, and tell what came of it on the message's page."""
+        action, message_id, form = _action(request), request.path_params["message_id"], await request.form()
+        queue = self.shown.queue
+        try:
+            verdict = await queue.run(
+                lambda session: act(session, action, message_id, form, tz=self.shown.tz, schema=queue.schema)
+            )
+        except InvalidMessage as error:
+            message = await self._message(request)
+            page = self.render(
+                request, "ask.html", message=message, action=action, problem=f"The time {error.problem}."
+            )
+            page.status_code = 422
+            return page
+        _log(request, message_id, action.name, verdict.word)
+        flash(request, verdict.sentence, "success" if verdict.is_done else "warning")
+        name, parameters = ("messages", {}) if verdict.word == "not_found" else ("message", {"message_id": message_id})
+        return RedirectResponse(path_for(request, name, **parameters), 303)
+
+    async def _message(self, request: Request) -> EngagementMessage:
+        message_id, schema = request.path_params["message_id"], self.shown.queue.schema
+        try:
+            message = await self.shown.queue.run(
+                lambda session: EngagementMessageRepository(session, schema=schema).get_message(message_id)
+            )
+        except InvalidMessage:
+            message = None
+        if message is None:
+            raise HTTPException(404, "There is no such message.")
+        return message
+
+
+def _action(request: Request) -> Action:
+    action = ACTIONS.get(request.path_params["action"])
+    if action is None:
+        raise HTTPException(404, "There is no such action.")
+    return action
+
+
+def _log(request: Request, message_id: int, action: str, verdict: str) -> None:
+    line = "engagement.admin action=%s message_id=%d verdict=%s by=%r"
+    logger.info(line, action, message_id, verdict, request.state.operator)
+
+
+def _filters(asked: Mapping[str, str], tz: tzinfo) -> inspection.Filters:
+    filters: inspection.Filters = {}
+    if status := asked.get("status"):
+        if status not in set(MessageStatus):
+            raise InvalidMessage("status", "is none")
+        filters["status"] = [status]
+    if user_id := asked.get("user", "").strip():
+        filters["user_id"] = user_id
+    if message_type := asked.get("type", "").strip():
+        filters["message_type"] = message_type
+    if since := _day(asked, "since", tz):
+        filters["scheduled_since"] = since
+    if until := _day(asked, "until", tz, later=timedelta(days=1)):
+        filters["scheduled_until"] = until
+    return filters
+
+
+def _day(asked: Mapping[str, str], name: str, tz: tzinfo, later: timedelta = timedelta(0)) -> datetime | None:
+    text = asked.get(name)
+    if not text:
+        return None
+    try:
+        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=tz) + later
+    except (ValueError, OverflowError):
+        raise InvalidMessage(name, "is no date") from None
+
+
+def _number(text: str | None) -> int | None:
+    if not text:
+        return None
+    if not (text.isdecimal() and text.isascii()):
+        raise InvalidMessage("message_id", "is no number")
+    return int(text)
+
+
+def _page_link(request: Request, **place: int) -> str:
+    kept = {key: value for key, value in request.query_params.items() if key not in {"before", "after"}}
+    return f"?{request.url.replace(query='').include_query_params(**kept, **place).query}"
+
+
+def _facts(message: EngagementMessage, *, reveal: bool) -> list[tuple[str, object]]:
+    """Return what is known of a message but its timeline, as (name, value) pairs; None is shown as a dash."""
+    error, key = message.error_message, message.idempotency_key
+    params = json.dumps(message.message_params, ensure_ascii=False, indent=2)
+    hidden = inspection.HIDDEN
+    return [
+        ("User", message.user_id if reveal else inspection.pseudonym(message.user_id)),
+        ("To", message.destination_jid if reveal else inspection.mask_address(message.destination_jid)),
+        ("Destination", message.destination),
+        ("Type", message.message_type),
+        ("Message key", message.message_key),
+        ("Parameters", params if reveal or not message.message_params else hidden),
+        ("Attempts", message.attempt),
+        ("Failures", message.retry_count),
+        ("Last error", error if reveal or error is None else inspection.masked(error)),
+        ("Provider's id", message.provider_message_id if reveal or not message.provider_message_id else hidden),
+        ("Delivery id", delivery_id(key)),
+        ("Idempotency key", key) if reveal else ("Hash of its key", key_hash(key)),
+    ]

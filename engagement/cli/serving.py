@@ -1,0 +1,52 @@
+"""`admin`: the admin page, for the person who starts it."""
+
+from __future__ import annotations
+
+from zoneinfo import ZoneInfo
+
+import click
+
+from engagement.cli.connecting import Database, on_database
+from engagement.cli.problems import Problem
+from engagement.cli.showing import examples
+
+
+def zone_named(name: str) -> ZoneInfo:
+    """Read the name of a time zone."""
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError):
+        raise click.BadParameter("must be a time zone such as UTC or America/Sao_Paulo.") from None
+
+
+@click.command(
+    context_settings={"show_default": True},
+    epilog=examples(
+        "engagement admin", "engagement admin --reveal --tz America/Sao_Paulo", "engagement admin --port 0"
+    ),
+)
+@click.option("--host", default="127.0.0.1", metavar="HOST", help="Where to listen.")
+@click.option("--port", default=8025, type=click.IntRange(0, 65_535), metavar="N", help="0 takes any that is free.")
+@click.option("--public", is_flag=True, help="Allow a --host that other machines can reach, over plain HTTP.")
+@click.option("--reveal", is_flag=True, help="Allow personal data to be shown to who asks for it.")
+@click.option("--tz", default="UTC", type=zone_named, metavar="ZONE", help="Times are shown and read in this zone.")
+@on_database
+def admin(database: Database, host: str, port: int, tz: ZoneInfo, *, public: bool, reveal: bool) -> None:
+    """Serve a page to look at the queue, and to act on it.
+
+    It prints an address to open in a browser. The token in it lets you in, and others on this machine out. SIGTERM or
+    Ctrl-C ends it, and the exit status is 0.
+    """
+    try:
+        from engagement.admin.serving import is_loopback, serve
+    except ModuleNotFoundError as missing:
+        raise Problem(f"{missing.name} is missing. Run: pip install 'engagement[admin]'") from None
+    if not public and not is_loopback(host):
+        raise Problem(f"--host {host} can be reached by other machines. If that is meant, add --public")
+    with database.repository():
+        pass  # What cannot work is said before anything is served.
+    with database.engine() as engine:
+        try:
+            serve(engine, host, port, click.echo, may_reveal=reveal, tz=tz, schema=database.schema)
+        except (OSError, OverflowError) as error:
+            raise Problem(f"cannot listen on {host} port {port}: {error}") from None

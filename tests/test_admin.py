@@ -1,0 +1,784 @@
+"""The admin page over HTTP: who comes in, what it shows and hides, what it does, and how little it reads."""
+
+import json
+import logging
+import re
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from html import unescape
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+import httpx
+import pytest
+from conftest import new_message, queue, row
+from fastapi import FastAPI
+from fastapi.security import HTTPBasic
+from sqlalchemy import create_engine, event, text
+from starlette.exceptions import HTTPException
+from starlette.responses import RedirectResponse
+from test_examples import served_by_uvicorn
+
+from engagement import migrations
+from engagement.admin import anyone, create_admin, pages
+from engagement.admin.chart import HEIGHT, WIDTH, chart_of
+from engagement.inspection import Activity
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "admin.md"
+NUMBER, NAME, COMPLAINT = "5511987654321", "Anastácia", "no such number: +55 11 98765-4321"
+SECRETS = (NUMBER, NAME, "98765-4321", "user-ana", "wamid.ana")
+
+
+@contextmanager
+def admin_of(engine, *, at: str = "/queue", **options):
+    """Serve the page in a host's app, mounted as a host would."""
+    host = FastAPI()
+    host.mount(at, create_admin(engine, **{"authentication": anyone} | options))
+    with served_by_uvicorn(host) as client:
+        client.base_url = client.base_url.copy_with(path=at)
+        yield client
+
+
+@pytest.fixture(scope="module", name="served")
+def _served(shared_engine):
+    with admin_of(shared_engine) as client:
+        yield client
+
+
+@pytest.fixture(name="admin")
+def _admin(served, engine):
+    """A browser of its own on a page that everybody may see, and an empty queue."""
+    served.cookies.clear()
+    return served
+
+
+def change(engine, message_id: int, **values) -> None:
+    """Change a row by hand."""
+    assignments = ", ".join(f"{name} = :{name}" for name in values)
+    with engine.begin() as connection:
+        connection.execute(
+            text(f"UPDATE engagement_message_queue SET {assignments} WHERE id = :id"), values | {"id": message_id}
+        )
+
+
+def put(engine, status: str, **values) -> int:
+    """Store a message that stands somewhere, as if it had got there by itself, and return its id."""
+    (message_id,) = queue(engine, new_message(f"user-{status}"))
+    of_status = {
+        "pending": {},
+        "sending": {"attempt": 1, "lease_expires_at": datetime.now(UTC) + timedelta(minutes=5)},
+        "sent": {"attempt": 1, "sent_at": datetime.now(UTC)},
+        "failed": {"attempt": 1},
+        "in_doubt": {"attempt": 1},
+        "cancelled": {},
+        "expired": {},
+    }
+    change(engine, message_id, status=status, **of_status[status] | values)
+    return message_id
+
+
+def put_secrets(engine) -> int:
+    """Store a message in doubt that is full of what is personal."""
+    (message_id,) = queue(
+        engine,
+        new_message("user-ana", message_params={"name": NAME}, destination_jid=f"{NUMBER}@s.whatsapp.net"),
+    )
+    entry = {"at": "2026-01-01T00:00:00+00:00", "attempt": 1, "event": "in_doubt", "reason": COMPLAINT}
+    change(
+        engine,
+        message_id,
+        status="in_doubt",
+        attempt=1,
+        error_message=COMPLAINT,
+        provider_message_id="wamid.ana",
+        history=json.dumps([entry]),
+    )
+    return message_id
+
+
+def fields_of(page: str) -> dict[str, str]:
+    """Return what the form of a page would send, as it stands."""
+    form = re.search(r'<form class="card ask".*?</form>', page, re.DOTALL)[0]
+    inputs = re.findall(r"<input [^>]*>", form)
+    pairs = ((re.search(r'name="([^"]*)"', it), re.search(r'value="([^"]*)"', it)) for it in inputs)
+    return {name[1]: unescape(value[1]) if value else "" for name, value in pairs}
+
+
+def press(client: httpx.Client, message_id: int, action: str, **filled: str) -> httpx.Response:
+    """Ask for an action, fill in its form, send it, and return the page that tells what came of it."""
+    asked = client.get(f"messages/{message_id}/{action}")
+    assert asked.status_code == 200
+    return send(client, message_id, action, **fields_of(asked.text) | filled)
+
+
+def send(client: httpx.Client, message_id: int, action: str, headers=None, **fields: str) -> httpx.Response:
+    """Send a form, and go where it leads."""
+    return client.post(f"messages/{message_id}/{action}", data=fields, headers=headers, follow_redirects=True)
+
+
+def said(page: httpx.Response) -> str:
+    """Return what a page says came of the last action."""
+    return unescape(re.search(r'<div class="alert alert-(?:success|warning)" role="status">(.*?)</div>', page.text)[1])
+
+
+def form_of(client: httpx.Client, message_id: int, action: str) -> dict[str, str]:
+    return fields_of(client.get(f"messages/{message_id}/{action}").text)
+
+
+def ids_of(page: httpx.Response) -> list[int]:
+    return [int(found) for found in re.findall(r'data-label="Message"><a href="[^"]*/messages/(\d+)', page.text)]
+
+
+# Who comes in
+
+
+def test_an_admin_without_authentication_is_refused(engine):
+    """Nobody gets an open page by leaving something out: that everybody may come in has to be said."""
+    with pytest.raises(TypeError, match="authentication"):
+        create_admin(engine)
+    with pytest.raises(TypeError, match="anyone"):
+        create_admin(engine, authentication=None)
+
+
+def test_who_is_not_signed_in_sees_nothing(engine):
+    """Every page and every file of the admin is behind the host's authentication."""
+    put_secrets(engine)
+    paths = ["", "messages", "messages/1", "messages/1/cancel", "messages/find?q=1", "static/engagement.css", "nowhere"]
+    with admin_of(engine, authentication=lambda _: None) as client:
+        answers = {(client.get(path).status_code, client.get(path).text) for path in paths}
+
+    assert answers == {(403, "Not signed in.")}
+
+
+def test_who_is_not_signed_in_changes_nothing(engine):
+    """A form that was right a moment ago does nothing for somebody who is signed out."""
+    message_id = put(engine, "pending")
+    signed_in = True
+    with admin_of(engine, authentication=lambda _: "ana" if signed_in else None) as client:
+        fields = form_of(client, message_id, "cancel")
+        signed_in = False
+        assert send(client, message_id, "cancel", **fields).status_code == 403
+
+    assert row(engine, message_id).status == "pending"
+
+
+async def _late(_request) -> str:
+    return "ana"
+
+
+def _refuse(_request) -> str:
+    raise HTTPException(401, "Who?", {"WWW-Authenticate": "Basic"})
+
+
+@pytest.mark.parametrize(
+    ("authentication", "status", "header"),
+    [
+        (_late, 200, None),
+        (_refuse, 401, ("www-authenticate", "Basic")),
+        (lambda _: RedirectResponse("/login"), 307, ("location", "/login")),
+        (lambda _: "", 403, None),
+    ],
+)
+def test_the_host_decides_how_somebody_signs_in(engine, authentication, status, header):
+    """Its function may be async, may answer itself, and may refuse as FastAPI's security schemes do."""
+    with admin_of(engine, authentication=authentication) as client:
+        answer = client.get("")
+
+    assert answer.status_code == status
+    assert header is None or answer.headers[header[0]] == header[1]
+
+
+# From where
+
+
+def test_a_form_without_its_token_changes_nothing(admin, engine):
+    """Another site can send our form, but not what only our page knows."""
+    message_id = put(engine, "pending")
+    fields = form_of(admin, message_id, "cancel")
+    del fields["csrftoken"]
+
+    assert send(admin, message_id, "cancel", **fields).status_code == 403
+    assert send(admin, message_id, "cancel", **fields, csrftoken="x").status_code == 403
+    assert row(engine, message_id).status == "pending"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://{host}"}, 200),
+    ],
+)
+def test_a_form_from_elsewhere_changes_nothing(admin, engine, headers, status):
+    """Also with a token that is right: who controls a sibling domain or another port can plant the cookie."""
+    message_id = put(engine, "pending")
+    fields = form_of(admin, message_id, "cancel")
+    headers = {name: value.format(host=admin.base_url.netloc.decode()) for name, value in headers.items()}
+
+    assert send(admin, message_id, "cancel", headers, **fields).status_code == status
+    assert row(engine, message_id).status == ("pending" if status == 403 else "cancelled")
+
+
+@pytest.mark.parametrize("action", ["cancel", "reschedule", "retry", "resolve-sent", "resolve-not-sent"])
+@pytest.mark.parametrize("status", ["pending", "failed", "in_doubt"])
+def test_asking_changes_nothing(admin, engine, action, status):
+    """A link, a prefetch or a crawler only ever gets the question."""
+    message_id = put(engine, status)
+    before = row(engine, message_id)
+
+    assert admin.get(f"messages/{message_id}/{action}").status_code == 200
+    assert row(engine, message_id) == before
+
+
+def test_pages_load_nothing_from_elsewhere_and_run_no_script(admin, engine):
+    """The browser is told so, and pages ask for nothing else."""
+    message_id = put(engine, "pending")
+    for path in ("", "messages", f"messages/{message_id}", f"messages/{message_id}/cancel", "messages/0"):
+        page = admin.get(path)
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "script-src" not in policy
+        assert "frame-ancestors 'none'" in policy
+        assert page.headers["cache-control"] == "no-store"
+        assert "<script" not in page.text
+        assert " style=" not in page.text
+        links = re.findall(r'(?:href|src|action)="([^"]*)"', page.text)
+        assert links
+        assert [link for link in links if not re.match(r"/queue/|\?|#|data:,", link)] == []
+        for link in re.findall(r'<link rel="stylesheet" href="/queue/([^"]*)"', page.text):
+            assert admin.get(link).status_code == 200
+
+
+def test_links_hold_wherever_it_is_mounted(engine):
+    """Under a name, under another app, and behind a proxy that cuts off the beginning of the path."""
+    inner, outer = FastAPI(), FastAPI()
+    inner.mount("/queue", create_admin(engine, authentication=anyone), name="anything")
+    outer.mount("/inner", inner)
+
+    async def proxied(scope, receive, send):
+        await outer(scope | {"root_path": "/proxied", "path": "/proxied" + scope.get("path", "")}, receive, send)
+
+    with served_by_uvicorn(proxied) as client:
+        page = client.get("/inner/queue/messages")
+
+    assert page.status_code == 200
+    assert 'href="/proxied/inner/queue/static/engagement.css"' in page.text
+
+
+def test_the_hosts_templates_are_not_ours(engine, tmp_path, monkeypatch):
+    """A host has a directory `templates`, too, and a layout, a list of messages and an error page in it."""
+    (tmp_path / "templates").mkdir()
+    for name in ("layout", "messages", "error", "overview", "parts"):
+        (tmp_path / "templates" / f"{name}.html").write_text("the host's")
+    monkeypatch.chdir(tmp_path)
+    with admin_of(engine) as client:
+        assert "the host's" not in "".join(client.get(path).text for path in ("", "messages", "messages/0"))
+
+
+# What it shows and hides
+
+
+def paths_of(message_id: int) -> list[str]:
+    return ["", "messages", "messages?user=user-ana", f"messages/{message_id}", f"messages/{message_id}/resolve-sent"]
+
+
+def without_filled_in(page: str) -> str:
+    """Return a page without what the person has typed into the filters."""
+    return re.sub(r'<input class="form-control" id="user"[^>]*>', "", page)
+
+
+@pytest.mark.parametrize("may_reveal", [False, lambda request: request.state.operator == "boss"])
+@pytest.mark.parametrize("asked", [{}, {"reveal": "1"}])
+def test_what_is_personal_is_masked(engine, may_reveal, asked):
+    """Params, address, reasons, provider's id, user and key: hidden on every page, whatever the address asks for."""
+    message_id = put_secrets(engine)
+    with admin_of(engine, may_reveal=may_reveal) as client:
+        for path in paths_of(message_id):
+            page = client.get(path, params=httpx.URL(path).params.merge(asked))
+            assert page.status_code == 200
+            assert [secret for secret in SECRETS if secret in without_filled_in(unescape(page.text))] == []
+            assert "eveal what is personal" not in page.text
+        assert "***21@s.whatsapp.net" in client.get(f"messages/{message_id}").text
+
+
+def test_who_may_see_it_has_to_ask_and_is_written_down(engine, caplog):
+    """It is masked until somebody asks whom the host allows; that they looked is logged, and what they saw is not."""
+    caplog.set_level(logging.INFO, "engagement")
+    message_id = put_secrets(engine)
+    with admin_of(engine, authentication=lambda _: "boss", may_reveal=True) as client:
+        page = client.get(f"messages/{message_id}")
+        assert [secret for secret in SECRETS if secret in unescape(page.text)] == []
+        assert caplog.messages == []
+        revealed = unescape(client.get(f"messages/{message_id}?reveal=1").text)
+        listed = unescape(client.get("messages?reveal=1").text)
+
+    assert [secret for secret in SECRETS if secret not in revealed] == []
+    assert NUMBER in listed
+    assert f"engagement.admin action=reveal message_id={message_id} verdict=revealed by='boss'" in caplog.messages
+    assert [secret for secret in SECRETS if secret in caplog.text] == []
+
+
+def test_text_of_others_is_text(admin, engine):
+    """What a host, a provider or a colleague wrote is shown as it is, and never as HTML."""
+    evil = "<img src=x onerror=alert(1)>"
+    (message_id,) = queue(engine, new_message("user1", message_key=evil))
+    change(engine, message_id, status="failed", attempt=1, error_message=evil)
+
+    page = admin.get(f"messages/{message_id}")
+
+    assert evil not in page.text
+    assert unescape(page.text).count(evil) == 2
+
+
+def test_the_overview_counts_and_warns(admin, engine):
+    """Each status has its count and leads to its list; what needs somebody stands out."""
+    for status, count in {"in_doubt": 2, "failed": 1, "sent": 3}.items():
+        for number in range(count):
+            (message_id,) = queue(engine, new_message(f"{status}{number}"))
+            sent_at = datetime.now(UTC) if status == "sent" else None
+            change(engine, message_id, status=status, attempt=1, sent_at=sent_at)
+
+    page = admin.get("").text
+    cards = dict(re.findall(r'status=(\w+)">\s*<span class="name">[^<]*</span>\s*<span class="count">([^<]*)<', page))
+
+    assert cards == {
+        "in_doubt": "2", "failed": "1", "pending": "0", "sending": "0", "sent": "3", "cancelled": "0", "expired": "0",
+    }  # fmt: skip
+    assert page.count('class="card attention"') == 2
+    assert re.search(r"<td>6</td><td>3</td>", page)  # this hour: all were due, three were sent
+    assert admin.get("?span=week").text.count("<rect ") == 56
+    assert admin.get("?span=nonsense").status_code == 200
+
+
+def test_the_chart_has_one_scale_that_begins_at_zero():
+    """The length of a bar is its share of a round top that holds the highest; nothing is drawn outside."""
+    hours = [datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=hour) for hour in range(24)]
+    chart = chart_of([Activity(at, due=number * 100, sent=number) for number, at in enumerate(hours)])
+
+    assert chart.amounts == (3_200, 2_400, 1_600, 800, 0)
+    assert [bar.height for _, bar, _ in chart.buckets[:3]] == pytest.approx([0, 3.125, 6.25], abs=0.01)
+    assert all(bar.y + bar.height == pytest.approx(HEIGHT) for _, *bars in chart.buckets for bar in bars)
+    assert all(bar.x >= 0 and bar.x + bar.width <= WIDTH for _, *bars in chart.buckets for bar in bars)
+    assert chart.times == tuple(hours[::3])
+    assert chart_of([Activity(hours[0], 0, 0)]).amounts == (4, 3, 2, 1, 0)
+
+
+def test_the_list_is_filtered(admin, engine):
+    """By status, user, type and day of the schedule, in the page's time zone, and by all together."""
+    day = datetime(2026, 3, 1, 23, 30, tzinfo=UTC)
+    (first, second, third) = queue(
+        engine,
+        new_message("ana", scheduled_for=day),
+        new_message("bia", message_type="review", scheduled_for=day + timedelta(hours=1)),
+        new_message("ana", message_type="review", scheduled_for=day + timedelta(days=1)),
+    )
+    change(engine, second, status="failed", attempt=1)
+
+    assert ids_of(admin.get("messages")) == [third, second, first]
+    assert ids_of(admin.get("messages?status=failed")) == [second]
+    assert ids_of(admin.get("messages?user=ana")) == [third, first]
+    assert ids_of(admin.get("messages?type=review")) == [third, second]
+    assert ids_of(admin.get("messages?user=ana&type=review&status=pending")) == [third]
+    assert ids_of(admin.get("messages?since=2026-03-02")) == [third, second]
+    assert ids_of(admin.get("messages?until=2026-03-01")) == [first]
+    assert "No message fits." in admin.get("messages?user=nobody").text
+    with admin_of(engine, tz=ZoneInfo("America/Sao_Paulo")) as client:
+        assert ids_of(client.get("messages?since=2026-03-01&until=2026-03-01")) == [second, first]
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        ("status=lost", "status: is none"),
+        ("since=yesterday", "since: is no date"),
+        ("user=%00", "user_id: holds a control character"),
+        ("before=x", "message_id: is no number"),
+        ("before=99999999999999999999", "message_id: must be a positive integer"),
+        ("until=9999-12-31", "until: is no date"),
+    ],
+)
+def test_a_filter_that_cannot_be_is_told(admin, asked, problem):
+    """No page breaks because of what somebody typed."""
+    page = admin.get(f"messages?{asked}")
+
+    assert page.status_code == 200
+    assert problem in unescape(page.text)
+
+
+def test_pages_of_the_list_hold_each_message_once(admin, engine, monkeypatch):
+    """From the newest to the oldest and back, with the filters kept, and no button that leads to nothing."""
+    monkeypatch.setattr(pages, "PAGE", 3)
+    wanted = queue(engine, *(new_message(f"user{number}") for number in range(7)))[::-1]
+    queue(engine, new_message("other", message_type="other"))
+    link = re.compile(r'rel="(prev|next)" href="([^"]*)"')
+
+    seen, address, last = [], "messages?type=goodbye", None
+    while address:
+        last = admin.get(address)
+        seen += ids_of(last)
+        links = dict(link.findall(last.text))
+        address = f"messages{unescape(links['next'])}" if "next" in links else None
+    assert seen == wanted
+
+    back = []
+    while "prev" in (links := dict(link.findall(last.text))):
+        last = admin.get(f"messages{unescape(links['prev'])}")
+        back = ids_of(last) + back
+    assert back == wanted[:6]
+
+
+def test_a_message_is_found_by_number_or_key(admin, engine):
+    """A number that is no message may still be a key."""
+    (first, second) = queue(engine, new_message("ana"), new_message("bia", idempotency_key="770077"))
+
+    def find(sought):
+        return admin.get("messages/find", params={"q": sought}, follow_redirects=True)
+
+    assert find(str(first)).url.path == f"/queue/messages/{first}"
+    assert find(row(engine, first).idempotency_key).url.path == f"/queue/messages/{first}"
+    assert find(" 770077 ").url.path == f"/queue/messages/{second}"
+    for nothing in ("12345", "no:such:key", "", "x" * 600, "9" * 30, "\x00"):
+        assert said(find(nothing)) == "No message has this number or key."
+
+
+@pytest.mark.parametrize("path", ["messages/1", "messages/9223372036854775808", "messages/1/cancel", "messages/1/burn"])
+def test_what_does_not_exist_is_said_to_be_so(admin, path):
+    """A page for it, with the way back, and no error."""
+    page = admin.get(path)
+
+    assert page.status_code == 404
+    assert "There is no such" in page.text
+
+
+# What it does
+
+
+@pytest.mark.parametrize(
+    ("status", "action", "then", "sentence"),
+    [
+        ("pending", "cancel", "cancelled", "Cancelled. It is not sent."),
+        ("cancelled", "cancel", "cancelled", "It was cancelled before."),
+        ("sent", "cancel", "sent", "Too late to cancel: the message is sent."),
+        ("sending", "cancel", "sending", "Too late to cancel: the message is sending."),
+        ("in_doubt", "cancel", "in_doubt", "Too late to cancel: the message is in doubt."),
+        ("failed", "retry", "pending", "Due again, with all its retries."),
+        ("expired", "retry", "pending", "Due again, with all its retries."),
+        ("sent", "retry", "sent", "Nothing was changed: it is sent."),
+        ("in_doubt", "retry", "in_doubt", "Nothing was changed: it is in doubt."),
+        ("in_doubt", "resolve-sent", "sent", "Resolved: it was sent."),
+        ("in_doubt", "resolve-not-sent", "pending", "Resolved: it was not sent, and is due again."),
+        ("sending", "resolve-not-sent", "sending", "Nothing was changed: it is sending."),
+        ("sent", "resolve-not-sent", "sent", "Nothing was changed: it is sent."),
+        ("sent", "reschedule", "sent", "Nothing was changed: it is sent."),
+    ],
+)
+def test_an_action_is_the_repositorys_and_its_verdict_is_told(  # noqa: PLR0917
+    admin, engine, status, action, then, sentence
+):
+    """Also where the page would no longer offer it: what was true when it was shown may not be any more."""
+    message_id = put(engine, status)
+
+    told = press(admin, message_id, action)
+
+    assert (told.status_code, told.url.path) == (200, f"/queue/messages/{message_id}")
+    assert said(told) == sentence
+    assert row(engine, message_id).status == then
+
+
+def test_who_did_what_is_logged(admin, engine, caplog):
+    """With the message's number, the verdict and the name that the host gave, and nothing of the reason."""
+    caplog.set_level(logging.INFO, "engagement")
+    message_id = put(engine, "pending")
+
+    press(admin, message_id, "cancel", reason="Ana called")
+    press(admin, message_id, "retry")
+
+    assert caplog.messages == [
+        f"engagement.admin action=cancel message_id={message_id} verdict=cancelled by='anyone'",
+        f"engagement.admin action=retry message_id={message_id} verdict=refused by='anyone'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "offered"),
+    [
+        ("pending", {"reschedule", "cancel"}),
+        ("sending", set()),
+        ("sent", set()),
+        ("failed", {"retry"}),
+        ("expired", {"retry"}),
+        ("cancelled", set()),
+        ("in_doubt", {"resolve-sent", "resolve-not-sent"}),
+    ],
+)
+def test_a_page_offers_what_fits(admin, engine, status, offered):
+    """No button that can only say no."""
+    message_id = put(engine, status)
+
+    page = admin.get(f"messages/{message_id}").text
+
+    assert set(re.findall(rf'href="/queue/messages/{message_id}/([a-z-]+)"', page)) == offered
+
+
+def test_a_reason_is_kept(admin, engine):
+    """What somebody found out stands in the message's history, and on its timeline."""
+    message_id = put(engine, "in_doubt")
+
+    told = press(admin, message_id, "resolve-sent", reason="seen in the chat")
+
+    assert row(engine, message_id).history[-1]["reason"] == "seen in the chat"
+    assert "seen in the chat" in told.text
+
+
+def test_a_message_is_rescheduled_in_the_pages_time_zone(engine):
+    """The form begins with when it is due, and takes a time as the page shows times."""
+    due = datetime(2030, 1, 1, 15, 0, tzinfo=UTC)
+    (message_id,) = queue(engine, new_message(scheduled_for=due))
+    with admin_of(engine, tz=ZoneInfo("America/Sao_Paulo")) as client:
+        assert form_of(client, message_id, "reschedule")["moment"] == "2030-01-01T12:00"
+        told = press(client, message_id, "reschedule", moment="2030-01-02T09:30")
+        assert said(told) == "Rescheduled."
+        assert "2030-01-02 09:30:00" in told.text
+
+    assert row(engine, message_id).scheduled_for == datetime(2030, 1, 2, 12, 30, tzinfo=UTC)
+
+
+def test_a_message_is_not_rescheduled_past_its_end(admin, engine):
+    """The repository says no, and the page says why."""
+    (message_id,) = queue(engine, new_message(expires_at=datetime.now(UTC) + timedelta(days=1)))
+
+    told = press(admin, message_id, "reschedule", moment="2100-01-01T00:00")
+
+    assert said(told) == "Nothing was changed: it is pending, and expires before then."
+
+
+@pytest.mark.parametrize("moment", ["", "soon", "0001-01-01T00:00"])
+def test_a_time_that_cannot_be_is_asked_for_again(admin, engine, moment):
+    """The question is put once more, with what is wrong."""
+    (message_id,) = queue(engine, new_message())
+
+    told = press(admin, message_id, "reschedule", moment=moment)
+
+    assert told.status_code == 422
+    assert 'role="alert"' in told.text
+    assert row(engine, message_id).status == "pending"
+
+
+def test_a_forgotten_message_is_not_retried(admin, engine):
+    """There is nowhere to send it to, and the page says so."""
+    message_id = put(engine, "failed", destination_jid=None, message_params="{}")
+
+    assert said(press(admin, message_id, "retry")) == "Nothing was changed: it is failed, and was forgotten or pruned."
+
+
+def test_a_message_that_is_gone_is_told(admin, engine):
+    """The page may be old, and the table downgraded or restored since."""
+    message_id = put(engine, "pending")
+    fields = form_of(admin, message_id, "cancel")
+    with engine.begin() as connection:
+        connection.execute(text("DELETE FROM engagement_message_queue"))
+
+    told = send(admin, message_id, "cancel", **fields)
+
+    assert (told.url.path, said(told)) == ("/queue/messages", "There is no such message.")
+
+
+def test_what_is_known_of_one_attempt_is_not_said_of_the_next(admin, engine):
+    """Somebody looked up an attempt; meanwhile another says that it did not leave, and the next one is in doubt."""
+    message_id = put(engine, "in_doubt")
+    fields = form_of(admin, message_id, "resolve-not-sent")
+    change(engine, message_id, attempt=2)
+
+    told = send(admin, message_id, "resolve-not-sent", **fields)
+
+    assert said(told) == "Nothing was done: the message was tried again meanwhile."
+    assert row(engine, message_id).status == "in_doubt"
+
+
+def test_no_row_is_made_edited_or_deleted(admin, engine):
+    """The only thing that takes a form is an action; what the library can do for models answers nowhere."""
+    message_id = put(engine, "pending")
+    before = row(engine, message_id)
+    fields = form_of(admin, message_id, "cancel")
+    paths = ["", "messages", f"messages/{message_id}", "messages/create", f"messages/edit/{message_id}"]
+    paths += [f"_api/messages/{name}" for name in ("action", "row-action", "import", "inline-edit", message_id)]
+
+    for path in paths:
+        for method in ("POST", "PUT", "PATCH", "DELETE"):
+            assert admin.request(method, path, data=fields).status_code in {404, 405}, (method, path)
+    for method in ("PUT", "PATCH", "DELETE"):
+        assert admin.request(method, f"messages/{message_id}/cancel", data=fields).status_code == 405
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT * FROM engagement_message_queue")).all() == [before]
+
+
+# How much it reads, and how long it waits
+
+ROWS = 5_000
+
+
+@pytest.fixture(name="large")
+def _large(engine):
+    """A queue that is large for what a page may read: old messages that were sent, and some that need somebody."""
+    statement = text(
+        """
+        INSERT INTO engagement_message_queue
+          (user_id, message_type, message_key, destination, destination_jid, status, attempt, sent_at, idempotency_key,
+           created_at, scheduled_for, next_attempt_at)
+        SELECT 'user' || i, 'goodbye', 'k', 'individual', (5511900000000 + i) || '@s.whatsapp.net',
+               CASE WHEN i % 500 = 0 THEN 'in_doubt' ELSE 'sent' END, 1, CASE WHEN i % 500 <> 0 THEN at END, 'k' || i,
+               at, at, at
+        FROM (SELECT i, now() - interval '30 days' - i * interval '1 second' AS at FROM generate_series(1, :n) AS i) x
+        """
+    )
+    with engine.begin() as connection:
+        connection.execute(statement, {"n": ROWS})
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE engagement_message_queue"))
+    yield engine
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("TRUNCATE engagement_message_queue"))
+        connection.execute(text("VACUUM ANALYZE engagement_message_queue"))
+
+
+@contextmanager
+def plans(engine):
+    """Gather what each SELECT reads, as the database reports it: (rows, statement)."""
+    read = []
+
+    def explain(connection, cursor, statement, parameters, _context, _many):
+        if not statement.startswith("SELECT"):
+            return
+        with connection.connection.cursor() as another:
+            another.execute("EXPLAIN (ANALYZE, FORMAT JSON) " + statement, parameters)
+            ((plan,),) = another.fetchone()
+        read.append((_rows_of(plan["Plan"]), statement))
+
+    event.listen(engine, "before_cursor_execute", explain)
+    try:
+        yield read
+    finally:
+        event.remove(engine, "before_cursor_execute", explain)
+
+
+def _rows_of(node: dict) -> int:
+    """Return the most rows that any node of a plan took in."""
+    mine = (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+    return max([mine, *(_rows_of(child) for child in node.get("Plans", ()))])
+
+
+def test_pages_read_little_of_a_large_queue(large, admin, monkeypatch):
+    """No count of all rows and no sort of them: what is read does not grow with what was sent long ago."""
+    monkeypatch.setattr(pages, "COUNT_UP_TO", 100)
+    monkeypatch.setattr("engagement.inspection.RATE_ROWS", 100)
+    for path in ("", "?span=week", "messages", "messages?status=in_doubt", "messages?user=user7", "messages/7"):
+        with plans(large) as read:
+            assert admin.get(path).status_code == 200
+        assert read
+        assert [statement for rows, statement in read if rows > 200] == []
+
+    overview = admin.get("").text
+    assert re.search(r'<span class="count">≈ 4,9[89]\d</span>', overview)  # sent: estimated
+    assert re.search(r'<span class="count">10</span>', overview)  # in doubt: counted
+
+
+def test_a_page_that_takes_too_long_says_so(engine):
+    """It gives up, and leaves the database alone; the overview is still worth showing without its chart."""
+    with admin_of(engine, patience=timedelta(milliseconds=200)) as client, engine.begin() as connection:
+        connection.execute(text("LOCK TABLE engagement_message_queue"))
+        page = client.get("messages")
+
+    assert page.status_code == 503
+    assert "The database took longer than 0.2 s." in page.text
+
+
+def test_the_overview_does_without_a_chart_that_takes_too_long(engine, monkeypatch):
+    """The counts do not wait for it."""
+    slow = lambda session, *_, **__: session.execute(text("SELECT pg_sleep(20)"))  # noqa: E731
+    monkeypatch.setattr("engagement.inspection.activity", slow)
+    put(engine, "failed")
+    with admin_of(engine, patience=timedelta(milliseconds=300)) as client:
+        page = client.get("")
+
+    assert page.status_code == 200
+    assert "too much of it to be shown in time" in page.text
+    assert 'class="card attention"' in page.text
+
+
+def test_a_table_that_is_missing_is_told(empty_engine):
+    """The page says what to do."""
+    with admin_of(empty_engine) as client:
+        page = client.get("messages")
+
+    assert page.status_code == 503
+    assert "Run: engagement upgrade" in page.text
+
+
+def test_a_database_that_is_away_is_told_without_its_password():
+    """Neither page nor log shows where it is."""
+    engine = create_engine("postgresql+psycopg://someone:hunter2@127.0.0.1:1/nowhere")
+    with admin_of(engine) as client:
+        page = client.get("")
+
+    assert page.status_code == 503
+    assert "The database does not answer." in page.text
+    assert "hunter2" not in page.text
+
+
+def test_the_table_may_be_in_a_schema(empty_engine):
+    """Every page and action finds it there."""
+    migrations.upgrade(empty_engine, schema="messaging")
+    with empty_engine.begin() as connection:
+        connection.execute(text("SET LOCAL search_path = messaging"))
+        connection.execute(
+            text(
+                "INSERT INTO engagement_message_queue (user_id, message_type, message_key, destination, "
+                "destination_jid, idempotency_key) VALUES ('u', 't', 'k', 'individual', '5511900000000@lid', 'key')"
+            )
+        )
+    with admin_of(empty_engine, schema="messaging") as client:
+        assert [client.get(path).status_code for path in ("", "messages", "messages/1")] == [200, 200, 200]
+        assert client.get("messages/find?q=key").headers["location"] == "/queue/messages/1"
+        assert said(press(client, 1, "cancel")) == "Cancelled. It is not sent."
+
+
+@pytest.mark.parametrize(
+    ("duration", "words"),
+    [
+        (None, "-"),
+        (timedelta(0), "0 s"),
+        (timedelta(seconds=59), "59 s"),
+        (timedelta(seconds=60), "1 min 0 s"),
+        (timedelta(hours=25, minutes=1), "1 d 1 h"),
+        (timedelta(days=400), "400 d 0 h"),
+    ],
+)
+def test_durations_are_said_in_two_units(duration, words):
+    """Enough to know whether to worry."""
+    assert pages.long_words(duration) == words
+
+
+# In a host
+
+
+def test_the_document_shows_how_to_mount_it(engine):
+    """The example in the document is short, runs, and lets in who has the password, and nobody else."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
+    namespace = {"engine": engine, "PASSWORD": "correct horse", "HTTPBasic": HTTPBasic}
+    exec(compile(block, str(DOCUMENT), "exec"), namespace)
+    message_id = put(engine, "pending")
+
+    with served_by_uvicorn(namespace["app"]) as client:
+        answers = [
+            client.get("/engagement/", auth=auth).status_code
+            for auth in (None, ("ana", "wrong"), ("ana", "correct horse"))
+        ]
+        client.auth, client.base_url = ("ana", "correct horse"), client.base_url.copy_with(path="/engagement")
+        assert said(press(client, message_id, "cancel")) == "Cancelled. It is not sent."
+
+    assert answers == [401, 401, 200]
+    assert len(block.splitlines()) < 20
