@@ -191,7 +191,7 @@ def list_messages(
 
     The next page begins `before` the last id of this one; a page that is not full is the last. A user's messages and
     those of the statuses pending, sending, failed and in_doubt are found by an index. Otherwise the table is read from
-    its newest message on until the page is full: all of it, half a second for a million, if hardly any message fits.
+    its newest message on until the page is full: all of it, up to a second for a million, if hardly any message fits.
     """
     if not 1 <= limit <= LONGEST_PAGE:
         raise ValueError(f"limit: must be from 1 to {LONGEST_PAGE}")

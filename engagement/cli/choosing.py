@@ -19,7 +19,7 @@ from engagement.repository import EngagementMessageRepository
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MOMENTS = {
-    "created_since": "Queued at this time or later",
+    "created_since": "Queued at this time or later: 2026-11-24T09:00Z, or 2h for two hours ago",
     "created_until": "Queued before this time",
     "scheduled_since": "Wanted at this time or later",
     "scheduled_until": "Wanted before this time",

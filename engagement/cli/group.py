@@ -41,7 +41,10 @@ SECTIONS = {
         "prune": "blanking:prune",
     },
 }
-"""Every command, by what it is for: `module:function` below this package."""
+"""Every command, by what it is for: `module:function` below this package.
+
+The help imports them all, so a module imports what only an extra brings where it is used.
+"""
 
 OVERVIEW = """\b
 See it work, on a database that is gone afterwards:
