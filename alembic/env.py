@@ -8,11 +8,11 @@ import logging.config
 import os
 
 from alembic import context
-from sqlalchemy import MetaData, Table, create_engine, pool, text
+from sqlalchemy import create_engine, pool, text
 from sqlalchemy.schema import CreateSchema
 
 from engagement.migrations import VERSION_TABLE, includes_ours, wait_for_turn
-from engagement.models import TABLE_NAME, EngagementBase
+from engagement.models import TABLE_NAME, EngagementBase, qualified_name
 
 config = context.config
 given = context.get_x_argument(as_dictionary=True)
@@ -50,7 +50,7 @@ def enable_row_level_security(migration) -> None:
     """Leave our tables to their owner and to the roles that bypass it: there is no policy for anybody else."""
     is_on = text("SELECT relrowsecurity FROM pg_class WHERE oid = to_regclass(:table)")
     for name in (TABLE_NAME, VERSION_TABLE):
-        table = migration.dialect.identifier_preparer.format_table(Table(name, MetaData(), schema=schema))
+        table = qualified_name(schema, name)
         # Even in vain, ALTER TABLE would make everybody wait for every open transaction.
         if migration.as_sql or not migration.connection.scalar(is_on, {"table": table}):
             context.execute("SET LOCAL lock_timeout = '5s'")

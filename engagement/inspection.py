@@ -38,9 +38,8 @@ from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
 from engagement import statements
 from engagement.messages import checked_id, checked_moment, checked_text, key_hash
-from engagement.models import FINISHED, EngagementMessage, MessageStatus
+from engagement.models import FINISHED, EngagementMessage, MessageStatus, qualified_name
 from engagement.statements import FAILED, IN_DOUBT, NOW, PENDING, SENDING, SENT, C
-from engagement.verification import qualified_name
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

@@ -87,6 +87,11 @@ class TextOf(TypeDecorator[Any]):
         return None if value is None else self._members[value]
 
 
+def qualified_name(schema: str | None, table: str = TABLE_NAME) -> str:
+    """Return a table's name as SQL and `to_regclass` read it. SQLAlchemy's quoting is for its statements: it doubles %."""
+    return table if schema is None else '"{}".{}'.format(schema.replace('"', '""'), table)
+
+
 def _check(name: str, sql: str) -> CheckConstraint:
     return CheckConstraint(sql, name=conv(f"{TABLE_NAME}_{name}"))
 

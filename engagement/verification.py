@@ -35,7 +35,7 @@ from sqlalchemy import (
 )
 
 from engagement.messages import JID_FORMS
-from engagement.models import EARLIEST, LATEST, TABLE_NAME, MessageStatus
+from engagement.models import EARLIEST, LATEST, TABLE_NAME, MessageStatus, qualified_name
 from engagement.statements import NOW, PENDING, QUEUE, SENDING, C
 
 if TYPE_CHECKING:
@@ -208,14 +208,6 @@ def _guards() -> list[tuple[str, str]]:
     constraints = [(_CONSTRAINT, str(constraint.name)) for constraint in QUEUE.constraints]
     indexes = [(_INDEX, str(index.name)) for index in QUEUE.indexes]
     return sorted(constraints + indexes) + [(_NOT_NULL, value.name) for value in C if not value.nullable]
-
-
-def qualified_name(schema: str | None) -> str:
-    """Return the table's name as `to_regclass` takes it."""
-    if schema is None:
-        return TABLE_NAME
-    quoted = schema.replace('"', '""')
-    return f'"{quoted}".{TABLE_NAME}'
 
 
 @cache

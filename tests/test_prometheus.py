@@ -276,13 +276,13 @@ def test_a_table_that_is_not_there_is_a_sample(empty_engine, caplog):
 
 def test_a_killed_connection_is_replaced(engine, caplog):
     """A scrape whose connection was ended says so, and the next one is well."""
-    other = create_engine(engine.url)
+    other = create_engine(engine.url, connect_args={"application_name": "scraped"})
     with scraping(other) as scrape:
         scrape()
         execute(
             engine,
             """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-            WHERE query LIKE '%engagement.oldest_due_age%' AND pid <> pg_backend_pid() AND state = 'idle'""",
+            WHERE application_name = 'scraped' AND datname = current_database()""",
         )
         answers = [scrape()["engagement_up", ()] for _ in range(2)]
     other.dispose()

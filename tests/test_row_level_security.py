@@ -174,9 +174,9 @@ def test_the_second_time_nobody_waits(closed):
 def test_a_schema_is_closed_too(project):
     """`schema=` and `row_level_security=` go together, whatever the schema's name has to be quoted for."""
     with project.acting_as("owner") as engine:
-        migrations.upgrade(engine, schema="Messages of ours", row_level_security=True)
+        migrations.upgrade(engine, schema='Messages of "ours", 100 %', row_level_security=True)
 
-    assert is_on(project.admin, '"Messages of ours"') == dict.fromkeys(TABLES, True)
+    assert is_on(project.admin, '"Messages of ""ours"", 100 %"') == dict.fromkeys(TABLES, True)
 
 
 def test_the_sql_for_a_person_says_so_too(project):

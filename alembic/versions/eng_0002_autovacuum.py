@@ -1,6 +1,5 @@
 """Let autovacuum come when a fiftieth of the table is dead, not a fifth: each message leaves two dead rows."""
 
-import sqlalchemy as sa
 from alembic import op
 
 revision = "eng_0002"
@@ -8,12 +7,13 @@ down_revision = "eng_0001"
 branch_labels = None
 depends_on = None
 
+TABLE = "engagement_message_queue"
+
 
 def table():
-    """Return the table's name as SQL has it."""
+    """Return the table's name as SQL has it. SQLAlchemy's quoting doubles a %, and `op.execute` would do so again."""
     schema = op.get_context().opts.get("engagement_schema")
-    queue = sa.Table("engagement_message_queue", sa.MetaData(), schema=schema)
-    return op.get_context().dialect.identifier_preparer.format_table(queue)
+    return TABLE if schema is None else '"{}".{}'.format(schema.replace('"', '""'), TABLE)
 
 
 def upgrade() -> None:
