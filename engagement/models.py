@@ -88,7 +88,7 @@ class TextOf(TypeDecorator[Any]):
 
 
 def qualified_name(schema: str | None, table: str = TABLE_NAME) -> str:
-    """Return a table's name as SQL and `to_regclass` read it. SQLAlchemy's quoting is for its statements: it doubles %."""
+    """Return a table's name as SQL and `to_regclass` read it. SQLAlchemy quotes for its statements, with a % doubled."""
     return table if schema is None else '"{}".{}'.format(schema.replace('"', '""'), table)
 
 
