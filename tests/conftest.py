@@ -1,7 +1,11 @@
 """A real PostgreSQL for every test: the one of ENGAGEMENT_TEST_DATABASE_URL, else a temporary one of our own."""
 
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import pytest
@@ -18,6 +22,11 @@ from engagement.temporary_postgres import temporary_postgres
 # How long an example takes says more of the machine than of us.
 settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any_machine")
+
+# A job in the background of a script ignores Ctrl-C, and what the tests start and interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+PATIENCE = 60
 
 
 @dataclass
@@ -154,3 +163,32 @@ def row(engine: Engine, message_id: int):
         return connection.execute(
             text("SELECT * FROM engagement_message_queue WHERE id = :id"), {"id": message_id}
         ).one()
+
+
+def in_thread(function, *arguments, **keywords) -> Future:
+    """Call in a daemon thread: a call that hangs fails its test, and not the end of all of them."""
+    future: Future = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*arguments, **keywords))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+def wait_until_blocked(engine: Engine, count: int) -> None:
+    """Return when so many sessions wait for a lock that another one holds."""
+    query = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        " AND backend_type = 'client backend'"
+    )
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with engine.connect() as connection:
+            if connection.execute(query).scalar_one() == count:
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"{count} sessions never waited for a lock")

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -15,7 +15,7 @@ import pytest
 from chaos.orders import Point
 from chaos.proxy import proxied
 from chaos.scene import Scene
-from conftest import new_message, queue, row
+from conftest import in_thread, new_message, queue, row
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -58,20 +58,6 @@ def execute(engine, sql, **values):
 def is_true(engine, sql) -> bool:
     with engine.connect() as connection:
         return bool(connection.scalar(text(sql)))
-
-
-def in_thread(function, *arguments, **keywords) -> Future:
-    """Call in a daemon thread: a worker that hangs fails its test, and not the end of all of them."""
-    future = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(function(*arguments, **keywords))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return future
 
 
 class Running:
