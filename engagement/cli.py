@@ -150,7 +150,9 @@ class Database:
         """Hand out an engine, and turn the database's errors into problems."""
         url = _checked_url(self.given_url)
         try:
-            engine = create_engine(url, hide_parameters=True, connect_args=_patience(url))
+            # Nothing prepared: the URL may be that of a pooler, whose connections of the server are shared.
+            connect_args = {"prepare_threshold": None} | _patience(url)
+            engine = create_engine(url, hide_parameters=True, connect_args=connect_args)
         except ImportError:
             raise Problem("psycopg cannot be loaded. Run: pip install 'psycopg[binary]'") from None
         # It would log, past our one line, how it cancels the query that Ctrl-C interrupts.

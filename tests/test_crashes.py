@@ -600,6 +600,7 @@ def test_a_take_over_whose_commit_was_not_acknowledged_is_not_adopted(engine, pr
     assert row(engine, message_id).attempt == 1
 
 
+@pytest.mark.direct("it tells backends apart by who uses them")
 def test_a_cut_connection_leaves_no_doubt(engine):
     """All backends are terminated while a send is in hand: it is settled as sent, by the same attempt."""
     ids = queue(engine, *(new_message(f"user{number}") for number in range(5)))
@@ -696,6 +697,7 @@ def test_a_send_that_is_accepted_while_the_database_is_away_is_recorded(server, 
     assert sorted(message.id for message in transport.sends) == ids
 
 
+@pytest.mark.direct("it gives the server options at its start")
 def test_a_claim_is_durable_whatever_the_hosts_setting(engine):
     """A host may commit asynchronously; the commit of a claim or take-over does not, and leaves no setting behind."""
     lost, due = queue(engine, new_message("lost"), new_message("due"))
