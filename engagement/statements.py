@@ -397,6 +397,47 @@ def peek() -> Executable:
     return select(or_(select(C.id).where(_is_due).exists(), lost.exists()))
 
 
+# What the frequency cap asks -----------------------------------------------------------------------------------------
+
+
+@cache
+def claim_of_message() -> Executable:
+    """Return (now, status, attempt) of a message, by the database's clock."""
+    return select(NOW.label("now"), C.status, C.attempt).where(C.id == bindparam("message_id", type_=BigInteger))
+
+
+@cache
+def count_others_of_user(*, of_types: bool) -> Executable:
+    """Count the other messages of a user: `left` since a moment, or may have; being sent `ahead` of this one, `behind`.
+
+    A doubt counts for when it was recorded, which is never before the send.
+    """
+    since: ColumnElement[Any] = bindparam("since", type_=_MOMENT)
+    message_id: ColumnElement[Any] = bindparam("message_id", type_=BigInteger)
+    entries = func.jsonb_array_elements(C.history).table_valued(column("entry", JSONB), name="entries").render_derived()
+    event, at = entries.c.entry.op("->>")("event"), cast(entries.c.entry.op("->>")("at"), _MOMENT)
+    doubted_at, last_entry_at = (
+        select(latest).select_from(entries).scalar_subquery()
+        for latest in (func.max(at).filter(event == "in_doubt"), func.max(at))
+    )
+    # A row written by hand has no history, and a forgotten one has lost it: better one message too few.
+    doubt_at = func.coalesce(doubted_at, last_entry_at, literal_column("'infinity'::timestamptz"))
+    left = case(
+        (C.status == SENT, C.sent_at >= since),
+        (C.status == SENDING, literal_column("false")),
+        # Pending too: an idempotent transport is asked again after a doubt.
+        else_=and_(or_(C.status == IN_DOUBT, C.has_doubt), doubt_at >= since),
+    )
+    wanted = [C.user_id == bindparam("of_user", type_=Text)]  # The message itself is neither ahead nor behind.
+    if of_types:
+        wanted.append(C.message_type == any_(bindparam("types", type_=ARRAY(Text))))
+    return select(
+        func.count().filter(left).label("left"),
+        func.count().filter(and_(C.status == SENDING, C.id < message_id)).label("ahead"),
+        func.count().filter(and_(C.status == SENDING, C.id > message_id)).label("behind"),
+    ).where(*wanted)
+
+
 # What a person or the host does --------------------------------------------------------------------------------------
 
 # No parameter of an UPDATE is named as a column: SQLAlchemy would set it.
