@@ -386,8 +386,13 @@ def _next_attempt(given: Any) -> ColumnElement[Any]:
 
 @cache
 def attempts_of() -> Executable:
-    """Return (id, attempt, status): what became of messages that a verdict could not be recorded for."""
-    return select(C.id, C.attempt, C.status).where(C.id == any_(bindparam("ids", type_=ARRAY(BigInteger))))
+    """Return what became of messages that a verdict could not be recorded for: (id, attempt, status, latest).
+
+    `latest` is [attempt, event] of the last entry in the history.
+    """
+    entry = C.history[-1]
+    latest = func.jsonb_build_array(entry["attempt"], entry["event"], type_=JSONB).label("latest")
+    return select(C.id, C.attempt, C.status, latest).where(C.id == any_(bindparam("ids", type_=ARRAY(BigInteger))))
 
 
 @cache

@@ -26,6 +26,7 @@ from engagement import (
     NotSent,
     Refused,
     Sent,
+    Withdraw,
     Worker,
     claims,
     migrations,
@@ -410,6 +411,24 @@ def test_a_worker_frozen_before_the_send_gives_its_claim_back(scene):
     assert events_of(scene.engine, message_id) == ["postponed"]
 
 
+@pytest.mark.parametrize("outcome", [NotSent("busy"), Refused("no such number"), Withdraw("opted out")])
+def test_who_comes_after_a_doubt_was_recorded_has_lost_the_claim(engine, caplog, outcome):
+    """What another one parked stays parked, and is neither counted nor logged as recorded by who claimed it."""
+    (message_id,) = queue(engine, new_message())
+    parked = []
+
+    def send(_):
+        execute(engine, "UPDATE engagement_message_queue SET lease_expires_at = now()")
+        parked.append(process_message_queue(engine, Transport()).in_doubt)
+        return outcome
+
+    result = process_message_queue(engine, send)
+
+    assert (parked, result.processed, result.in_doubt) == ([1], 1, 0)
+    assert f"engagement.claim_lost message_id={message_id} attempt=1" in caplog.text
+    assert (row(engine, message_id).status, events_of(engine, message_id)) == ("in_doubt", ["in_doubt"])
+
+
 # Stopping -------------------------------------------------------------------------------------------------------------
 
 
@@ -638,6 +657,19 @@ def test_a_stop_while_the_database_is_away_claims_nothing_more(engine, through_p
 
     assert row(engine, in_hand).status == "sent"
     assert (row(engine, waiting).status, row(engine, waiting).attempt) == ("pending", 0)
+
+
+@pytest.mark.parametrize(("outcome", "event"), [(NotSent("busy"), "not_sent"), (Withdraw("opted out"), "withdrawn")])
+def test_a_settlement_in_doubt_that_was_not_acknowledged_is_recognised(engine, proxy, through_proxy, outcome, event):
+    """An earlier attempt may have left, so the message is parked; that the commit went unanswered changes nothing."""
+    (message_id,) = queue(engine, new_message())
+    execute(engine, "UPDATE engagement_message_queue SET has_doubt = true, attempt = 2, retry_count = 2")
+    at_first_commit(through_proxy, is_settlement, lambda _: proxy.lose_next_commit())
+
+    result = process_message_queue(through_proxy, Transport(lambda _: outcome, idempotent=True))
+
+    assert (result.processed, result.in_doubt) == (1, 1)
+    assert (row(engine, message_id).status, events_of(engine, message_id)) == ("in_doubt", [event])
 
 
 # A lost database ------------------------------------------------------------------------------------------------------
