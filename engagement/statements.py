@@ -402,6 +402,14 @@ def peek() -> Executable:
     return select(or_(select(C.id).where(_is_due).exists(), lost.exists()))
 
 
+def _doubted_at() -> ColumnElement[Any]:
+    """Return when the last doubt was recorded, which is never before the send; of a forgotten message, when it was."""
+    entries = func.jsonb_array_elements(C.history).table_valued(column("entry", JSONB), name="entries").render_derived()
+    event, at = entries.c.entry.op("->>")("event"), cast(entries.c.entry.op("->>")("at"), _MOMENT)
+    latest = func.coalesce(func.max(at).filter(event == "in_doubt"), func.max(at))
+    return select(latest).select_from(entries).scalar_subquery()
+
+
 # What the frequency cap asks -----------------------------------------------------------------------------------------
 
 
@@ -419,14 +427,8 @@ def count_others_of_user(*, of_types: bool) -> Executable:
     """
     since: ColumnElement[Any] = bindparam("since", type_=_MOMENT)
     message_id: ColumnElement[Any] = bindparam("message_id", type_=BigInteger)
-    entries = func.jsonb_array_elements(C.history).table_valued(column("entry", JSONB), name="entries").render_derived()
-    event, at = entries.c.entry.op("->>")("event"), cast(entries.c.entry.op("->>")("at"), _MOMENT)
-    doubted_at, last_entry_at = (
-        select(latest).select_from(entries).scalar_subquery()
-        for latest in (func.max(at).filter(event == "in_doubt"), func.max(at))
-    )
-    # A row written by hand has no history, and a forgotten one has lost it: better one message too few.
-    doubt_at = func.coalesce(doubted_at, last_entry_at, literal_column("'infinity'::timestamptz"))
+    # A row written by hand has no history: better one message too few.
+    doubt_at = func.coalesce(_doubted_at(), literal_column("'infinity'::timestamptz"))
     left = case(
         (C.status == SENT, C.sent_at >= since),
         (C.status == SENDING, literal_column("false")),
@@ -545,11 +547,14 @@ def retry_if_ended() -> Executable:
 
 @cache
 def resolve_if_in_doubt(*, sent: bool) -> Executable:
-    """Say what became of a message in doubt: it was sent, or it was not and becomes due again with all its retries."""
+    """Say what became of a message in doubt: it was sent, or it was not and becomes due again with all its retries.
+
+    It was sent before the doubt was recorded, and not when somebody found out.
+    """
     resolved = update(QUEUE).where(_id, C.status == IN_DOUBT).returning(C.id)
     history = _history_with(_word("resolved"), _text("reason"))
     if sent:
-        return resolved.values(status=SENT, has_doubt=False, sent_at=NOW, history=history)
+        return resolved.values(status=SENT, has_doubt=False, sent_at=func.coalesce(_doubted_at(), NOW), history=history)
     return resolved.where(C.destination_jid.is_not(None)).values(
         status=PENDING, has_doubt=False, retry_count=0, next_attempt_at=NOW, history=history
     )
