@@ -122,19 +122,11 @@ def settle(connection: Connection, verdicts: Iterable[tuple[OutgoingMessage, Ver
     if missing:
         for row in connection.execute(statements.attempts_of(), {"ids": sorted(missing)}):
             message, verdict = given[row.id]
-            if row.attempt == message.attempt and row.status in _ways_to_record(verdict.status):
+            # What was forgotten or has a doubt ends otherwise than its verdict says, but its history tells of it.
+            is_recorded = row.status == verdict.status or row.latest == [message.attempt, verdict.event]
+            if row.attempt == message.attempt and is_recorded:
                 recorded[row.id] = row.status
     return recorded
-
-
-def _ways_to_record(status: MessageStatus) -> set[MessageStatus]:
-    # What was forgotten is not tried again, and what is in doubt does not end as unsent.
-    also = {
-        MessageStatus.PENDING: {MessageStatus.CANCELLED, MessageStatus.IN_DOUBT},
-        MessageStatus.FAILED: {MessageStatus.IN_DOUBT},
-        MessageStatus.CANCELLED: {MessageStatus.IN_DOUBT},
-    }
-    return {status} | also.get(status, set())
 
 
 def is_work_waiting(connection: Connection, after: Position) -> bool:

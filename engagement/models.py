@@ -88,7 +88,7 @@ class TextOf(TypeDecorator[Any]):
 
 
 def qualified_name(schema: str | None, table: str = TABLE_NAME) -> str:
-    """Return a table's name as SQL and `to_regclass` read it. SQLAlchemy quotes for its statements, with a % doubled."""
+    """Return a table's name as SQL and `to_regclass` read it. SQLAlchemy would double a %, for its own statements."""
     return table if schema is None else '"{}".{}'.format(schema.replace('"', '""'), table)
 
 

@@ -10,38 +10,18 @@ import inspect
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
-from functools import cache
 from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
-from sqlalchemy import (
-    ARRAY,
-    BigInteger,
-    ColumnElement,
-    Connection,
-    Engine,
-    Executable,
-    Text,
-    and_,
-    any_,
-    bindparam,
-    case,
-    cast,
-    column,
-    func,
-    literal_column,
-    or_,
-    select,
-)
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from engagement import statements
 from engagement.claims import is_transient
 from engagement.messages import InvalidMessage, OutgoingMessage, checked_destination, checked_jid
 from engagement.models import Destination, MessageStatus
 from engagement.outcomes import NotSent, Outcome, Postpone, Refused, Sent, Withdraw
 from engagement.sending import Transport
-from engagement.statements import IN_DOUBT, NOW, SENDING, SENT, C
 
 A_MINUTE = timedelta(minutes=1)
 
@@ -279,7 +259,7 @@ class FrequencyCap(Gate):
             return Postpone(datetime.now(UTC) + A_MINUTE, "the database did not answer the frequency cap")
 
     def _count(self, connection: Connection, message: OutgoingMessage, tz: tzinfo) -> OutgoingMessage | Outcome:
-        claim = connection.execute(claim_of_message(), {"message_id": message.id}).one_or_none()
+        claim = connection.execute(statements.claim_of_message(), {"message_id": message.id}).one_or_none()
         if claim is None or (claim.status, claim.attempt) != (MessageStatus.SENDING, message.attempt):
             # It is no longer counted by others, so it must not leave.
             return Postpone(datetime.now(UTC), "the claim was lost before the send")
@@ -287,7 +267,8 @@ class FrequencyCap(Gate):
         values = {"message_id": message.id, "of_user": message.user_id, "since": starts_at}
         if self._types is not None:
             values["types"] = self._types
-        counted = connection.execute(count_others_of_user(of_types=self._types is not None), values).one()
+        counting = statements.count_others_of_user(of_types=self._types is not None)
+        counted = connection.execute(counting, values).one()
         if counted.left >= self._limit:
             return Postpone(resumes_at, f"{self._limit} per {self._per} reached")
         if counted.left + counted.ahead + counted.behind < self._limit:
@@ -303,44 +284,6 @@ def local_window(now: datetime, tz: tzinfo, per: Literal["day", "week"], resume_
     today = now.astimezone(tz).date()
     first, days = (today, 1) if per == "day" else (today - timedelta(days=today.weekday()), 7)
     return _earlier(first, time.min, tz), _later(first + timedelta(days=days), resume_at, tz)
-
-
-@cache
-def claim_of_message() -> Executable:
-    """Return (now, status, attempt) of a message, by the database's clock."""
-    return select(NOW.label("now"), C.status, C.attempt).where(C.id == bindparam("message_id", type_=BigInteger))
-
-
-@cache
-def count_others_of_user(*, of_types: bool) -> Executable:
-    """Count the other messages of a user: `left` since a moment, or may have; being sent `ahead` of this one, `behind`.
-
-    A doubt counts for when it was recorded, which is never before the send.
-    """
-    since: ColumnElement[Any] = bindparam("since", type_=NOW.type)
-    message_id: ColumnElement[Any] = bindparam("message_id", type_=BigInteger)
-    entries = func.jsonb_array_elements(C.history).table_valued(column("entry", JSONB), name="entries").render_derived()
-    event, at = entries.c.entry.op("->>")("event"), cast(entries.c.entry.op("->>")("at"), NOW.type)
-    doubted_at, last_entry_at = (
-        select(latest).select_from(entries).scalar_subquery()
-        for latest in (func.max(at).filter(event == "in_doubt"), func.max(at))
-    )
-    # A row written by hand has no history, and a forgotten one has lost it: better one message too few.
-    doubt_at = func.coalesce(doubted_at, last_entry_at, literal_column("'infinity'::timestamptz"))
-    left = case(
-        (C.status == SENT, C.sent_at >= since),
-        (C.status == SENDING, literal_column("false")),
-        # Pending too: an idempotent transport is asked again after a doubt.
-        else_=and_(or_(C.status == IN_DOUBT, C.has_doubt), doubt_at >= since),
-    )
-    wanted = [C.user_id == bindparam("of_user", type_=Text)]  # The message itself is neither ahead nor behind.
-    if of_types:
-        wanted.append(C.message_type == any_(bindparam("types", type_=ARRAY(Text))))
-    return select(
-        func.count().filter(left).label("left"),
-        func.count().filter(and_(C.status == SENDING, C.id < message_id)).label("ahead"),
-        func.count().filter(and_(C.status == SENDING, C.id > message_id)).label("behind"),
-    ).where(*wanted)
 
 
 def plain_function(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

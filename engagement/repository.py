@@ -186,7 +186,8 @@ class EngagementMessageRepository:
     def resolve_message(self, message_id: int, sent: bool, reason: str | None = None) -> bool:
         """Say what became of a message in doubt: `sent`, or not, and then it is due again. False if not in doubt.
 
-        Say `sent=False` only if you know it: it sends the message.
+        Say `sent=False` only if you know it: it sends the message. `sent_at` becomes when the doubt was recorded: the
+        send was not later.
         """
         values = {"message_id": checked_id(message_id), "reason": clean_reason(reason)}
         return self._changed(statements.resolve_if_in_doubt(sent=sent), values)

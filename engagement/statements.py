@@ -401,8 +401,13 @@ def _next_attempt(given: Any) -> ColumnElement[Any]:
 
 @cache
 def attempts_of() -> Executable:
-    """Return (id, attempt, status): what became of messages that a verdict could not be recorded for."""
-    return select(C.id, C.attempt, C.status).where(C.id == any_(bindparam("ids", type_=ARRAY(BigInteger))))
+    """Return what became of messages that a verdict could not be recorded for: (id, attempt, status, latest).
+
+    `latest` is [attempt, event] of the last entry in the history.
+    """
+    entry = C.history[-1]
+    latest = func.jsonb_build_array(entry["attempt"], entry["event"], type_=JSONB).label("latest")
+    return select(C.id, C.attempt, C.status, latest).where(C.id == any_(bindparam("ids", type_=ARRAY(BigInteger))))
 
 
 @cache
@@ -416,6 +421,49 @@ def is_due_or_lost() -> Executable:
     """Return whether there is anything to do: whether a message is due or a lease ran out."""
     lost = select(C.id).where(C.status == SENDING, C.lease_expires_at <= NOW)
     return select(or_(select(C.id).where(_is_due).exists(), lost.exists()))
+
+
+def _doubted_at() -> ColumnElement[Any]:
+    """Return when the last doubt was recorded, which is never before the send; of a forgotten message, when it was."""
+    entries = func.jsonb_array_elements(C.history).table_valued(column("entry", JSONB), name="entries").render_derived()
+    event, at = entries.c.entry.op("->>")("event"), cast(entries.c.entry.op("->>")("at"), _MOMENT)
+    latest = func.coalesce(func.max(at).filter(event == "in_doubt"), func.max(at))
+    return select(latest).select_from(entries).scalar_subquery()
+
+
+# What the frequency cap asks -----------------------------------------------------------------------------------------
+
+
+@cache
+def claim_of_message() -> Executable:
+    """Return (now, status, attempt) of a message, by the database's clock."""
+    return select(NOW.label("now"), C.status, C.attempt).where(C.id == bindparam("message_id", type_=BigInteger))
+
+
+@cache
+def count_others_of_user(*, of_types: bool) -> Executable:
+    """Count the other messages of a user: `left` since a moment, or may have; being sent `ahead` of this one, `behind`.
+
+    A doubt counts for when it was recorded, which is never before the send.
+    """
+    since: ColumnElement[Any] = bindparam("since", type_=_MOMENT)
+    message_id: ColumnElement[Any] = bindparam("message_id", type_=BigInteger)
+    # A row written by hand has no history: better one message too few.
+    doubt_at = func.coalesce(_doubted_at(), literal_column("'infinity'::timestamptz"))
+    left = case(
+        (C.status == SENT, C.sent_at >= since),
+        (C.status == SENDING, literal_column("false")),
+        # Pending too: an idempotent transport is asked again after a doubt.
+        else_=and_(or_(C.status == IN_DOUBT, C.has_doubt), doubt_at >= since),
+    )
+    wanted = [C.user_id == bindparam("of_user", type_=Text)]  # The message itself is neither ahead nor behind.
+    if of_types:
+        wanted.append(C.message_type == any_(bindparam("types", type_=ARRAY(Text))))
+    return select(
+        func.count().filter(left).label("left"),
+        func.count().filter(and_(C.status == SENDING, C.id < message_id)).label("ahead"),
+        func.count().filter(and_(C.status == SENDING, C.id > message_id)).label("behind"),
+    ).where(*wanted)
 
 
 # What a person or the host does --------------------------------------------------------------------------------------
@@ -520,11 +568,14 @@ def retry_if_ended() -> Executable:
 
 @cache
 def resolve_if_in_doubt(*, sent: bool) -> Executable:
-    """Say what became of a message in doubt: it was sent, or it was not and becomes due again with all its retries."""
+    """Say what became of a message in doubt: it was sent, or it was not and becomes due again with all its retries.
+
+    It was sent before the doubt was recorded, and not when somebody found out.
+    """
     resolved = update(QUEUE).where(_id, C.status == IN_DOUBT).returning(C.id)
     history = _history_with(_word("resolved"), _text("reason"))
     if sent:
-        return resolved.values(status=SENT, has_doubt=False, sent_at=NOW, history=history)
+        return resolved.values(status=SENT, has_doubt=False, sent_at=func.coalesce(_doubted_at(), NOW), history=history)
     return resolved.where(C.destination_jid.is_not(None)).values(
         status=PENDING, has_doubt=False, retry_count=0, next_attempt_at=NOW, history=history
     )

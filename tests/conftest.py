@@ -1,16 +1,25 @@
-"""A real PostgreSQL for every test: the one of ENGAGEMENT_TEST_DATABASE_URL, else a temporary one of our own."""
+"""A real PostgreSQL for every test: the one of ENGAGEMENT_TEST_DATABASE_URL, else a temporary one of our own.
+
+With `--pgbouncer` the tests reach it through a PgBouncer in transaction mode, but for making databases and migrating.
+"""
 
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, settings
+from pgbouncer import NO_PGBOUNCER, pgbouncer, pgbouncer_program
 from pytest_postgresql import factories
 from pytest_postgresql.janitor import DatabaseJanitor
 from shell import Ran, url_of
-from sqlalchemy import URL, Engine, create_engine, make_url, text
+from sqlalchemy import URL, Engine, create_engine, event, make_url, text
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
@@ -21,6 +30,26 @@ from engagement.temporary_postgres import temporary_postgres
 # How long an example takes says more of the machine than of us.
 settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any_machine")
+
+# A job in the background of a script ignores Ctrl-C, and what the tests start and interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+PATIENCE = 60
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--pgbouncer", action="store_true", help="run the tests through a PgBouncer in transaction mode")
+
+
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "direct(reason): with --pgbouncer this test is skipped, for the reason")
+    if config.getoption("--pgbouncer") and pgbouncer_program() is None:
+        raise pytest.UsageError(f"--pgbouncer: {NO_PGBOUNCER}")
+
+
+def pytest_runtest_setup(item) -> None:
+    if item.config.getoption("--pgbouncer") and (direct := item.get_closest_marker("direct")):
+        pytest.skip(f"not through a pooler: {direct.args[0]}")
 
 
 @dataclass
@@ -79,16 +108,32 @@ migrated_database = factories.postgresql("migrated_template", dbname=None)
 empty_database = factories.postgresql("empty_template", dbname=None)
 
 
+@pytest.fixture(scope="session", name="url_of")
+def _url_of(request, migrated_template) -> Iterator[Callable[[str], URL]]:
+    """How tests reach a database: directly, or through a pooler and with the one argument that it takes."""
+    if not request.config.getoption("--pgbouncer"):
+        yield partial(database_url, migrated_template)
+        return
+    with pgbouncer(migrated_template, pool_size=40) as pooler:
+
+        def prepare_nothing(_dialect, _record, _arguments, options) -> None:
+            options.setdefault("prepare_threshold", None)
+
+        event.listen(Engine, "do_connect", prepare_nothing)
+        yield pooler.url
+        event.remove(Engine, "do_connect", prepare_nothing)
+
+
 @pytest.fixture(name="empty_engine")
-def _empty_engine(empty_template, empty_database) -> Iterator[Engine]:
+def _empty_engine(url_of, empty_template, empty_database) -> Iterator[Engine]:
     """An engine on a new database without our table."""
-    engine = create_engine(database_url(empty_template, empty_template.dbname))
+    engine = create_engine(url_of(empty_template.dbname))
     yield engine
     engine.dispose()
 
 
 @pytest.fixture(scope="session", name="shared_engine")
-def _shared_engine(migrated_template) -> Iterator[Engine]:
+def _shared_engine(url_of, migrated_template) -> Iterator[Engine]:
     janitor = DatabaseJanitor(
         user=migrated_template.user,
         host=migrated_template.host,
@@ -100,9 +145,7 @@ def _shared_engine(migrated_template) -> Iterator[Engine]:
     )
     janitor.drop()
     with janitor:
-        engine = create_engine(
-            database_url(migrated_template, f"{migrated_template.dbname}_shared"), pool_size=30, max_overflow=10
-        )
+        engine = create_engine(url_of(janitor.dbname), pool_size=30, max_overflow=10)
         yield engine
         engine.dispose()
 
@@ -175,3 +218,32 @@ def row(engine: Engine, message_id: int):
         return connection.execute(
             text("SELECT * FROM engagement_message_queue WHERE id = :id"), {"id": message_id}
         ).one()
+
+
+def in_thread(function, *arguments, **keywords) -> Future:
+    """Call in a daemon thread: a call that hangs fails its test, and not the end of all of them."""
+    future: Future = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*arguments, **keywords))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+def wait_until_blocked(engine: Engine, count: int) -> None:
+    """Return when so many sessions wait for a lock that another one holds."""
+    query = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        " AND backend_type = 'client backend'"
+    )
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with engine.connect() as connection:
+            if connection.execute(query).scalar_one() == count:
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"{count} sessions never waited for a lock")

@@ -157,6 +157,7 @@ def test_a_database_that_cannot_be_reached_is_status_3(run, url, command):
     assert "hunter2" not in ran.err
 
 
+@pytest.mark.direct("it logs in as a user of its own")
 def test_a_password_is_masked_where_the_server_repeats_it(run, engine):
     """A person whose name is the password is refused by name: even so it is not shown."""
     url = engine.url.set(username="hunter2", password="hunter2").render_as_string(hide_password=False)
@@ -179,6 +180,7 @@ def test_a_database_without_the_table_is_status_3(run, empty_engine, command):
     assert ran == (3, "", "engagement: the queue's table is missing or old. Run: engagement upgrade\n")
 
 
+@pytest.mark.direct("it logs in as a user of its own")
 def test_what_the_database_refuses_is_told_without_its_text(run, engine):
     """An error of the server is named by its class and SQLSTATE: its text may show a row."""
     with engine.begin() as connection:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -15,7 +15,7 @@ import pytest
 from chaos.orders import Point
 from chaos.proxy import proxied
 from chaos.scene import Scene
-from conftest import new_message, queue, row
+from conftest import in_thread, new_message, queue, row
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -26,6 +26,7 @@ from engagement import (
     NotSent,
     Refused,
     Sent,
+    Withdraw,
     Worker,
     claims,
     migrations,
@@ -58,20 +59,6 @@ def execute(engine, sql, **values):
 def is_true(engine, sql) -> bool:
     with engine.connect() as connection:
         return bool(connection.scalar(text(sql)))
-
-
-def in_thread(function, *arguments, **keywords) -> Future:
-    """Call in a daemon thread: a worker that hangs fails its test, and not the end of all of them."""
-    future = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(function(*arguments, **keywords))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return future
 
 
 class Running:
@@ -350,8 +337,9 @@ def test_a_late_answer_does_not_settle_the_next_attempt(engine, outcome):
 
 
 @pytest.fixture(name="scene")
-def _scene(empty_engine, tmp_path):
-    with Scene(empty_engine.url.render_as_string(hide_password=False), tmp_path) as scene:
+def _scene(request, empty_engine, tmp_path):
+    url, prepares = empty_engine.url.render_as_string(hide_password=False), not request.config.getoption("--pgbouncer")
+    with Scene(url, tmp_path, prepares=prepares) as scene:
         yield scene
 
 
@@ -421,6 +409,24 @@ def test_a_worker_frozen_before_the_send_gives_its_claim_back(scene):
 
     assert [entry.attempt for entry in scene.ledger.entries()] == [2]
     assert events_of(scene.engine, message_id) == ["postponed"]
+
+
+@pytest.mark.parametrize("outcome", [NotSent("busy"), Refused("no such number"), Withdraw("opted out")])
+def test_who_comes_after_a_doubt_was_recorded_has_lost_the_claim(engine, caplog, outcome):
+    """What another one parked stays parked, and is neither counted nor logged as recorded by who claimed it."""
+    (message_id,) = queue(engine, new_message())
+    parked = []
+
+    def send(_):
+        execute(engine, "UPDATE engagement_message_queue SET lease_expires_at = now()")
+        parked.append(process_message_queue(engine, Transport()).in_doubt)
+        return outcome
+
+    result = process_message_queue(engine, send)
+
+    assert (parked, result.processed, result.in_doubt) == ([1], 1, 0)
+    assert f"engagement.claim_lost message_id={message_id} attempt=1" in caplog.text
+    assert (row(engine, message_id).status, events_of(engine, message_id)) == ("in_doubt", ["in_doubt"])
 
 
 # Stopping -------------------------------------------------------------------------------------------------------------
@@ -507,8 +513,9 @@ def _through_proxy(proxy):
 
 def terminate(engine, connection) -> None:
     """End the backend of a connection, and return when it is gone."""
-    pid = connection.connection.dbapi_connection.info.backend_pid
-    execute(engine, "SELECT pg_terminate_backend(:pid)", pid=pid)
+    # Asked, since what a pooler tells its client is a number of its own.
+    (pid,) = connection.connection.dbapi_connection.execute("SELECT pg_backend_pid()").fetchone()
+    assert execute(engine, "SELECT pg_terminate_backend(:pid)", pid=pid).scalar_one()
     until(lambda: not is_true(engine, f"SELECT exists(SELECT FROM pg_stat_activity WHERE pid = {pid})"))
 
 
@@ -614,6 +621,7 @@ def test_a_take_over_whose_commit_was_not_acknowledged_is_not_adopted(engine, pr
     assert row(engine, message_id).attempt == 1
 
 
+@pytest.mark.direct("it ends backends by the name of their client")
 def test_a_cut_connection_leaves_no_doubt(engine):
     """All backends are terminated while a send is in hand: it is settled as sent, by the same attempt."""
     ids = queue(engine, *(new_message(f"user{number}") for number in range(5)))
@@ -649,6 +657,19 @@ def test_a_stop_while_the_database_is_away_claims_nothing_more(engine, through_p
 
     assert row(engine, in_hand).status == "sent"
     assert (row(engine, waiting).status, row(engine, waiting).attempt) == ("pending", 0)
+
+
+@pytest.mark.parametrize(("outcome", "event"), [(NotSent("busy"), "not_sent"), (Withdraw("opted out"), "withdrawn")])
+def test_a_settlement_in_doubt_that_was_not_acknowledged_is_recognised(engine, proxy, through_proxy, outcome, event):
+    """An earlier attempt may have left, so the message is parked; that the commit went unanswered changes nothing."""
+    (message_id,) = queue(engine, new_message())
+    execute(engine, "UPDATE engagement_message_queue SET has_doubt = true, attempt = 2, retry_count = 2")
+    at_first_commit(through_proxy, is_settlement, lambda _: proxy.lose_next_commit())
+
+    result = process_message_queue(through_proxy, Transport(lambda _: outcome, idempotent=True))
+
+    assert (result.processed, result.in_doubt) == (1, 1)
+    assert (row(engine, message_id).status, events_of(engine, message_id)) == ("in_doubt", [event])
 
 
 # A lost database ------------------------------------------------------------------------------------------------------
@@ -710,6 +731,7 @@ def test_a_send_that_is_accepted_while_the_database_is_away_is_recorded(server, 
     assert sorted(message.id for message in transport.sends) == ids
 
 
+@pytest.mark.direct("it gives the server options at its start")
 def test_a_claim_is_durable_whatever_the_hosts_setting(engine):
     """A host may commit asynchronously; the commit of a claim or take-over does not, and leaves no setting behind."""
     lost, due = queue(engine, new_message("lost"), new_message("due"))

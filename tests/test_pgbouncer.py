@@ -2,25 +2,19 @@
 
 import asyncio
 import os
-import pwd
-import re
-import shutil
-import socket
+import select
 import subprocess
-import tempfile
+import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import new_message, queue, row
-from sqlalchemy import URL, Engine, create_engine, text
+from pgbouncer import PgBouncer, pgbouncer
+from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
@@ -35,107 +29,7 @@ from engagement import (
 )
 
 PATIENCE = 20
-PORT = 6432
 FOR_POOLERS = {"prepare_threshold": None}
-
-CONFIGURATION = """
-[databases]
-* = host={host} port={port} user={user}{password} connect_query='{connect_query}'
-[pgbouncer]
-pool_mode = transaction
-default_pool_size = {pool_size}
-max_client_conn = 500
-query_wait_timeout = 20
-listen_addr =
-listen_port = {own_port}
-unix_socket_dir = {place}
-auth_type = any
-{more}
-"""
-# It ends when our end of the pipe is closed, also if we are killed.
-KEEPER = """trap '' INT; "$0" -q "$1" & read -r _; kill -KILL $!; wait"""
-
-
-class PgBouncer:
-    """A pooler in front of a server, which can be restarted."""
-
-    def __init__(self, program: str, place: Path, user: dict[str, Any]) -> None:
-        self._command = ["/bin/sh", "-c", KEEPER, program, str(place / "pgbouncer.ini")]
-        self._place = place
-        self._user = user
-
-    def url(self, database: str) -> URL:
-        """Return how to reach a database of the server through the pooler."""
-        query = {"host": str(self._place), "port": str(PORT)}
-        return URL.create("postgresql+psycopg", username="anybody", database=database, query=query)
-
-    def start(self) -> None:
-        """Return when it takes connections."""
-        with (self._place / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd="/", **self._user
-            )
-        deadline = time.monotonic() + PATIENCE
-        while not self._answers():
-            assert time.monotonic() < deadline, (self._place / "log").read_text()
-            time.sleep(0.01)
-
-    def stop(self) -> None:
-        """Cut all connections, and return when it is gone."""
-        self._process.stdin.close()
-        self._process.wait(PATIENCE)
-
-    def _answers(self) -> bool:
-        with socket.socket(socket.AF_UNIX) as client:
-            return client.connect_ex(str(self._place / f".s.PGSQL.{PORT}")) == 0
-
-
-@contextmanager
-def pgbouncer(server, *, pool_size: int, connect_query: str = "SELECT 1") -> Iterator[PgBouncer]:
-    """Run a PgBouncer in transaction mode in front of `server`. Skips the test if there is none to run."""
-    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
-    if program is None:
-        pytest.skip("no pgbouncer on this machine: install the package of that name to run what goes through it")
-    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
-    major, minor = map(int, re.search(r"(\d+)\.(\d+)", version).groups())
-    # Since 1.21 it can follow prepared statements. What holds for all is what holds without.
-    more = "max_prepared_statements = 0" if (major, minor) >= (1, 21) else ""
-    with tempfile.TemporaryDirectory(prefix="engagement-pooler-", dir="/tmp") as directory:
-        place = Path(directory)
-        configuration = CONFIGURATION.format(
-            host=server.host,
-            port=server.port,
-            user=server.user,
-            password=f" password={_quoted(server.password)}" if server.password else "",
-            pool_size=pool_size,
-            connect_query=connect_query,
-            own_port=PORT,
-            place=place,
-            more=more,
-        )
-        (place / "pgbouncer.ini").write_text(configuration)
-        user = _user_to_run_as(str(server.host))
-        if user:
-            os.chown(place, user["user"], user["group"])
-        pooler = PgBouncer(program, place, user)
-        pooler.start()
-        try:
-            yield pooler
-        finally:
-            pooler.stop()
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _user_to_run_as(host: str) -> dict[str, Any]:
-    # It refuses to run as root, and the server's socket may be closed to all but the server's user.
-    if os.geteuid() != 0:
-        return {}
-    owner = Path(host).stat() if host.startswith("/") else None
-    user, group = (owner.st_uid, owner.st_gid) if owner else pwd.getpwnam("nobody")[2:4]
-    return {"user": user, "group": group, "extra_groups": []}
 
 
 @pytest.fixture(scope="module", name="pooler")
@@ -176,11 +70,12 @@ def count(engine: Engine) -> int:
         return connection.scalar(text("SELECT count(*) FROM engagement_message_queue"))
 
 
-@pytest.mark.parametrize("arguments", [FOR_POOLERS, {}])
-def test_the_one_argument_is_needed(migrated_template, engine, arguments):
+# psycopg's default is 5.
+@pytest.mark.parametrize("prepare_threshold", [None, 5])
+def test_the_one_argument_is_needed(migrated_template, engine, prepare_threshold):
     """Two clients that meet on one connection of the server disturb each other, unless nothing is prepared on it."""
     with pgbouncer(migrated_template, pool_size=1) as pooler:
-        pooled = create_engine(pooler.url(engine.url.database), connect_args=arguments)
+        pooled = create_engine(pooler.url(engine.url.database), connect_args={"prepare_threshold": prepare_threshold})
 
         def both_queue() -> None:
             with pooled.connect() as one, pooled.connect() as other:
@@ -189,7 +84,7 @@ def test_the_one_argument_is_needed(migrated_template, engine, arguments):
                         EngagementMessageRepository(Session(client)).queue_message(new_message(f"user{number}"))
                         client.commit()
 
-        if arguments:
+        if prepare_threshold is None:
             both_queue()
             assert count(engine) == 20
         else:
@@ -307,6 +202,30 @@ def test_what_a_lost_worker_left_is_recovered(pooled):
     assert row(pooled, holding).status == "sending"
 
 
+def test_a_cut_behind_the_pooler_is_waited_for(engine, pooled):
+    """The pooler's connection to the server is lost before a commit: nothing is lost, in doubt, or sent twice."""
+    ids = queue(engine, new_message("a"), new_message("b"))
+    sent, claims, cut = [], [], []
+
+    @event.listens_for(pooled, "after_cursor_execute")
+    def cut_once(connection, _cursor, statement, *_) -> None:
+        claims.extend(["one"] if "lease_expires_at=CASE" in statement else [])
+        # The second claim's transaction records the first send too, and is about to commit.
+        if len(claims) != 2 or cut:
+            return
+        client = connection.connection.dbapi_connection
+        cut.append(client.execute("SELECT pg_backend_pid()").fetchone()[0])
+        with engine.begin() as direct:
+            direct.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": cut[0]})
+        assert select.select([client.fileno()], [], [], PATIENCE)[0]  # The pooler has told the client.
+
+    result = process_message_queue(pooled, lambda message: sent.append(message.id))
+
+    assert len(cut) == 1
+    assert (sent, result.succeeded) == (ids, 2)
+    assert {(row(engine, message_id).status, row(engine, message_id).attempt) for message_id in ids} == {("sent", 1)}
+
+
 def test_a_send_outlives_the_pooler(pooler, pooled):
     """The pooler is restarted in the middle of a send: the worker waits for it, and records what it knows."""
     first, second = queue(pooled, new_message("a"), new_message("b"))
@@ -331,9 +250,26 @@ def test_migrations_take_a_direct_connection(pooler, empty_engine):
     pooled = create_engine(pooler.url(empty_engine.url.database), connect_args=FOR_POOLERS)
     try:
         queue(pooled, new_message())
+        assert left_behind(pooled) == []
         migrations.upgrade(pooled)
 
         assert process_message_queue(pooled, lambda _: None).succeeded == 1
         assert left_behind(pooled) == []
     finally:
         pooled.dispose()
+
+
+def test_the_command_line_works_behind_a_pooler(migrated_template, engine, tmp_path):
+    """Two runs of the command, one after the other on one connection of the server, both send."""
+    (tmp_path / "provider.py").write_text("def send(message): ...")
+    command = [sys.executable, "-c", "from engagement.cli import main; main()", "process", "--transport"]
+    with pgbouncer(migrated_template, pool_size=1) as pooler:
+        environment = os.environ | {
+            "ENGAGEMENT_DATABASE_URL": pooler.url(engine.url.database).render_as_string(),
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
+        }
+        for run in ("a", "b"):
+            ids = queue(engine, *(new_message(f"{run}{number}") for number in range(8)))
+            subprocess.run([*command, "provider:send"], env=environment, timeout=60, check=True)
+
+            assert {row(engine, message_id).status for message_id in ids} == {"sent"}

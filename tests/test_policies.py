@@ -712,6 +712,22 @@ def test_a_doubt_counts_for_when_it_arose(engine, noon):
     assert [message.id for message in sent] == [message_id]
 
 
+@pytest.mark.parametrize(("before_midnight", "counts"), [(A_SECOND, False), (-A_SECOND, True)])
+def test_a_resolved_doubt_counts_for_when_it_arose(engine, noon, before_midnight, counts):
+    """Who says today that a message of yesterday was sent takes no room of today."""
+    other, message_id = queue(engine, *user_messages("other", "this"))
+    doubted_at = midnight(noon) - before_midnight
+    put(engine, other, "in_doubt", when=doubted_at, events="in_doubt")
+    with Session(engine) as session, session.begin():
+        assert EngagementMessageRepository(session).resolve_message(other, sent=True)
+    sent = []
+
+    process_message_queue(engine, cap(sent.append, engine, noon))
+
+    assert [message.id for message in sent] == ([] if counts else [message_id])
+    assert row(engine, other).sent_at == doubted_at
+
+
 def test_nothing_is_open_while_a_capped_message_is_sent(engine, noon):
     """The count holds no transaction and no lock during the send."""
     queue(engine, new_message())

@@ -3,15 +3,14 @@
 import asyncio
 import inspect
 import threading
-import time
 import tracemalloc
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from conftest import new_message, queue, row
+from conftest import PATIENCE, in_thread, new_message, queue, row, wait_until_blocked
 from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
@@ -31,7 +30,6 @@ from engagement import (
     repository,
 )
 
-PATIENCE = 60
 SERIALIZATION_FAILURE = "40001"
 DEADLOCK = "40P01"
 
@@ -86,35 +84,6 @@ def keys(engine: Engine) -> list[str]:
 
 def messages(count: int, **given) -> list[NewMessage]:
     return [new_message(idempotency_key=f"k{number:06}", **given) for number in range(count)]
-
-
-def wait_until_blocked(engine: Engine, count: int) -> None:
-    """Return when so many sessions wait for a lock that another one holds."""
-    query = text(
-        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-        " AND backend_type = 'client backend'"
-    )
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        with engine.connect() as connection:
-            if connection.execute(query).scalar_one() == count:
-                return
-        time.sleep(0.01)
-    raise AssertionError(f"{count} sessions never waited for a lock")
-
-
-def in_thread(function, *args) -> Future:
-    """Start `function` in a thread of its own; a test that fails does not wait for it."""
-    future: Future = Future()
-
-    def work():
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future
 
 
 @contextmanager

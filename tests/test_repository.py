@@ -11,12 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import database_url, new_message, queue, row
+from conftest import PATIENCE, database_url, in_thread, new_message, queue, row, wait_until_blocked
 from pytest_postgresql.janitor import DatabaseJanitor
 from sqlalchemy import CheckConstraint, Engine, create_engine, event, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
-from test_queueing import PATIENCE, in_thread, wait_until_blocked
 
 import engagement
 from engagement import (

@@ -29,6 +29,8 @@ class Orders:
     url: str
     ledger: str
     notes: str
+    prepares: bool = True
+    """Whether statements are prepared, which a pooler does not take."""
     idempotent: bool = False
     looks_up: bool = False
     concurrency: int = 1

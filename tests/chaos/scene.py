@@ -28,13 +28,15 @@ PATIENCE_SECONDS = 30.0
 class Scene:
     """Owns what a run needs, and at its end kills every process that is left."""
 
-    def __init__(self, url: str, directory: Path) -> None:
+    def __init__(self, url: str, directory: Path, *, prepares: bool = True) -> None:
         # Without a pool: a connection of ours must not outlive a restart of the server.
         self.engine = create_engine(url, poolclass=NullPool)
         self.ledger = Ledger(directory / "ledger")
         self.notes = AppendOnlyFile(directory / "notes")
         self.log = directory / "workers.log"
-        self.orders = Orders(url=url, ledger=str(directory / "ledger"), notes=str(directory / "notes"))
+        self.orders = Orders(
+            url=url, prepares=prepares, ledger=str(directory / "ledger"), notes=str(directory / "notes")
+        )
         self.queued: set[str] = set()
         self._processes: list[subprocess.Popen] = []
 

@@ -17,8 +17,9 @@ from .scene import Scene
 
 
 @pytest.fixture(name="scene")
-def _scene(empty_engine, tmp_path):
-    with Scene(empty_engine.url.render_as_string(hide_password=False), tmp_path) as scene:
+def _scene(request, empty_engine, tmp_path):
+    url, prepares = empty_engine.url.render_as_string(hide_password=False), not request.config.getoption("--pgbouncer")
+    with Scene(url, tmp_path, prepares=prepares) as scene:
         yield scene
 
 

@@ -13,6 +13,7 @@ import time
 from datetime import timedelta
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Engine, create_engine, event
 
@@ -189,7 +190,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     notes = AppendOnlyFile(Path(orders.notes))
     fate = Fate(orders, notes)
-    engine = create_engine(orders.url, connect_args={"application_name": "chaos worker"})
+    connect_args: dict[str, Any] = {"application_name": "chaos worker"}
+    if not orders.prepares:
+        connect_args["prepare_threshold"] = None
+    engine = create_engine(orders.url, connect_args=connect_args)
     CommitWatch(engine, fate)
     if orders.sabotage is not None:
         commit_sabotage(orders.sabotage, engine)
