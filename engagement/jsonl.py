@@ -10,9 +10,10 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
+from inspect import Parameter, signature
 from itertools import count
 from typing import IO, Any, NoReturn
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -22,12 +23,9 @@ from engagement.messages import InvalidMessage, NewMessage
 MAX_LINE_BYTES = 1024 * 1024
 """Far more than a message can have; what is longer is skipped without being held in memory."""
 
-FIELDS = tuple(field.name for field in fields(NewMessage) if field.init)
-REQUIRED = tuple(
-    field.name
-    for field in fields(NewMessage)
-    if field.init and field.default is MISSING and field.default_factory is MISSING
-)
+_PARAMETERS = signature(NewMessage).parameters
+FIELDS = tuple(_PARAMETERS)
+REQUIRED = tuple(name for name, parameter in _PARAMETERS.items() if parameter.default is Parameter.empty)
 WHOLE_LINE = ""
 """The field of an error that concerns no field."""
 
