@@ -107,7 +107,7 @@ def timeline(message: EngagementMessage, *, reveal: bool = False) -> list[Moment
         case MessageStatus.SENDING:
             known += _in_hand(message, max(at for at, _ in history + known[:1]))
         case MessageStatus.SENT:
-            known.append((_sent_at(message), Moment(message.sent_at, "sent", message.attempt, _by(message))))
+            known.append((_sent_at(message), _sent(message, history)))
         case ended:
             if all(moment.what in _BLANKINGS for _, moment in history):
                 lost = Moment(None, str(ended), message.attempt or None, "when and why is not kept")
@@ -149,6 +149,12 @@ def _in_hand(message: EngagementMessage, latest: datetime) -> Iterator[tuple[dat
     yield since, Moment(None, "claimed", message.attempt, f"{_by(message)}, when is not recorded")
     if message.lease_expires_at is not None:
         yield message.lease_expires_at, Moment(message.lease_expires_at, "lease_ends", message.attempt, None)
+
+
+def _sent(message: EngagementMessage, history: Sequence[tuple[datetime, Moment]]) -> Moment:
+    is_found_out = any(moment.what == "resolved" and at > _sent_at(message) for at, moment in history)
+    detail = "at the latest, as was found out later" if is_found_out else _by(message)
+    return Moment(message.sent_at, "sent", message.attempt, detail)
 
 
 def _sent_at(message: EngagementMessage) -> datetime:

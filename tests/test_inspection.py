@@ -145,6 +145,19 @@ def test_a_doubt_that_is_sent_again_is_told(engine):
     assert told(engine)[-1] == ("due", 2, "an earlier attempt may have left")
 
 
+def test_a_doubt_that_somebody_resolved_names_no_worker_for_it(engine):
+    """It was sent by the time of the doubt; who says so found out later, and is told after it."""
+    queue(engine, new_message())
+    deliver(engine, InDoubt("no answer"))
+    act(engine, "resolve_message", 1, sent=True, reason="seen in the chat")
+
+    assert told(engine)[2:] == [
+        ("in_doubt", 1, "no answer"),
+        ("sent", 1, "at the latest, as was found out later"),
+        ("resolved", 1, "seen in the chat"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("assignments", "lost"),
     [
