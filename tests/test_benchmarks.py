@@ -15,7 +15,7 @@ TOLD = {
     "queue-one": ["floor: BEGIN, INSERT, COMMIT", "queue_message, 8 threads", "≥ 0.5"],
     "drain": ["1000 at a time", "send_many of 1,000", "concurrency=100", "one at a time", "two processes"],
     "crowd": ["5,000 finished", "1,000 scheduled for later", "LockRows", "engagement_message_queue_due"],
-    "old-snapshot": ["plain claims of 100", "ours, send_many of 1,000, at the end of the snapshot", "≥ 5", "after the vacuum"],
+    "old-snapshot": ["plain claims of 100", "send_many of 1,000", "≥ 5", "after the vacuum"],
     "idle": ["statements for each poll", "from due to sent, longest", "burst of"],
     "vacuum": ["PostgreSQL's defaults", "vacuum at 2 %", "pages for 100 due", "HOT"],
 }
