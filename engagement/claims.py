@@ -39,11 +39,11 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """What one claim returned: what is to be sent, and what ended instead. `last` is the place of its last message."""
+    """What one claim returned: what is to be sent, and what ended instead. The next one starts at `go_on_after`."""
 
     claims: list[Claim]
     ended: dict[OutgoingMessage, MessageStatus]
-    last: Position | None
+    go_on_after: Position | None
 
 
 def prepare(connection: Connection) -> None:
@@ -77,10 +77,12 @@ def claim(
     }
     rows = connection.execute(statements.claim(one_per_destination=one_per_destination), values)
     taken = sorted((_claim(row, until) for row in rows), key=_place)
+    # Whose first message ended has others that were passed over, and lie behind it.
+    ended = (claim.place for claim, status in taken if one_per_destination and status != MessageStatus.SENDING)
     return Claimed(
         claims=[claim for claim, status in taken if status == MessageStatus.SENDING],
         ended={claim.message: status for claim, status in taken if status != MessageStatus.SENDING},
-        last=_place(taken[-1]) if taken else None,
+        go_on_after=next(ended, _place(taken[-1])) if taken else None,
     )
 
 
@@ -130,11 +132,8 @@ def settle(connection: Connection, verdicts: Iterable[tuple[OutgoingMessage, Ver
 
 
 def is_work_waiting(connection: Connection, after: Position) -> bool:
-    """Whether a message is due behind `after`; from the start also whether a lease has run out."""
-    if after == START:
-        return bool(connection.execute(statements.is_due_or_lost()).scalar_one())
-    values = {"after_at": after[0], "after_id": after[1]}
-    return bool(connection.execute(statements.is_due_after(), values).scalar_one())
+    """Whether a message is due behind `after`, or a lease has run out."""
+    return bool(connection.execute(statements.peek(), {"after_at": after[0], "after_id": after[1]}).scalar_one())
 
 
 def is_transient(error: BaseException) -> bool:

@@ -52,6 +52,8 @@ or committed late lies before that, so one starts from the beginning this often.
 RESTART_SHARE = 0.1
 """The most of its time that a worker spends on that: while another session holds an old snapshot, no dead entry can be
 removed, and to step over all of them takes ever longer."""
+LONGEST_RESTART_SECONDS = 60.0
+"""But it is put off for no longer: that one took long may also have been a lock, or a machine that slept."""
 READY_SECONDS = 1.0
 BEGIN_POLL_SECONDS = 0.005
 """How soon a paced worker looks again whether the send that it handed over has begun."""
@@ -81,6 +83,8 @@ class Delivery:
         self._position = claims.START
         self._readiness: Future[Any] | None = None
         self._was_ready = False
+        self._last_answer: bool | None = None
+        self._is_paced = False
         self._found_nothing = False
         self._failure: SQLAlchemyError | None = None
         self._database_was_reached = False
@@ -176,14 +180,14 @@ class Delivery:
                 holder,
                 limit=limit,
                 after=after,
-                busy=self._busy(),
+                busy=self._busy(taken.claims),
                 one_per_destination=not self._sender.sends_many,
                 idempotent=self._sender.idempotent,
             )
             if after == claims.START:
                 taken.restart_took = clock() - asked_at
-            taken.position = claimed.last
-            if claimed.last is not None:
+            taken.position = claimed.go_on_after
+            if claimed.go_on_after is not None:
                 break
         taken.claims += claimed.claims
         taken.ended = claimed.ended
@@ -199,13 +203,13 @@ class Delivery:
         is_last = self._until_empty and {claim for claim, _ in self._decided}.issuperset(self._in_hand.values())
         return [min(after), claims.START] if is_last else [min(after)]
 
-    def _busy(self) -> set[str]:
-        """Return where a send is under way: a destination gets its messages in order, one at a time."""
+    def _busy(self, taken: list[Claim]) -> set[str]:
+        """Return where a send is under way, or about to be: a destination gets its messages in order, one at a time."""
         if self._sender.sends_many:
             return set()  # One batch at a time, in order.
         decided = {claim for claim, _ in self._decided}
         in_hand = (claim for claim in self._in_hand.values() if claim not in decided)
-        return {claim.message.destination_jid for claim in (*in_hand, *self._overdue)}
+        return {claim.message.destination_jid for claim in (*in_hand, *self._overdue, *taken)}
 
     def _note(self, taken: _Taken) -> None:
         if taken.name in self._unacknowledged:
@@ -241,9 +245,12 @@ class Delivery:
     # How much can be started now
 
     def _wanted(self) -> int:
-        if self._stop.is_set() or self._failure is not None or clock() < self._start_at:
+        self._is_paced = clock() < self._start_at
+        if self._stop.is_set() or self._failure is not None or self._is_paced:
             return 0
-        self._overdue = {claim for claim in self._overdue if claim.future and not claim.future.done()}
+        for claim in [claim for claim in self._overdue if claim.future and claim.future.done()]:
+            self._overdue.remove(claim)
+            self._position = min(self._position, claim.place)
         settling = sum(self._in_hand.get(claim.message.id) is claim for claim, _ in self._decided)
         in_use = len(self._in_hand) - settling + len(self._overdue)
         free = self._worker.concurrency - in_use
@@ -272,6 +279,9 @@ class Delivery:
             self._was_ready = self._readiness is None
         if self._readiness is not None and self._readiness.done():
             self._was_ready = _is_true(self._readiness)
+            if not self._was_ready and self._last_answer is not False:
+                logger.warning("engagement.not_ready")
+            self._last_answer = self._was_ready
             self._readiness = None
             self._ask_at = clock() + READY_SECONDS
         return self._was_ready and self._readiness is None
@@ -283,8 +293,8 @@ class Delivery:
             return
         if self._in_hand or self._readiness is not None:
             self._collect(self._pause())
-        elif (pause := self._start_at - clock()) > 0:
-            self._stop.wait(pause)
+        elif self._is_paced:
+            self._stop.wait(max(0.0, self._start_at - clock()))
         else:
             self._idle()
 
@@ -305,7 +315,7 @@ class Delivery:
                 self._put_off_restart(clock() - asked_at)
 
     def _put_off_restart(self, took: float) -> None:
-        self._restart_at = clock() + max(RESTART_SECONDS, took / RESTART_SHARE)
+        self._restart_at = clock() + min(max(RESTART_SECONDS, took / RESTART_SHARE), LONGEST_RESTART_SECONDS)
 
     def _collect(self, timeout: float) -> None:
         """Wait for an answer, then take all that are there; extend leases and notice overdue sends on the way."""

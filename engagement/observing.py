@@ -6,6 +6,7 @@ An observer can neither change nor fail what it sees: what it raises is logged, 
 from __future__ import annotations
 
 import logging
+from asyncio import CancelledError
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -122,6 +123,7 @@ def committed(round_: Round) -> None:
 def _guarded(told: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
     try:
         return told(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001 - taken for the transport's, it would send a message twice
+    # Taken for the transport's, it would send a message twice. A cancelled call is no plain exception.
+    except (Exception, CancelledError) as error:  # noqa: BLE001
         logger.warning("engagement.observer_failed error=%s", type(error).__name__)
         return None

@@ -411,16 +411,10 @@ def attempts_of() -> Executable:
 
 
 @cache
-def is_due_after() -> Executable:
-    """Return whether a message is due after (`after_at`, `after_id`)."""
-    return select(select(C.id).where(_is_due, _after()).exists())
-
-
-@cache
-def is_due_or_lost() -> Executable:
-    """Return whether there is anything to do: whether a message is due or a lease ran out."""
+def peek() -> Executable:
+    """Return whether there is anything to do: a message is due after (`after_at`, `after_id`), or a lease ran out."""
     lost = select(C.id).where(C.status == SENDING, C.lease_expires_at <= NOW)
-    return select(or_(select(C.id).where(_is_due).exists(), lost.exists()))
+    return select(or_(select(C.id).where(_is_due, _after()).exists(), lost.exists()))
 
 
 def _doubted_at() -> ColumnElement[Any]:

@@ -74,7 +74,7 @@ class Worker:
     - `verify_every`: how often to look for broken promises, each of which is logged. None leaves that to you.
 
     Of many workers one prunes, and one verifies, at a time. Each takes one more connection of the engine's pool while
-    it is at it, and no send waits for it.
+    it is at it, which must have one to spare, or leases would not be extended meanwhile. No send waits for it.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -210,6 +211,15 @@ def queue(engine: Engine, *messages: NewMessage) -> list[int]:
     with Session(engine) as session, session.begin():
         repository = EngagementMessageRepository(session)
         return [repository.queue_message(message).message_id for message in messages]
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """Ask again until it is so, and return the answer."""
+    deadline = time.monotonic() + PATIENCE
+    while not (answer := condition()):
+        assert time.monotonic() < deadline, "never came"
+        time.sleep(0.01)
+    return answer
 
 
 def row(engine: Engine, message_id: int):

@@ -15,7 +15,7 @@ import pytest
 from chaos.orders import Point
 from chaos.proxy import proxied
 from chaos.scene import Scene
-from conftest import in_thread, new_message, queue, row
+from conftest import in_thread, new_message, queue, row, until
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -40,15 +40,6 @@ from engagement.verification import verify
 
 PATIENCE_SECONDS = 20.0
 LATER = timedelta(hours=1)
-
-
-def until(condition):
-    """Ask again until it is so, and return the answer."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (answer := condition()):
-        assert time.monotonic() < deadline, "never came"
-        time.sleep(0.01)
-    return answer
 
 
 def execute(engine, sql, **values):
@@ -530,6 +521,24 @@ def test_a_claim_whose_commit_was_not_acknowledged_is_adopted(engine, proxy, thr
 
     assert len(transport.sends) == 1
     assert row(engine, message_id).attempt == 1
+
+
+def test_what_is_adopted_has_its_destination_to_itself(engine, proxy, through_proxy):
+    """Nothing else is sent to it beside what was claimed before, and not acknowledged."""
+    ids = queue(engine, *(new_message("a", idempotency_key=str(number)) for number in range(3)))
+    at_first_commit(through_proxy, is_claim, lambda _: proxy.lose_next_commit())
+    under_way, most = [], []
+
+    def send(message):
+        under_way.append(message.id)
+        most.append(len(under_way))
+        time.sleep(0.05)  # So that another one could begin.
+        under_way.remove(message.id)
+
+    with Running(through_proxy, send, concurrency=4):
+        until(lambda: row(engine, ids[-1]).status == "sent")
+
+    assert most == [1, 1, 1]
 
 
 def test_a_claim_that_was_not_committed_is_made_again(engine, through_proxy):

@@ -278,13 +278,14 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("at_the_end", [False, True], ids=["at_the_beginning", "at_the_end"])
-def test_a_broken_observer_changes_nothing(engine, caplog, observe, at_the_end, kind):
+@pytest.mark.parametrize("error", [RuntimeError, asyncio.CancelledError])
+def test_a_broken_observer_changes_nothing(engine, caplog, observe, *, error, at_the_end, kind):
     """What an observer raises is no error of the queue, and above all no outcome: each is sent once, and recorded."""
     told, sends = [], []
 
     def hear(name, *_):
         told.append(name)
-        raise RuntimeError("secret")
+        raise error("secret")
 
     def begin(name):
         return partial(hear, name) if at_the_end else hear(name)
@@ -306,7 +307,7 @@ def test_a_broken_observer_changes_nothing(engine, caplog, observe, at_the_end, 
     assert set(told) == {"queue", "send", "committed"}
     assert len(after.queued) == 3
     assert sum(len(claims) for claims, _ in after.sent) == 3
-    assert "engagement.observer_failed error=RuntimeError" in caplog.text
+    assert f"engagement.observer_failed error={error.__name__}" in caplog.text
     assert "secret" not in caplog.text
 
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 from queue import SimpleQueue
 
 import pytest
-from conftest import new_message, queue, row
+from conftest import new_message, queue, row, until
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -621,6 +621,122 @@ def test_starting_from_the_beginning_takes_a_tenth_of_the_time_at_most(engine, m
     assert process_message_queue(engine, lambda _: None, lease=timedelta(days=1)).succeeded == 60
     # At first, after 100 seconds, and once more before it is over.
     assert sum(from_the_start) == 3
+
+
+def test_starting_from_the_beginning_is_put_off_for_a_minute_at_most(engine, monkeypatch):
+    """That one took long may also have been a lock that somebody held for an hour."""
+    queue(engine, *(new_message(f"u{n}") for n in range(60)))
+    claim, later, from_the_start = claims.claim, [0], []
+
+    def once_slow(connection, holder, *, after, **options):
+        from_the_start.append(after == claims.START)
+        later[0] += 2 if any(from_the_start[:-1]) else 3600
+        return claim(connection, holder, after=after, **options)
+
+    monkeypatch.setattr(claims, "claim", once_slow)
+    monkeypatch.setattr(delivery, "clock", lambda: clock() + later[0])
+
+    assert process_message_queue(engine, lambda _: None, lease=timedelta(days=1)).succeeded == 60
+    assert sum(from_the_start) >= 3
+
+
+def test_an_idle_worker_recovers_what_was_lost_while_it_does_not_start_over(engine, monkeypatch):
+    """Each poll asks for leases that ran out."""
+    monkeypatch.setattr(delivery, "RESTART_SECONDS", 3600)
+    first, lost = queue(engine, new_message("a"), new_message("b", scheduled_for=datetime.now(UTC) + timedelta(days=1)))
+    sent = threading.Event()
+    stop, thread = running(Worker(engine, lambda _: sent.set(), poll_interval=timedelta(seconds=0.02)))
+    assert sent.wait(PATIENCE)
+    until(lambda: row(engine, first).status == "sent")
+
+    execute(
+        engine,
+        "UPDATE engagement_message_queue SET status = 'sending', attempt = 1, lease_expires_at = now() WHERE id = :id",
+        id=lost,
+    )
+
+    until(lambda: row(engine, lost).status == "in_doubt")
+    stop.set()
+    thread.join(PATIENCE)
+
+
+def test_what_lies_behind_an_expired_message_keeps_its_order(engine):
+    """The first to a destination ends instead of being sent; the next one is not passed over for it."""
+    past = datetime.now(UTC) - timedelta(hours=1)
+    given = [("a", 1, past + timedelta(seconds=2)), ("a", 5, None), ("b", 10, None), ("a", 11, None), ("a", 12, None)]
+    ids = queue(
+        engine,
+        *(
+            new_message(
+                user,
+                scheduled_for=past + timedelta(seconds=after),
+                expires_at=expires_at,
+                idempotency_key=f"{user}{after}",
+            )
+            for user, after, expires_at in given
+        ),
+    )
+    sent = []
+    process_message_queue(engine, lambda message: sent.append(message.id), concurrency=3)
+
+    assert [message_id for message_id in sent if message_id != ids[2]] == [ids[1], ids[3], ids[4]]
+
+
+def test_what_lies_behind_an_overdue_send_keeps_its_order(engine, monkeypatch):
+    """When the send that took too long has ended, the oldest to its destination is next."""
+    monkeypatch.setattr(delivery, "RESTART_SECONDS", 3600)
+    users = ["a", "a", *(f"u{n}" for n in range(20)), "a"]
+    ids = queue(engine, *(new_message(user, idempotency_key=str(n)) for n, user in enumerate(users)))
+    last_other_is_sent, sent = threading.Event(), []
+
+    def send(message):
+        sent.append(message.id)
+        if message.id == ids[0]:
+            assert last_other_is_sent.wait(PATIENCE)
+            raise RuntimeError
+        if message.id == ids[21]:
+            last_other_is_sent.set()
+
+    stop, thread = running(
+        Worker(engine, send, concurrency=2, send_timeout=timedelta(seconds=0.1), poll_interval=timedelta(seconds=0.02))
+    )
+    until(lambda: row(engine, ids[-1]).status == "sent")
+    stop.set()
+    thread.join(PATIENCE)
+
+    assert [message_id for message_id in sent if message_id in {ids[1], ids[-1]}] == [ids[1], ids[-1]]
+
+
+def test_a_send_as_long_as_the_pace_ends_no_run(engine, monkeypatch):
+    """Pacing said "not yet" before the settlement, and the time is over after it: that is no empty queue."""
+    queue(engine, *(new_message(f"u{n}") for n in range(3)))
+    settle, later = claims.settle, [0.0]
+
+    def slow_settle(*arguments):
+        later[0] += 1
+        return settle(*arguments)
+
+    monkeypatch.setattr(claims, "settle", slow_settle)
+    monkeypatch.setattr(delivery, "clock", lambda: clock() + later[0])
+
+    assert process_message_queue(engine, lambda _: None, min_interval=timedelta(seconds=0.9)).succeeded == 3
+
+
+def test_a_transport_that_is_not_ready_is_logged_once(engine, caplog):
+    """A job that sends nothing for that reason says so."""
+    queue(engine, new_message())
+
+    class Transport:
+        def send(self, message):
+            raise AssertionError
+
+        def ready(self):
+            return False
+
+    with caplog.at_level(logging.WARNING, logger="engagement"):
+        assert process_message_queue(engine, Transport()).processed == 0
+
+    assert [record.getMessage() for record in caplog.records] == ["engagement.not_ready"]
 
 
 # Kinds of transports
