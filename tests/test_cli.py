@@ -324,6 +324,20 @@ def test_failed_messages_and_doubts_are_status_1_with_their_reasons(run, engine,
         assert f"message 1: {masked(error['reason'])}\n" in ran.err
 
 
+@pytest.mark.parametrize("option", [[], ["--reveal"]])
+def test_a_reason_cannot_command_the_terminal(run, engine, option):
+    """A provider's text is on one line, without what a terminal would obey."""
+    made = transport(
+        "from engagement import *\ndef send(message): return Refused('gone\\x1b[2J\\r\\nmessage 2: fine')\n"
+    )
+    queue(engine, new_message("a"))
+
+    ran = run("process", made, *option, on=engine)
+
+    assert "message 1: gone [2J message 2: fine\n" in ran.err
+    assert "\x1b" not in ran.err
+
+
 def test_warnings_are_logged_and_all_events_on_demand(run, engine):
     """Standard error shows warnings only, and every event with --verbose."""
     queue(engine, new_message("a"), new_message("b"))

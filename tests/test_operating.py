@@ -162,6 +162,33 @@ def test_a_message_that_is_not_there_is_told(run, engine, which):
     assert (ran.out, ran.err.count("\n")) == ("", 1)
 
 
+@pytest.mark.parametrize("command", [["list"], ["list", "--json"], ["show", "1"], ["show", "1", "--json"]])
+@pytest.mark.parametrize("option", [[], ["--reveal"]])
+def test_what_somebody_wrote_into_a_row_cannot_command_the_terminal(run, engine, command, option):
+    """Escape sequences, tabs and line ends of a row are neither obeyed nor taken for those of the output."""
+    messages(engine, "failed")
+    plain = run(*command, *option, on=engine)
+    update(
+        engine,
+        "error_message = :bad, message_key = :bad, claimed_by = :bad,"
+        " message_params = jsonb_build_object('a', CAST(:bad AS text)), history = jsonb_build_array("
+        "jsonb_build_object('at', now(), 'attempt', 1, 'event', CAST(:bad AS text), 'reason', CAST(:bad AS text)))",
+        bad="a\x1b[2Jb\x9bc\u202ed\te",
+    )
+
+    ran = run(*command, *option)
+
+    assert ran.status == 0
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", ran.out)
+    if "--json" not in command:
+        assert len(ran.out.splitlines()) == len(plain.out.splitlines())
+        assert ran.out.count("\t") == plain.out.count("\t")
+        assert "a [2Jb c d e" in ran.out
+    elif option:
+        told = json.loads(ran.out)
+        assert (told.get("messages") or [told])[0]["error_message"] == "a\x1b[2Jb\x9bc\u202ed\te"
+
+
 def test_a_list_fits_a_terminal(engine):
     """On 80 columns each message has one line, what is long ends in an ellipsis, and how to see more is said."""
     messages(engine, *["failed"] * 3, message_type="weekly_review")
@@ -179,12 +206,12 @@ def test_a_list_fits_a_terminal(engine):
 def test_a_person_is_shown_a_message_as_a_table(engine):
     """What is long is wrapped, not lost; times say that they are UTC."""
     messages(engine, "failed")
-    update(engine, "error_message = :long", long=" ".join(str(number) for number in range(60)))
+    update(engine, "error_message = :long", long=" ".join(f"n{number}" for number in range(60)))
 
     shown = talk("show", "1", on=engine, answer="").out
 
     assert max(map(len, re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines())) <= 80
-    assert re.search(r"\b58\b.*\b59\b", shown, re.DOTALL)
+    assert re.search(r"\bn58\b.*\bn59\b", shown, re.DOTALL)
     assert re.search(r"\d\d:\d\d:\d\dZ\s+queued", shown)
 
 
