@@ -153,7 +153,30 @@ def test_one_message_is_shown_by_id_or_key_with_its_timeline(run, engine):
     assert run("show", "key:2").out.splitlines()[-2].split("\t")[1] == "queued"
 
 
-@pytest.mark.parametrize("which", ["3", "user9:goodbye:2026-03-01", "0", "99999999999999999999"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(
+            ["list", "--user", ""],
+            ["list", "--type", " "],
+            ["list", "--before", "9" * 20],
+            ["list", "--after", "9" * 20],
+        ),
+        *(["cancel", "--user", "", "--yes"], ["forget-user", "", "--yes"], ["retry", "--type", "", "--dry-run"]),
+        *(["cancel", "9" * 5000], ["list", "--before", "9" * 5000], ["show", ""]),
+    ],
+)
+def test_what_no_message_can_have_is_told_on_one_line(run, engine, command):
+    """It is no traceback, and nothing is done."""
+    messages(engine, "pending")
+
+    ran = run(*command, on=engine)
+
+    assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert statuses(engine) == ["pending"]
+
+
+@pytest.mark.parametrize("which", ["3", "user9:goodbye:2026-03-01", "0", "9" * 20, "9" * 5000])
 def test_a_message_that_is_not_there_is_told(run, engine, which):
     """It is no traceback, and not status 0."""
     ran = run("show", which, on=engine)
@@ -201,6 +224,17 @@ def test_a_list_fits_a_terminal(engine):
     assert [line.split()[0] for line in lines if "weekly_review" in line] == ["3", "2"]
     assert "the provider" in shown
     assert lines[-1].endswith("--before 2")
+
+
+def test_a_list_on_a_terminal_never_shortens_what_names_a_message(engine):
+    """An id and a status are for the next command; types, users and errors give way."""
+    messages(engine, "in_doubt", message_type="a_type_of_message_with_a_long_name_" + "x" * 20)
+    update(engine, "id = 9223372036854775807, user_id = :long, error_message = :long", long="long " * 40)
+
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", talk("list", "--reveal", on=engine, answer="").out)
+
+    assert max(map(len, shown.splitlines())) <= 80
+    assert re.search(r"^9223372036854775807 +in_doubt +a_type\w*… +long[\w ]*… .* +long[\w ]*… *$", shown, re.MULTILINE)
 
 
 def test_a_person_is_shown_a_message_as_a_table(engine):
@@ -348,8 +382,10 @@ def test_several_that_are_named_need_a_yes_too(run, engine):
     command = ("cancel", "1", "2", "nobody:goodbye:2026-01-01", "1")
 
     assert run(*command, on=engine).status == 2
-    assert run(*command, "--dry-run").out == "found=1\n"
+    tried = run(*command, "--dry-run")
     ran = run(*command, "--yes")
+
+    assert (tried.status, tried.out, sorted(tried.err.splitlines())) == (1, "found=1\n", sorted(ran.err.splitlines()))
 
     assert (ran.status, ran.out) == (1, "found=1\ncancelled=1\nunchanged=2\n")
     assert "message nobody:goodbye:2026-01-01: not cancelled: there is no such message\n" in ran.err
@@ -393,6 +429,23 @@ def test_a_person_is_told_how_many_and_asked(engine, answer, status, expected):
     )
     assert statuses(engine) == [expected] * 2
     assert ("nothing was changed" in ran.out) is (status == 1)
+
+
+@pytest.mark.parametrize(
+    ("command", "state", "question"),
+    [
+        (["reschedule", "--to", "2099-11-24T09:00Z"], "pending", "Reschedule 2 messages () to 2099-11-24 09:00+0000?"),
+        (["resolve", "--sent"], "in_doubt", "Resolve 2 messages () as sent?"),
+        (["resolve", "--not-sent"], "in_doubt", "Resolve 2 messages () as not sent, and send again?"),
+    ],
+)
+def test_a_question_is_a_sentence(engine, command, state, question):
+    """What is done comes first, to which messages then, and how at the end."""
+    messages(engine, state, state)
+
+    asked = " ".join(talk(*command, "--all", on=engine, answer="n").out.split())
+
+    assert question in re.sub(r"\(.*?\)", "()", asked)
 
 
 def test_what_is_queued_after_the_question_is_not_acted_on(engine):
@@ -482,6 +535,17 @@ def test_a_user_is_forgotten_after_a_question(run, engine):
     assert (ran.status, ran.out) == (0, "found=2\ncancelled=2\nblanked=2\n")
     assert statuses(engine) == ["cancelled", "cancelled", "pending"]
     assert "ana" not in refused.err + ran.out + ran.err
+
+
+@pytest.mark.parametrize("option", ["--yes", "--dry-run"])
+def test_a_user_that_nobody_is_needs_attention(run, engine, option):
+    """A name with a slip in it forgets nobody, and does not look like a success."""
+    messages(engine, "pending")
+
+    ran = run("forget-user", "nobody", option, on=engine)
+
+    assert (ran.status, ran.err) == (1, "engagement: there is no message of a user of that name\n")
+    assert statuses(engine) == ["pending"]
 
 
 def test_old_finished_messages_are_pruned_in_batches(run, engine, monkeypatch):
