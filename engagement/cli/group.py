@@ -66,7 +66,7 @@ Exit status:
   0    all is well; also after a first signal, once the sends in hand are settled
   1    something needs attention: bad lines (queue), failed messages or messages in
        doubt (process), broken promises (verify), problems (lint-catalogues), a message
-       that was not changed as asked, or is not there; a person said no
+       that was not changed as asked, or is not there; or a person said no
   2    the command was not understood, or something that it needs is missing
   3    the database cannot be reached, refused, or is not migrated
   130  interrupted (SIGINT); where the first signal waits for sends, by the second
