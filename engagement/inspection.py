@@ -47,20 +47,35 @@ if TYPE_CHECKING:
 # Hiding what is personal ---------------------------------------------------------------------------------------------
 
 HIDDEN = "***"
-_PERSONAL = re.compile(r"\S+@\S+|\+\d[\d ().-]{5,}\d|\d{7,}")
+SHORTEST_NUMBER = 4
+"""Of so short an address the last two characters would tell too much."""
+_ADDRESS = r"\S+@\S+"
+_DATE = r"(?:19|20)\d\d-(?:0[1-9]|1[0-2])-[0-3]\d"
+_MOMENT = rf"{_DATE}(?:[T ][0-2]\d:[0-5]\d(?::[0-6]\d(?:\.\d{{1,6}})?)?(?:Z|[+-]\d\d:?\d\d)?)?(?!\d)"
+_UUID = r"\b[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}\b"
+_NUMBER = r"[+(]{0,3}\d(?:[ ().+/\u2010-\u2015-]*\d){6,}"
+_PERSONAL = rf"{_ADDRESS}|(?P<kept>{_MOMENT}|{_UUID})|{_NUMBER}"
 
 
-def masked(text: str) -> str:
-    """Return a provider's text without what looks like an address or a number of a person."""
-    return _PERSONAL.sub(HIDDEN, text)
+def masked(text: str, message: EngagementMessage | None = None) -> str:
+    """Return a provider's text without what looks like an address or a number of a person.
+
+    If it is of a `message`, also without that message's user, address and key.
+    """
+    pattern = _PERSONAL
+    if message is not None:
+        # A key or an address may hold a number; a user may be no more than a part of one.
+        own = [message.idempotency_key, message.destination_jid]
+        pattern = "|".join([*(re.escape(word) for word in own if word), _PERSONAL, re.escape(message.user_id)])
+    return re.sub(pattern, lambda found: found["kept"] or HIDDEN, text)
 
 
 def mask_address(jid: str | None) -> str | None:
-    """Return a JID with its number hidden but for the last two digits: `***99@s.whatsapp.net`."""
+    """Return a JID with its number hidden but for the last two digits, if it is long: `***99@s.whatsapp.net`."""
     if jid is None:
         return None
-    number, _, domain = jid.rpartition("@")
-    return f"{HIDDEN}{number[-2:]}@{domain}"
+    number, at, domain = jid.rpartition("@") if "@" in jid else (jid, "", "")
+    return f"{HIDDEN}{number[-2:] if len(number) > SHORTEST_NUMBER else ''}{at}{domain}"
 
 
 def pseudonym(user_id: str) -> str:
@@ -73,6 +88,7 @@ def pseudonym(user_id: str) -> str:
 NOT_KEPT = "unknown"
 _OUTCOMES = frozenset({"not_sent", "in_doubt", "refused", "postponed", "withdrawn", "resolved"})
 _BLANKINGS = frozenset({"forgotten", "pruned"})
+_EVENTS = _OUTCOMES | _BLANKINGS | {"cancelled", "expired", "retried"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +109,7 @@ def timeline(message: EngagementMessage, *, reveal: bool = False) -> list[Moment
     Providers' reasons are `masked` unless `reveal`. A history holds what went other than well: neither when a message
     was claimed nor that it was rescheduled is recorded.
     """
-    history = [_recorded(entry, message.created_at, reveal=reveal) for entry in message.history]
+    history = [_recorded(entry, message, reveal=reveal) for entry in message.history]
     known = [
         (message.created_at, Moment(message.created_at, "queued", None, None)),
         *_lost_attempts(message, history),
@@ -115,14 +131,16 @@ def timeline(message: EngagementMessage, *, reveal: bool = False) -> list[Moment
     return [moment for _, moment in sorted(known, key=itemgetter(0))]
 
 
-def _recorded(entry: Any, otherwise: datetime, *, reveal: bool) -> tuple[datetime, Moment]:
+def _recorded(entry: Any, message: EngagementMessage, *, reveal: bool) -> tuple[datetime, Moment]:
     """Return an entry of a history and its place, also if somebody wrote it by hand."""
     try:
         at, reason = datetime.fromisoformat(entry["at"]), entry.get("reason")
-        detail = None if reason is None else str(reason) if reveal else masked(str(reason))
-        return at.astimezone(UTC), Moment(at, str(entry["event"]), int(entry["attempt"]), detail)
+        detail = None if reason is None else str(reason) if reveal else masked(str(reason), message)
+        # A word that is not ours may be anything, also personal.
+        event = entry["event"] if entry["event"] in _EVENTS else NOT_KEPT
+        return at.astimezone(UTC), Moment(at, event, int(entry["attempt"]), detail)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
-        return otherwise, Moment(None, NOT_KEPT, None, "an entry of its history cannot be read")
+        return message.created_at, Moment(None, NOT_KEPT, None, "an entry of its history cannot be read")
 
 
 def _lost_attempts(

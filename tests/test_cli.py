@@ -9,6 +9,7 @@ import textwrap
 import threading
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def test_every_command_finds_the_table_in_its_schema(run, empty_engine):
     assert run("process", "--transport", CONSOLE, "--schema", "messaging").status == 0
     assert json.loads(run("status", "--json", "--schema", "messaging").out)["sent"] == 1
     assert run("current", "--schema", "messaging").status == 0
+    assert run("current", "--schema", "other").err.endswith("Run: engagement upgrade --schema other\n")
     assert scalar(empty_engine, "SELECT status FROM messaging.engagement_message_queue") == "sent"
     assert "upgrade --schema other" in run("status", "--schema", "other").err
 
@@ -193,6 +195,47 @@ def test_what_the_database_refuses_is_told_without_its_text(run, engine):
             connection.execute(text("DROP ROLE engagement_nobody"))
 
     assert ran == (3, "", "engagement: the database refused: InsufficientPrivilege 42501\n")
+
+
+@pytest.mark.parametrize("command", [["list"], ["show", "1"]])
+def test_a_row_that_cannot_be_read_is_not_a_database_that_cannot_be_reached(run, engine, command):
+    """PostgreSQL has moments that Python has not; what to run next is said."""
+    queue(engine, new_message())
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE engagement_message_queue SET created_at = 'infinity'"))
+
+    ran = run(*command, on=engine)
+
+    assert ran == (3, "", "engagement: a row of the table cannot be read. Run: engagement verify\n")
+
+
+# Output
+
+
+@pytest.mark.parametrize(
+    ("redirected", "problem"), [(">&-", "standard output is closed"), (">/dev/full", "No space left on device")]
+)
+@pytest.mark.parametrize("command", ["list", "status --json", "upgrade --sql", "--help"])
+def test_output_that_cannot_be_written_is_one_line(engine, redirected, problem, command):
+    """No traceback, neither of ours nor of an interpreter that tries again at its end."""
+    typed = f"exec {sys.executable} -m engagement.cli {command} {redirected}"
+    given = os.environ | {"PYTHONPATH": str(ROOT), "ENGAGEMENT_DATABASE_URL": url_of(engine)}
+
+    done = subprocess.run(["sh", "-c", typed], env=given, capture_output=True, text=True, check=False, timeout=PATIENCE)
+
+    assert (done.returncode, done.stderr) == (2, f"engagement: {problem}\n")
+
+
+def test_without_an_input_nobody_is_asked(engine):
+    """A closed input is no terminal."""
+    queue(engine, new_message())
+    typed = f"exec {sys.executable} -m engagement.cli cancel --all <&-"
+    given = os.environ | {"PYTHONPATH": str(ROOT), "ENGAGEMENT_DATABASE_URL": url_of(engine)}
+
+    done = subprocess.run(["sh", "-c", typed], env=given, capture_output=True, text=True, check=False, timeout=PATIENCE)
+
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert statuses(engine) == ["pending"]
 
 
 # Queueing
@@ -324,6 +367,20 @@ def test_failed_messages_and_doubts_are_status_1_with_their_reasons(run, engine,
         assert f"message 1: {masked(error['reason'])}\n" in ran.err
 
 
+@pytest.mark.parametrize("option", [[], ["--reveal"]])
+def test_a_reason_cannot_command_the_terminal(run, engine, option):
+    """A provider's text is on one line, without what a terminal would obey."""
+    made = transport(
+        "from engagement import *\ndef send(message): return Refused('gone\\x1b[2J\\r\\nmessage 2: fine')\n"
+    )
+    queue(engine, new_message("a"))
+
+    ran = run("process", made, *option, on=engine)
+
+    assert "message 1: gone [2J message 2: fine\n" in ran.err
+    assert "\x1b" not in ran.err
+
+
 def test_warnings_are_logged_and_all_events_on_demand(run, engine):
     """Standard error shows warnings only, and every event with --verbose."""
     queue(engine, new_message("a"), new_message("b"))
@@ -398,7 +455,7 @@ def test_sends_are_paced(run, engine):
         """,
         "paced",
     )
-    ran = run("process", option, "--min-interval=150ms", "--concurrency=3", "--json", on=engine)
+    ran = run("process", option, "--min-interval=150ms", "--concurrency=3", "--json", "--reveal", on=engine)
 
     times = [float(error["reason"]) for error in json.loads(ran.out)["errors"]]
     assert [later - earlier >= 0.14 for earlier, later in pairwise(times)] == [True, True]
@@ -425,6 +482,16 @@ def test_other_durations_are_refused(given):
     """Without a unit it is anybody's guess, and over a year it is a mistake."""
     with pytest.raises(click.BadParameter):
         duration(given)
+
+
+def test_what_is_young_is_not_pruned(run, engine):
+    """A slip of the finger does not blank what was sent a moment ago."""
+    for command in (["prune", "--older-than"], ["work", "--transport", CONSOLE, "--prune-older-than"]):
+        for young in ("0s", "59m"):
+            ran = run(*command, young, on=engine)
+            assert (ran.status, ran.err.count("\n")) == (2, 1)
+            assert "must be 1h or more" in ran.err
+    assert run("prune", "--older-than", "1h", "--yes").status == 0
 
 
 def test_a_lease_of_nothing_is_refused(run, engine):
@@ -659,6 +726,11 @@ def test_every_command_explains_itself(run, command):
     assert (ran.status, ran.err) == (0, "")
     assert ran.out.startswith("Usage: engagement")
     assert command or ("Exit status:" in ran.out and "engagement demo" in ran.out)
+
+
+def test_the_version_is_told(run):
+    """As a report of a defect should begin."""
+    assert run("--version") == (0, f"engagement {version('engagement')}\n", "")
 
 
 def test_a_command_that_is_not_understood_is_status_2(run):

@@ -211,17 +211,49 @@ def test_reasons_are_masked_unless_revealed(engine):
         ("no account for 447700900101", "no account for ***"),
         ("no account for +55 (11) 99999-0000", "no account for ***"),
         ("447700900101@s.whatsapp.net is gone", "*** is gone"),
+        ("no (11) 99999-9999 here", "no *** here"),
+        ("11 99999-9999", "***"),
+        ("55 11 99999 9999", "***"),
+        ("5511-999-999", "***"),
+        ("551199999-8888 is busy", "*** is busy"),
+        ("call 11/9999/9999.", "call ***."),
+        ("2026-01-31 551199998888", "2026-01-31 ***"),
+        ("55 2011-12-31", "***"),
+        ("until 2026-11-24T10:00:00.123456Z or 2026-11-24 10:00:00+00:00", None),
+        ("delivery 01234567-1234-5123-8123-123456789012 is there, port 5432", None),
     ],
 )
 def test_only_what_looks_personal_is_masked(reason, shown):
     """Numbers and addresses of people are masked; codes, statuses and times are what an operator needs."""
-    assert masked(reason) == shown
+    assert masked(reason) == (reason if shown is None else shown)
+
+
+def test_reasons_never_name_the_user_address_or_key_of_their_message(engine):
+    """What is known of a message is hidden as it stands, whatever it looks like."""
+    queue(engine, new_message("ana", destination_jid="5544700900101@lid", idempotency_key="ana:goodbye:2026-03-01"))
+    deliver(engine, Refused("ana of 5544700900101@lid (ana:goodbye:2026-03-01), since 2026-03-01"))
+
+    assert told(engine)[-1] == ("refused", 1, "*** of *** (***), since 2026-03-01")
+
+
+@pytest.mark.parametrize("reveal", [False, True])
+def test_an_event_that_is_none_of_ours_is_not_shown(engine, reveal):
+    """Who writes a history by hand may write anything there."""
+    queue(engine, new_message())
+    entry = '{"at": "2026-03-01T12:00Z", "attempt": 1, "event": "told Ana", "reason": "busy"}'
+    update(engine, "history = jsonb_build_array(CAST(:entry AS jsonb)), attempt = 1", entry=entry)
+
+    assert ("unknown", 1, "busy") in told(engine, reveal=reveal)
 
 
 def test_addresses_and_users_can_be_told_apart_but_not_known():
     """A masked address shows its kind; a pseudonym is the same for the same user."""
     assert mask_address("447700900101@s.whatsapp.net") == "***01@s.whatsapp.net"
     assert mask_address("120363025246125486@g.us") == "***86@g.us"
+    assert mask_address("12345@lid") == "***45@lid"
+    assert mask_address("1234@lid") == "***@lid"
+    assert mask_address("447700900101") == "***01"
+    assert mask_address("4477") == mask_address("") == "***"
     assert mask_address(None) is None
     assert pseudonym("ana") == pseudonym("ana") != pseudonym("ben")
     assert "ana" not in pseudonym("ana")

@@ -153,13 +153,63 @@ def test_one_message_is_shown_by_id_or_key_with_its_timeline(run, engine):
     assert run("show", "key:2").out.splitlines()[-2].split("\t")[1] == "queued"
 
 
-@pytest.mark.parametrize("which", ["3", "user9:goodbye:2026-03-01", "0", "99999999999999999999"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(
+            ["list", "--user", ""],
+            ["list", "--type", " "],
+            ["list", "--before", "9" * 20],
+            ["list", "--after", "9" * 20],
+        ),
+        *(["cancel", "--user", "", "--yes"], ["forget-user", "", "--yes"], ["retry", "--type", "", "--dry-run"]),
+        *(["cancel", "9" * 5000], ["list", "--before", "9" * 5000], ["show", ""]),
+    ],
+)
+def test_what_no_message_can_have_is_told_on_one_line(run, engine, command):
+    """It is no traceback, and nothing is done."""
+    messages(engine, "pending")
+
+    ran = run(*command, on=engine)
+
+    assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert statuses(engine) == ["pending"]
+
+
+@pytest.mark.parametrize("which", ["3", "user9:goodbye:2026-03-01", "0", "9" * 20, "9" * 5000])
 def test_a_message_that_is_not_there_is_told(run, engine, which):
     """It is no traceback, and not status 0."""
     ran = run("show", which, on=engine)
 
     assert ran.status in {1, 2}
     assert (ran.out, ran.err.count("\n")) == ("", 1)
+
+
+@pytest.mark.parametrize("command", [["list"], ["list", "--json"], ["show", "1"], ["show", "1", "--json"]])
+@pytest.mark.parametrize("option", [[], ["--reveal"]])
+def test_what_somebody_wrote_into_a_row_cannot_command_the_terminal(run, engine, command, option):
+    """Escape sequences, tabs and line ends of a row are neither obeyed nor taken for those of the output."""
+    messages(engine, "failed")
+    plain = run(*command, *option, on=engine)
+    update(
+        engine,
+        "error_message = :bad, message_key = :bad, claimed_by = :bad,"
+        " message_params = jsonb_build_object('a', CAST(:bad AS text)), history = jsonb_build_array("
+        "jsonb_build_object('at', now(), 'attempt', 1, 'event', CAST(:bad AS text), 'reason', CAST(:bad AS text)))",
+        bad="a\x1b[2Jb\x9bc\u202ed\te",
+    )
+
+    ran = run(*command, *option)
+
+    assert ran.status == 0
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", ran.out)
+    if "--json" not in command:
+        assert len(ran.out.splitlines()) == len(plain.out.splitlines())
+        assert ran.out.count("\t") == plain.out.count("\t")
+        assert "a [2Jb c d e" in ran.out
+    elif option:
+        told = json.loads(ran.out)
+        assert (told.get("messages") or [told])[0]["error_message"] == "a\x1b[2Jb\x9bc\u202ed\te"
 
 
 def test_a_list_fits_a_terminal(engine):
@@ -176,15 +226,26 @@ def test_a_list_fits_a_terminal(engine):
     assert lines[-1].endswith("--before 2")
 
 
+def test_a_list_on_a_terminal_never_shortens_what_names_a_message(engine):
+    """An id and a status are for the next command; types, users and errors give way."""
+    messages(engine, "in_doubt", message_type="a_type_of_message_with_a_long_name_" + "x" * 20)
+    update(engine, "id = 9223372036854775807, user_id = :long, error_message = :long", long="long " * 40)
+
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", talk("list", "--reveal", on=engine, answer="").out)
+
+    assert max(map(len, shown.splitlines())) <= 80
+    assert re.search(r"^9223372036854775807 +in_doubt +a_type\w*… +long[\w ]*… .* +long[\w ]*… *$", shown, re.MULTILINE)
+
+
 def test_a_person_is_shown_a_message_as_a_table(engine):
     """What is long is wrapped, not lost; times say that they are UTC."""
     messages(engine, "failed")
-    update(engine, "error_message = :long", long=" ".join(str(number) for number in range(60)))
+    update(engine, "error_message = :long", long=" ".join(f"n{number}" for number in range(60)))
 
     shown = talk("show", "1", on=engine, answer="").out
 
     assert max(map(len, re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines())) <= 80
-    assert re.search(r"\b58\b.*\b59\b", shown, re.DOTALL)
+    assert re.search(r"\bn58\b.*\bn59\b", shown, re.DOTALL)
     assert re.search(r"\d\d:\d\d:\d\dZ\s+queued", shown)
 
 
@@ -321,8 +382,10 @@ def test_several_that_are_named_need_a_yes_too(run, engine):
     command = ("cancel", "1", "2", "nobody:goodbye:2026-01-01", "1")
 
     assert run(*command, on=engine).status == 2
-    assert run(*command, "--dry-run").out == "found=1\n"
+    tried = run(*command, "--dry-run")
     ran = run(*command, "--yes")
+
+    assert (tried.status, tried.out, sorted(tried.err.splitlines())) == (1, "found=1\n", sorted(ran.err.splitlines()))
 
     assert (ran.status, ran.out) == (1, "found=1\ncancelled=1\nunchanged=2\n")
     assert "message nobody:goodbye:2026-01-01: not cancelled: there is no such message\n" in ran.err
@@ -366,6 +429,23 @@ def test_a_person_is_told_how_many_and_asked(engine, answer, status, expected):
     )
     assert statuses(engine) == [expected] * 2
     assert ("nothing was changed" in ran.out) is (status == 1)
+
+
+@pytest.mark.parametrize(
+    ("command", "state", "question"),
+    [
+        (["reschedule", "--to", "2099-11-24T09:00Z"], "pending", "Reschedule 2 messages () to 2099-11-24 09:00+0000?"),
+        (["resolve", "--sent"], "in_doubt", "Resolve 2 messages () as sent?"),
+        (["resolve", "--not-sent"], "in_doubt", "Resolve 2 messages () as not sent, and send again?"),
+    ],
+)
+def test_a_question_is_a_sentence(engine, command, state, question):
+    """What is done comes first, to which messages then, and how at the end."""
+    messages(engine, state, state)
+
+    asked = " ".join(talk(*command, "--all", on=engine, answer="n").out.split())
+
+    assert question in re.sub(r"\(.*?\)", "()", asked)
 
 
 def test_what_is_queued_after_the_question_is_not_acted_on(engine):
@@ -455,6 +535,17 @@ def test_a_user_is_forgotten_after_a_question(run, engine):
     assert (ran.status, ran.out) == (0, "found=2\ncancelled=2\nblanked=2\n")
     assert statuses(engine) == ["cancelled", "cancelled", "pending"]
     assert "ana" not in refused.err + ran.out + ran.err
+
+
+@pytest.mark.parametrize("option", ["--yes", "--dry-run"])
+def test_a_user_that_nobody_is_needs_attention(run, engine, option):
+    """A name with a slip in it forgets nobody, and does not look like a success."""
+    messages(engine, "pending")
+
+    ran = run("forget-user", "nobody", option, on=engine)
+
+    assert (ran.status, ran.err) == (1, "engagement: there is no message of a user of that name\n")
+    assert statuses(engine) == ["pending"]
 
 
 def test_old_finished_messages_are_pruned_in_batches(run, engine, monkeypatch):
@@ -583,10 +674,13 @@ def test_the_shell_completes_commands_options_and_words(tmp_path, typed, offered
 
 
 def test_the_documentation_and_the_help_tell_the_same_exit_statuses(run):
-    """One list, in both places."""
-    documented = re.findall(r"^\| (\d+) \|", (ROOT / "docs" / "cli.md").read_text(), re.MULTILINE)
+    """One list, in both places, word for word."""
+    documented = re.findall(r"^\| (\d+) \| (.*) \|$", (ROOT / "docs" / "cli.md").read_text(), re.MULTILINE)
+    told = re.findall(r"^    (\d+)  +(.*(?:\n {9}.*)*)", run("--help").out, re.MULTILINE)
 
-    assert documented == re.findall(r"^    (\d+)  ", run("--help").out, re.MULTILINE)
+    assert [status for status, _ in documented] == [status for status, _ in told]
+    assert " ".join(told[1][1].split()) == documented[1][1].replace("`", "")
+    assert "failed messages or messages in doubt (process)" in documented[1][1].replace("`", "")
 
 
 def test_the_documented_commands_run(run, engine):

@@ -45,6 +45,8 @@ class Act:
     """In which it does anything."""
     on: Callable[[EngagementMessageRepository, int], bool]
     """Does it, and says whether it is done."""
+    how: str = ""
+    """More of what it does, as a question ends: ` to 2026-11-24 09:00`."""
     unless: str = "it has changed"
     """Why it may do nothing to a message that has the status."""
     also: Filters = field(default_factory=Filters)
@@ -109,9 +111,10 @@ def act_on(database: Database, request: Request, act: Act) -> None:
             tally, batches = _fitting(database, engine, {**request.filters, **act.also})
         if request.dry_run:
             show_dry_run(tally.found, act.done, as_json=request.as_json)
+            _tell_left(request, act, tally)
             return
         if tally.found and not request.yes and len(request.named) != 1:
-            ask(f"{act.command} {in_number(tally.found)}{_in_words(request)}")
+            ask(f"{act.command} {in_number(tally.found)}{_in_words(request)}{act.how}")
         screen = Console(stderr=True, quiet=tally.found <= BATCH)
         with (
             progress(tally.found, act.done, screen) as advance,
@@ -158,7 +161,10 @@ def _named(database: Database, engine: Engine, request: Request, act: Act) -> tu
                 tally.leave(name, NO_SUCH_MESSAGE)
                 continue
             ids.append(message.id)
-            tally.found += message.status in act.statuses
+            if message.status in act.statuses:
+                tally.found += 1
+            elif request.dry_run:
+                tally.leave(name, f"it is {message.status}")
     return tally, (ids[start : start + BATCH] for start in range(0, len(ids), BATCH))
 
 
@@ -219,6 +225,11 @@ def _tell(request: Request, act: Act, tally: _Tally) -> None:
         show(act.done, facts, as_json=request.as_json)
     elif tally.done:
         click.echo(f"message {request.named[0]}: {act.done}")
+    _tell_left(request, act, tally)
+
+
+def _tell_left(request: Request, act: Act, tally: _Tally) -> None:
+    """Say to which messages it is not done, and why; that needs attention."""
     if not request.as_json:
         for left in tally.reasons:
             click.echo(f"message {left['message']}: not {act.done}: {left['reason']}", err=True)

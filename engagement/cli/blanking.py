@@ -10,11 +10,10 @@ from sqlalchemy.orm import Session
 
 from engagement.cli.acting import ask, dry_run_option, in_number, show_dry_run, told_if_ended_early, yes_option
 from engagement.cli.connecting import Database, on_database
-from engagement.cli.parameters import age
-from engagement.cli.problems import Problem
+from engagement.cli.parameters import age_to_prune
+from engagement.cli.problems import needs_attention
 from engagement.cli.showing import examples, in_words, json_option, progress, show
 from engagement.inspection import count_messages, count_prunable
-from engagement.messages import InvalidMessage
 
 BATCH = 2_000
 
@@ -33,27 +32,31 @@ def forget_user(database: Database, user_id: str, *, dry_run: bool, yes: bool, a
     What is pending is cancelled; params, destination, errors and provider ids are blanked in all messages. In one
     transaction. It cannot be undone. The user id and the keys stay, and a key still blocks.
     """
-    try:
-        with database.session() as session:
-            found = count_messages(session, schema=database.schema, user_id=user_id)
-        if dry_run:
-            show_dry_run(found, "forgotten", as_json=as_json)
-            return
+    with database.session() as session:
+        found = count_messages(session, schema=database.schema, user_id=user_id)
+    if dry_run:
+        show_dry_run(found, "forgotten", as_json=as_json)
+    else:
         if found and not yes:
             ask(f"forget {in_number(found)} of this user")
         with database.repository() as repository:
             forgotten = repository.forget_user(user_id)
-    except InvalidMessage as error:
-        raise Problem(str(error)) from None
-    facts = {"found": found, "cancelled": forgotten.cancelled, "blanked": forgotten.blanked}
-    show("forgotten", facts, as_json=as_json)
+        facts = {"found": found, "cancelled": forgotten.cancelled, "blanked": forgotten.blanked}
+        show("forgotten", facts, as_json=as_json)
+    if not found:
+        click.echo("engagement: there is no message of a user of that name", err=True)
+        raise needs_attention()
 
 
 @click.command(
     epilog=examples("engagement prune --older-than 90d --dry-run", "engagement prune --older-than 90d --yes --json")
 )
 @click.option(
-    "--older-than", required=True, type=age, metavar="TIME", help="Finished, and last due longer ago than this."
+    "--older-than",
+    required=True,
+    type=age_to_prune,
+    metavar="TIME",
+    help="Finished, and last due longer ago than this: an hour at least.",
 )
 @dry_run_option
 @yes_option

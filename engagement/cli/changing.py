@@ -61,10 +61,11 @@ def reschedule(database: Database, request: Request, to: datetime) -> None:
     Those named, or all that fit the filters. Their keys stay. A message that expires before then is not moved.
     """
     act = Act(
-        f"reschedule to {to:%Y-%m-%d %H:%M%z}",
+        "reschedule",
         "rescheduled",
         (PENDING,),
         lambda queue, message_id: queue.reschedule_message(message_id, to),
+        how=f" to {to:%Y-%m-%d %H:%M%z}",
         unless="it expires before then",
     )
     act_on(database, request, act)
@@ -116,10 +117,11 @@ def resolve(database: Database, request: Request, reason: str | None, *, sent: b
     delivery id that `engagement show` tells. Say --not-sent only if you know it: it sends the message.
     """
     act = Act(
-        f"resolve as {'sent' if sent else 'not sent, and send again,'}",
+        "resolve",
         "resolved",
         (IN_DOUBT,),
         lambda queue, message_id: queue.resolve_message(message_id, sent, reason),
+        how=" as sent" if sent else " as not sent, and send again",
         unless=BLANKED,
         also={} if sent else {"blanked": False},
     )

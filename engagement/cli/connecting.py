@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 import click
 from sqlalchemy import URL, Engine, create_engine, make_url, select
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DataError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from engagement.cli.problems import DatabaseProblem, Problem
+from engagement.messages import InvalidMessage
 from engagement.models import EngagementMessage
 from engagement.repository import EngagementMessageRepository
 
@@ -45,6 +46,8 @@ class Database:
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
         try:
             yield engine
+        except InvalidMessage as error:
+            raise Problem(str(error)) from None
         except SQLAlchemyError as error:
             raise self._problem(error, url) from None
         finally:
@@ -69,15 +72,21 @@ class Database:
         """Return a repository on a session of our own making."""
         return EngagementMessageRepository(session, schema=self.schema)
 
+    def in_full(self, command: str) -> str:
+        """Return what to type for another command about the same table."""
+        return f"engagement {command}" + ("" if self.schema is None else f" --schema {self.schema}")
+
     def _problem(self, error: SQLAlchemyError, url: URL) -> Problem:
         original = getattr(error, "orig", None)
         state = getattr(original, "sqlstate", None)
         if state in _NOT_MIGRATED:
-            option = "" if self.schema is None else f" --schema {self.schema}"
-            return DatabaseProblem(f"the queue's table is missing or old. Run: engagement upgrade{option}")
+            return DatabaseProblem(f"the queue's table is missing or old. Run: {self.in_full('upgrade')}")
         if original is None or state is not None:
             # Not the server's text, which may show a row.
             return DatabaseProblem(f"the database refused: {type(original or error).__name__} {state or ''}")
+        if isinstance(error, DataError):
+            # The driver's: a moment that Python has no word for, such as infinity.
+            return DatabaseProblem(f"a row of the table cannot be read. Run: {self.in_full('verify')}")
         return DatabaseProblem(f"cannot reach the database: {_without_passwords(str(original), url)}")
 
 

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import click
 
 from engagement.cli.connecting import Database, on_database
-from engagement.cli.parameters import age, duration, positive_duration, transport_named
+from engagement.cli.parameters import age_to_prune, duration, positive_duration, transport_named
 from engagement.cli.problems import needs_attention
 from engagement.cli.showing import examples, json_option, show
 from engagement.cli.signals import stopped_by_signals
 from engagement.inspection import masked
+from engagement.outcomes import clean_reason
 from engagement.sending import Transport
 from engagement.tally import ProcessResult
 from engagement.worker import Worker, process_message_queue
@@ -120,9 +121,9 @@ def process(
 )
 @click.option(
     "--prune-older-than",
-    type=age,
+    type=age_to_prune,
     metavar="TIME",
-    help="Every hour, blank finished messages that were last due longer ago; keys stay.",
+    help="Every hour, blank finished messages that were last due longer ago (an hour at least); keys stay.",
 )
 @click.option(
     "--verify-every",
@@ -180,7 +181,8 @@ ERRORS_SHOWN = 20
 
 def _show_result(result: ProcessResult, *, as_json: bool, reveal: bool) -> None:
     facts: dict[str, Any] = {name: value for name, value in asdict(result).items() if name != "errors"}
-    errors = [(message_id, reason if reveal else masked(reason)) for message_id, reason in result.errors]
+    reasons = [(message_id, clean_reason(reason) or "") for message_id, reason in result.errors]
+    errors = [(message_id, reason if reveal else masked(reason)) for message_id, reason in reasons]
     if as_json:
         facts["errors"] = [{"message_id": message_id, "reason": reason} for message_id, reason in errors]
     show("delivery", facts, as_json=as_json)

@@ -5,12 +5,15 @@ A command's module is imported when the command is used.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from importlib import import_module
 from typing import Any, NoReturn
 
 import click
+
+from engagement.cli.problems import USAGE, Problem
 
 SECTIONS = {
     "Set up": {
@@ -61,8 +64,9 @@ On your own database:
 \b
 Exit status:
   0    all is well; also after a first signal, once the sends in hand are settled
-  1    something needs attention: bad lines, failed messages, messages in doubt, a
-       message that was not changed as asked, or is not there; a person said no
+  1    something needs attention: bad lines (queue), failed messages or messages in
+       doubt (process), broken promises (verify), problems (lint-catalogues), a message
+       that was not changed as asked, or is not there; or a person said no
   2    the command was not understood, or something that it needs is missing
   3    the database cannot be reached, refused, or is not migrated
   130  interrupted (SIGINT); where the first signal waits for sends, by the second
@@ -105,7 +109,9 @@ class Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run a command, and leave with its status."""
         try:
+            _check_streams()
             status = super().main(*args, **kwargs | {"standalone_mode": False})
+            sys.stdout.flush()
         except click.Abort:
             click.echo("engagement: interrupted", err=True)
             status = 128 + signal.SIGINT
@@ -116,7 +122,28 @@ class Commands(click.Group):
         except click.ClickException as error:
             click.echo(f"engagement: {error.format_message()}", err=True)
             status = error.exit_code
+        except OSError as error:
+            click.echo(f"engagement: {error.strerror or error}", err=True)
+            status = USAGE
+            _give_up_output()
         sys.exit(status or 0)
+
+
+def _check_streams() -> None:
+    """Refuse to work without an output: a socket to the database would be opened in its place."""
+    if sys.stdout is None:
+        raise Problem("standard output is closed")
+    # Nobody to ask, and nobody to tell.
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115, PTH123 - until the process ends
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
+
+
+def _give_up_output() -> None:
+    """Leave unwritten what cannot be written: at its end the interpreter would try again, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(
@@ -125,6 +152,7 @@ class Commands(click.Group):
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+@click.version_option(package_name="engagement", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Queue proactive messages once, and never send one twice."""

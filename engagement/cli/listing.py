@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
@@ -14,8 +13,8 @@ from engagement.cli.problems import needs_attention
 from engagement.cli.showing import (
     examples,
     for_person,
-    for_program,
     how_far,
+    json_of,
     json_option,
     reveal_option,
     show,
@@ -35,6 +34,7 @@ from engagement.inspection import (
 from engagement.messages import delivery_id, key_hash
 from engagement.models import EngagementMessage, MessageStatus
 
+GREATEST_ID = 2**63 - 1
 COLUMNS = (
     *("id", "status", "message_type", "user", "destination", "destination_jid", "created_at", "scheduled_for"),
     *("next_attempt_at", "sent_at", "attempt", "retry_count", "error_message"),
@@ -61,8 +61,12 @@ FOR_PEOPLE = {
     ),
 )
 @filtered(*MessageStatus)
-@click.option("--before", type=click.IntRange(1), metavar="ID", help="The next older ones after this message.")
-@click.option("--after", type=click.IntRange(1), metavar="ID", help="The next newer ones after this message.")
+@click.option(
+    "--before", type=click.IntRange(1, GREATEST_ID), metavar="ID", help="The next older ones after this message."
+)
+@click.option(
+    "--after", type=click.IntRange(1, GREATEST_ID), metavar="ID", help="The next newer ones after this message."
+)
 @click.option("--limit", default=50, show_default=True, type=click.IntRange(1, LONGEST_PAGE), metavar="N")
 @reveal_option
 @json_option
@@ -86,13 +90,13 @@ def list_(
         page = list_messages(session, before=before, after=after, limit=limit, schema=database.schema, **filters)
         facts = [facts_of(message, reveal=reveal) for message in page]
     if as_json:
-        click.echo(json.dumps({"messages": facts}, ensure_ascii=False, default=for_program))
+        click.echo(json_of({"messages": facts}))
         return
     if sys.stdout.isatty():
         show_table(
             [each | {"due": each["next_attempt_at"], "error": each["error_message"]} for each in facts],
             FOR_PEOPLE,
-            elided=True,
+            shortened=("message_type", "user", "error"),
         )
     else:
         show_rows(facts, COLUMNS)
@@ -147,7 +151,7 @@ def facts_of(message: EngagementMessage, *, reveal: bool) -> dict[str, Any]:
         personal = {"user": pseudonym(message.user_id), "key_hash": key_hash(key), "message_params": HIDDEN}
         personal |= {"destination_jid": mask_address(message.destination_jid)}
         personal |= {"provider_message_id": provider_id and HIDDEN}
-        error = error and masked(error)
+        error = error and masked(error, message)
     return {
         "id": message.id,
         "status": str(message.status),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -11,7 +10,7 @@ import click
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.parameters import duration
 from engagement.cli.problems import needs_attention
-from engagement.cli.showing import examples, json_option, show
+from engagement.cli.showing import examples, json_of, json_option, printable, show
 from engagement.inspection import overview
 
 
@@ -69,10 +68,10 @@ def verify(database: Database, overdue: timedelta, *, as_json: bool) -> None:
     with database.session() as session:
         violations = broken_promises(session, schema=database.schema, overdue=overdue)
     if as_json:
-        click.echo(json.dumps([asdict(violation) for violation in violations]))
+        click.echo(json_of([asdict(violation) for violation in violations]))
     for violation in () if as_json else violations:
         where = "table" if violation.message_id is None else f"message {violation.message_id}"
-        click.echo(f"{violation.promise}: {where}: {violation.problem}")
+        click.echo(f"{violation.promise}: {where}: {printable(violation.problem)}")
     if violations:
         raise needs_attention()
     if not as_json:

@@ -78,7 +78,7 @@ def current(database: Database, *, as_json: bool) -> None:
     newest = migrations.head()
     show("revision", {"revision": now, "newest": newest}, as_json=as_json)
     if now != newest:
-        raise DatabaseProblem("the database is not at the newest revision. Run: engagement upgrade")
+        raise DatabaseProblem(f"the database is not at the newest revision. Run: {database.in_full('upgrade')}")
 
 
 @contextmanager

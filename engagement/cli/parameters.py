@@ -14,6 +14,7 @@ from engagement.transports import TransportNotFound, load_transport
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s|m|h|d)")
 _UNITS = {"ms": "milliseconds", "s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _LONGEST = timedelta(days=366)
+YOUNGEST_TO_PRUNE = timedelta(hours=1)
 
 
 def duration(text: str) -> timedelta:
@@ -24,6 +25,14 @@ def duration(text: str) -> timedelta:
 def age(text: str) -> timedelta:
     """Read how long ago something was: a duration of up to a hundred years."""
     return _duration(text, 100 * _LONGEST, "a hundred years")
+
+
+def age_to_prune(text: str) -> timedelta:
+    """Read an age at which messages may be blanked for good."""
+    length = age(text)
+    if length < YOUNGEST_TO_PRUNE:
+        raise click.BadParameter("must be 1h or more: what is pruned is blanked for good.")
+    return length
 
 
 def _duration(text: str, longest: timedelta, longest_in_words: str) -> timedelta:

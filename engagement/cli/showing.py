@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Protocol
@@ -32,7 +32,7 @@ def show(
 ) -> None:
     """Print facts: a table for a person, `name=value` lines or JSON for a program."""
     if as_json:
-        click.echo(json.dumps(facts, ensure_ascii=False, default=for_program))
+        click.echo(json_of(facts))
     elif sys.stdout.isatty():
         _show_table(title, facts, justify)
     else:
@@ -51,21 +51,27 @@ def show_rows(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> N
 
 
 def show_table(
-    rows: Sequence[Mapping[str, object]], columns: Mapping[str, Callable[[str, object], str]], *, elided: bool = False
+    rows: Sequence[Mapping[str, object]],
+    columns: Mapping[str, Callable[[str, object], str]],
+    *,
+    shortened: Collection[str] = (),
 ) -> None:
     """Print a table for a person; each column comes with what makes words of its values.
 
-    Where the terminal is too narrow, the last column is wrapped, or `elided`.
+    Where the terminal is too narrow, the last column is wrapped, or those named are `shortened` and no other.
     """
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False)
-    last = list(columns)[-1]
+    flexible = shortened or list(columns)[-1:]
     for name in columns:
-        table.add_column(_label(name), no_wrap=name != last)
+        table.add_column(_label(name), no_wrap=name not in flexible)
     for row in rows:
         cells = [(row[name] is not None and words_of(name, row[name])) or "" for name, words_of in columns.items()]
         styles = [_COLOURS.get(str(row[name]), "") for name in columns]
         table.add_row(
-            *(Text(*cell, no_wrap=elided or None, overflow="ellipsis") for cell in zip(cells, styles, strict=True))
+            *(
+                Text(*cell, no_wrap=bool(shortened) or None, overflow="ellipsis")
+                for cell in zip(cells, styles, strict=True)
+            )
         )
     Console(highlight=False).print(table)
 
@@ -91,8 +97,21 @@ def for_program(value: object) -> Any:
     if isinstance(value, datetime):
         return value.astimezone(UTC).isoformat()
     if isinstance(value, Mapping):
-        return json.dumps(value, ensure_ascii=False)
+        return json_of(value)
+    if isinstance(value, str):
+        return printable(value)
     return "" if value is None else value
+
+
+def json_of(value: object) -> str:
+    """Return JSON in which what cannot be printed is escaped: a terminal would obey it."""
+    written = json.dumps(value, ensure_ascii=False, default=for_program)
+    return "".join(character if character.isprintable() else json.dumps(character)[1:-1] for character in written)
+
+
+def printable(text: str) -> str:
+    """Return text without what a terminal would obey, as somebody may have written it into a row."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _label(name: str) -> str:
@@ -119,9 +138,9 @@ def for_person(name: str, value: object) -> str:
         case float():
             shown = f"{value:,.1f}"
         case Mapping():
-            shown = json.dumps(value, ensure_ascii=False)
+            shown = json_of(value)
         case _:
-            shown = str(value)
+            shown = printable(str(value))
     return shown
 
 
