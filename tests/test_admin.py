@@ -322,6 +322,18 @@ def test_who_may_see_it_has_to_ask_and_is_written_down(engine, caplog):
     assert [secret for secret in SECRETS if secret in caplog.text] == []
 
 
+def test_the_ends_of_the_calendar_can_be_shown(engine):
+    """A history written by hand may hold a moment that the page's time zone has no time for."""
+    message_id = put(engine, "failed")
+    entry = {"attempt": 1, "event": "failed", "reason": "no"}
+    for at, offset in (("0001-01-01T00:00:00", "America/Sao_Paulo"), ("9999-12-31T23:59:59", "Asia/Tokyo")):
+        change(engine, message_id, history=json.dumps([entry | {"at": f"{at}+00:00"}]))
+        with admin_of(engine, tz=ZoneInfo(offset)) as client:
+            page = client.get(f"messages/{message_id}")
+        assert page.status_code == 200
+        assert f'datetime="{at}+00:00"' in page.text
+
+
 def test_text_of_others_is_text(admin, engine):
     """What a host, a provider or a colleague wrote is shown as it is, and never as HTML."""
     evil = "<img src=x onerror=alert(1)>"
@@ -393,12 +405,16 @@ def test_the_list_is_filtered(admin, engine):
 @pytest.mark.parametrize(
     ("asked", "problem"),
     [
-        ("status=lost", "status: is none"),
-        ("since=yesterday", "since: is no date"),
-        ("user=%00", "user_id: holds a control character"),
-        ("before=x", "message_id: is no number"),
-        ("before=99999999999999999999", "message_id: must be a positive integer"),
-        ("until=9999-12-31", "until: is no date"),
+        ("status=lost", "Status must be one of the list."),
+        ("since=yesterday", "Scheduled from is no date."),
+        ("since=0001-01-01", "Scheduled from is out of range"),
+        ("user=%00", "User id holds a control character"),
+        (f"type={'x' * 300}", "Type has 300 characters, more than"),
+        ("before=x", "The message's number must be a positive integer that fits in 64 bits."),
+        ("before=99999999999999999999", "The message's number must be a positive integer that fits in 64 bits."),
+        (f"before={'9' * 5_000}", "The message's number must be a positive integer that fits in 64 bits."),
+        ("after=0", "The message's number must be a positive integer that fits in 64 bits."),
+        ("until=9999-12-31", "Scheduled until is no date."),
     ],
 )
 def test_a_filter_that_cannot_be_is_told(admin, asked, problem):
@@ -441,11 +457,26 @@ def test_a_message_is_found_by_number_or_key(admin, engine):
     assert find(str(first)).url.path == f"/queue/messages/{first}"
     assert find(row(engine, first).idempotency_key).url.path == f"/queue/messages/{first}"
     assert find(" 770077 ").url.path == f"/queue/messages/{second}"
-    for nothing in ("12345", "no:such:key", "", "x" * 600, "9" * 30, "\x00"):
+    for nothing in ("12345", "no:such:key", "", "x" * 600, "9" * 30, "9" * 5_000, "\x00"):
         assert said(find(nothing)) == "No message has this number or key."
 
 
-@pytest.mark.parametrize("path", ["messages/1", "messages/9223372036854775808", "messages/1/cancel", "messages/1/burn"])
+MANY = "9" * 5_000
+"""More digits than Python reads as a number."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "messages/1",
+        "messages/9223372036854775808",
+        f"messages/{MANY}",
+        "messages/one",
+        "messages/1/cancel",
+        f"messages/{MANY}/cancel",
+        "messages/1/burn",
+    ],
+)
 def test_what_does_not_exist_is_said_to_be_so(admin, path):
     """A page for it, with the way back, and no error."""
     page = admin.get(path)

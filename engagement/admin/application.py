@@ -72,6 +72,8 @@ def create_admin(
     # Without the library's pages that make, edit and delete what is registered with it: nothing is, and none answers.
     admin.routes = [route for route in admin.routes if route.name in {"static", "index"}]
     admin.add_view(MessagesPage(shown))
+    # The library orders them by the names of their methods; the first that fits answers.
+    admin.routes.sort(key=lambda route: "{message_id}" in route.path)
     app = Starlette(middleware=[Middleware(SameOrigin), Middleware(Authenticated, authentication)])
     admin.mount_to(app)
 
