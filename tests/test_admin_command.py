@@ -78,6 +78,23 @@ def test_personal_data_is_shown_if_that_was_said(engine):
             assert ("America/Sao_Paulo" in page) == shown
 
 
+def test_what_is_done_and_revealed_is_logged(engine):
+    """To standard error, one line each, without what was seen."""
+    message_id = put(engine, "pending")
+    with serving(engine, "--reveal") as (process, address), browser_on(address) as client:
+        client.get(address)
+        client.get("messages?reveal=1")
+        client.get(f"messages/{message_id}?reveal=1")
+        send(client, message_id, "cancel", **fields_of(client.get(f"messages/{message_id}/cancel").text))
+        process.terminate()
+        _, err = process.communicate(timeout=PATIENCE)
+
+    assert [line.partition(" INFO ")[2] for line in err.decode().splitlines()] == [
+        f"engagement.admin action={action} message_id={message_id} verdict={verdict} by='operator'"
+        for action, verdict in (("reveal", "revealed"), ("reveal", "revealed"), ("cancel", "cancelled"))
+    ]
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
 def test_other_machines_are_kept_out_unless_that_is_meant(engine, host):
     """A host that is no loopback is refused before anything listens."""

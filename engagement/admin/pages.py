@@ -204,6 +204,8 @@ class MessagesPage(Page):
         page = found[-PAGE:] if after is not None and before is None else found[:PAGE]
         there_is_more = len(found) > PAGE
         goes_up = after is not None and before is None
+        if page and self.shown.reveals(request):
+            _log(request, "reveal", "revealed", *(message.id for message in page))
         return self.render(
             request,
             "messages.html",
@@ -242,7 +244,7 @@ class MessagesPage(Page):
         message = await self._message(request)
         reveals = self.shown.reveals(request)
         if reveals:
-            _log(request, message.id, "reveal", "revealed")
+            _log(request, "reveal", "revealed", message.id)
         return self.render(
             request,
             "message.html",
@@ -275,7 +277,10 @@ class MessagesPage(Page):
             )
             page.status_code = 422
             return page
-        _log(request, message_id, action.name, verdict.word)
+        except HTTPException:
+            _log(request, action.name, "failed", message_id)
+            raise
+        _log(request, action.name, verdict.word, message_id)
         flash(request, verdict.sentence, "success" if verdict.is_done else "warning")
         name, parameters = ("messages", {}) if verdict.word == "not_found" else ("message", {"message_id": message_id})
         return RedirectResponse(path_for(request, name, **parameters), 303)
@@ -304,9 +309,11 @@ def _action(request: Request) -> Action:
     return action
 
 
-def _log(request: Request, message_id: int, action: str, verdict: str) -> None:
-    line = "engagement.admin action=%s message_id=%d verdict=%s by=%r"
-    logger.info(line, action, message_id, verdict, request.state.operator)
+def _log(request: Request, action: str, verdict: str, *message_ids: int) -> None:
+    ids = ",".join(map(str, message_ids))
+    logger.info(
+        "engagement.admin action=%s message_id=%s verdict=%s by=%r", action, ids, verdict, request.state.operator
+    )
 
 
 _FILTERS = {
