@@ -1,9 +1,11 @@
 """`engagement admin`: a page for the person who started it, and for nobody else."""
 
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from contextlib import contextmanager
 
 import httpx
@@ -154,6 +156,15 @@ def test_without_the_extra_one_line_says_what_to_install(engine, missing):
 
     expected = f"engagement: {missing} is missing. Run: pip install 'engagement[admin]'\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+def test_the_extra_brings_all_that_the_command_needs():
+    """Whoever installs `engagement[admin]` alone has the command, too."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "engagement[cli]" in extras["admin"]
+    brought = {re.match(r"[\w-]+", requirement)[0] for requirement in extras["admin"] + extras["cli"]}
+
+    assert brought >= {"click", "rich", "tzdata", "starlette-admin", "uvicorn"}
 
 
 def test_a_host_pays_nothing_for_the_page():

@@ -198,7 +198,7 @@ class MessagesPage(Page):
                     session, before=before, after=after, limit=PAGE + 1, schema=queue.schema, **filters
                 )
 
-            found, problem = await queue.run(look), None
+            found, problem = await queue.run(look, if_too_long="Narrow the filters, or try again."), None
         except InvalidMessage as error:
             found, problem, before, after = [], f"{_FILTERS[error.field]} {error.problem}.", None, None
         page = found[-PAGE:] if after is not None and before is None else found[:PAGE]
@@ -259,7 +259,7 @@ class MessagesPage(Page):
         """Ask whether to do it."""
         action = _action(request)
         message = await self._message(request)
-        return self.render(request, "ask.html", message=message, action=action, problem=None)
+        return self._question(request, message, action)
 
     @route("/{message_id}/{action}", methods=["POST"], name="act")
     async def act(self, request: Request) -> Response:
@@ -268,13 +268,12 @@ class MessagesPage(Page):
         queue = self.shown.queue
         try:
             verdict = await queue.run(
-                lambda session: act(session, action, message_id, form, tz=self.shown.tz, schema=queue.schema)
+                lambda session: act(session, action, message_id, form, tz=self.shown.tz, schema=queue.schema),
+                if_too_long="Nothing was done. Try again.",
             )
         except InvalidMessage as error:
             message = await self._message(request)
-            page = self.render(
-                request, "ask.html", message=message, action=action, problem=f"The time {error.problem}."
-            )
+            page = self._question(request, message, action, f"The time {error.problem}.")
             page.status_code = 422
             return page
         except HTTPException:
@@ -284,6 +283,12 @@ class MessagesPage(Page):
         flash(request, verdict.sentence, "success" if verdict.is_done else "warning")
         name, parameters = ("messages", {}) if verdict.word == "not_found" else ("message", {"message_id": message_id})
         return RedirectResponse(path_for(request, name, **parameters), 303)
+
+    def _question(
+        self, request: Request, message: EngagementMessage, action: Action, problem: str | None = None
+    ) -> Response:
+        fits = action in actions_for(message)
+        return self.render(request, "ask.html", message=message, action=action, fits=fits, problem=problem)
 
     async def _message(self, request: Request) -> EngagementMessage:
         message_id, schema = _message_id(request), self.shown.queue.schema
