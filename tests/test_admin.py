@@ -15,6 +15,7 @@ from conftest import new_message, queue, row
 from fastapi import FastAPI
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from sqlalchemy import create_engine, event, text
+from sqlalchemy.orm import Session
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
 from test_examples import served_by_uvicorn
@@ -23,6 +24,7 @@ from engagement import migrations
 from engagement.admin import anyone, create_admin, pages
 from engagement.admin.chart import HEIGHT, WIDTH, chart_of
 from engagement.inspection import Activity
+from engagement.verification import verify
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "admin.md"
 NUMBER, NAME, COMPLAINT = "5511987654321", "Anastácia", "no such number: +55 11 98765-4321"
@@ -809,6 +811,8 @@ def test_a_row_that_cannot_be_read_is_told(admin, engine):
         page = admin.get(path)
         assert page.status_code == 503
         assert "A message cannot be read. Run: engagement verify" in page.text
+    with Session(engine) as session:
+        assert message_id in {violation.message_id for violation in verify(session)}
 
 
 def test_the_overview_does_without_a_chart_that_takes_too_long(engine, monkeypatch):
