@@ -13,8 +13,9 @@ import httpx
 import pytest
 from conftest import new_message, queue, row
 from fastapi import FastAPI
-from fastapi.security import HTTPBasic
+from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from sqlalchemy import create_engine, event, text
+from sqlalchemy.orm import Session
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
 from test_examples import served_by_uvicorn
@@ -23,6 +24,7 @@ from engagement import migrations
 from engagement.admin import anyone, create_admin, pages
 from engagement.admin.chart import HEIGHT, WIDTH, chart_of
 from engagement.inspection import Activity
+from engagement.verification import verify
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "admin.md"
 NUMBER, NAME, COMPLAINT = "5511987654321", "Anastácia", "no such number: +55 11 98765-4321"
@@ -64,6 +66,12 @@ def change(engine, message_id: int, **values) -> None:
 def put(engine, status: str, **values) -> int:
     """Store a message that stands somewhere, as if it had got there by itself, and return its id."""
     (message_id,) = queue(engine, new_message(f"user-{status}"))
+    bring(engine, message_id, status, **values)
+    return message_id
+
+
+def bring(engine, message_id: int, status: str, **values) -> None:
+    """Bring a message to where it stands."""
     of_status = {
         "pending": {},
         "sending": {"attempt": 1, "lease_expires_at": datetime.now(UTC) + timedelta(minutes=5)},
@@ -74,7 +82,6 @@ def put(engine, status: str, **values) -> int:
         "expired": {},
     }
     change(engine, message_id, status=status, **of_status[status] | values)
-    return message_id
 
 
 def put_secrets(engine) -> int:
@@ -186,6 +193,17 @@ def test_the_host_decides_how_somebody_signs_in(engine, authentication, status, 
 
     assert answer.status_code == status
     assert header is None or answer.headers[header[0]] == header[1]
+
+
+@pytest.mark.parametrize("answer", [5, b"ana", True, ["ana"], HTTPBasicCredentials(username="ana", password="x")])
+def test_what_is_no_name_is_nobody(engine, caplog, answer):
+    """A host that returns what it was given, unchecked, or a truth is told so, and nobody comes in."""
+    put_secrets(engine)
+    with admin_of(engine, authentication=lambda _: answer) as client:
+        page = client.get("messages")
+
+    assert (page.status_code, page.text) == (500, "Internal Server Error")
+    assert f"must return a name, a Response or None, not {type(answer).__name__}" in caplog.text
 
 
 # From where
@@ -309,6 +327,7 @@ def test_who_may_see_it_has_to_ask_and_is_written_down(engine, caplog):
     """It is masked until somebody asks whom the host allows; that they looked is logged, and what they saw is not."""
     caplog.set_level(logging.INFO, "engagement")
     message_id = put_secrets(engine)
+    other = put(engine, "pending")
     with admin_of(engine, authentication=lambda _: "boss", may_reveal=True) as client:
         page = client.get(f"messages/{message_id}")
         assert [secret for secret in SECRETS if secret in unescape(page.text)] == []
@@ -318,8 +337,23 @@ def test_who_may_see_it_has_to_ask_and_is_written_down(engine, caplog):
 
     assert [secret for secret in SECRETS if secret not in revealed] == []
     assert NUMBER in listed
-    assert f"engagement.admin action=reveal message_id={message_id} verdict=revealed by='boss'" in caplog.messages
+    assert caplog.messages == [
+        f"engagement.admin action=reveal message_id={ids} verdict=revealed by='boss'"
+        for ids in (message_id, f"{other},{message_id}")
+    ]
     assert [secret for secret in SECRETS if secret in caplog.text] == []
+
+
+def test_the_ends_of_the_calendar_can_be_shown(engine):
+    """A history written by hand may hold a moment that the page's time zone has no time for."""
+    message_id = put(engine, "failed")
+    entry = {"attempt": 1, "event": "failed", "reason": "no"}
+    for at, offset in (("0001-01-01T00:00:00", "America/Sao_Paulo"), ("9999-12-31T23:59:59", "Asia/Tokyo")):
+        change(engine, message_id, history=json.dumps([entry | {"at": f"{at}+00:00"}]))
+        with admin_of(engine, tz=ZoneInfo(offset)) as client:
+            page = client.get(f"messages/{message_id}")
+        assert page.status_code == 200
+        assert f'datetime="{at}+00:00"' in page.text
 
 
 def test_text_of_others_is_text(admin, engine):
@@ -393,12 +427,16 @@ def test_the_list_is_filtered(admin, engine):
 @pytest.mark.parametrize(
     ("asked", "problem"),
     [
-        ("status=lost", "status: is none"),
-        ("since=yesterday", "since: is no date"),
-        ("user=%00", "user_id: holds a control character"),
-        ("before=x", "message_id: is no number"),
-        ("before=99999999999999999999", "message_id: must be a positive integer"),
-        ("until=9999-12-31", "until: is no date"),
+        ("status=lost", "Status must be one of the list."),
+        ("since=yesterday", "Scheduled from is no date."),
+        ("since=0001-01-01", "Scheduled from is out of range"),
+        ("user=%00", "User id holds a control character"),
+        (f"type={'x' * 300}", "Type has 300 characters, more than"),
+        ("before=x", "The message's number must be a positive integer that fits in 64 bits."),
+        ("before=99999999999999999999", "The message's number must be a positive integer that fits in 64 bits."),
+        (f"before={'9' * 5_000}", "The message's number must be a positive integer that fits in 64 bits."),
+        ("after=0", "The message's number must be a positive integer that fits in 64 bits."),
+        ("until=9999-12-31", "Scheduled until is no date."),
     ],
 )
 def test_a_filter_that_cannot_be_is_told(admin, asked, problem):
@@ -441,11 +479,26 @@ def test_a_message_is_found_by_number_or_key(admin, engine):
     assert find(str(first)).url.path == f"/queue/messages/{first}"
     assert find(row(engine, first).idempotency_key).url.path == f"/queue/messages/{first}"
     assert find(" 770077 ").url.path == f"/queue/messages/{second}"
-    for nothing in ("12345", "no:such:key", "", "x" * 600, "9" * 30, "\x00"):
+    for nothing in ("12345", "no:such:key", "", "x" * 600, "9" * 30, "9" * 5_000, "\x00"):
         assert said(find(nothing)) == "No message has this number or key."
 
 
-@pytest.mark.parametrize("path", ["messages/1", "messages/9223372036854775808", "messages/1/cancel", "messages/1/burn"])
+MANY = "9" * 5_000
+"""More digits than Python reads as a number."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "messages/1",
+        "messages/9223372036854775808",
+        f"messages/{MANY}",
+        "messages/one",
+        "messages/1/cancel",
+        f"messages/{MANY}/cancel",
+        "messages/1/burn",
+    ],
+)
 def test_what_does_not_exist_is_said_to_be_so(admin, path):
     """A page for it, with the way back, and no error."""
     page = admin.get(path)
@@ -455,6 +508,28 @@ def test_what_does_not_exist_is_said_to_be_so(admin, path):
 
 
 # What it does
+
+ASKED_OF = {
+    "cancel": "pending",
+    "reschedule": "pending",
+    "retry": "failed",
+    "resolve-sent": "in_doubt",
+    "resolve-not-sent": "in_doubt",
+}
+
+
+@pytest.mark.parametrize("action", list(ASKED_OF))
+def test_a_question_that_cannot_be_is_not_put(admin, engine, action):
+    """By an old link, or when a worker was faster: the page says where the message stands, and has nothing to send."""
+    for status in ("sent", "in_doubt", "failed", "pending"):
+        message_id = put(engine, status)
+        page = admin.get(f"messages/{message_id}/{action}").text
+        fits = status == ASKED_OF[action]
+        assert ('type="submit"' in page.partition('class="card ask"')[2]) == fits
+        assert (f"This cannot be done: the message is {status.replace('_', ' ')}." in page) != fits
+        assert fits == bool(fields_of(page))
+        with engine.begin() as connection:
+            connection.execute(text("DELETE FROM engagement_message_queue"))
 
 
 @pytest.mark.parametrize(
@@ -480,9 +555,11 @@ def test_an_action_is_the_repositorys_and_its_verdict_is_told(  # noqa: PLR0917
     admin, engine, status, action, then, sentence
 ):
     """Also where the page would no longer offer it: what was true when it was shown may not be any more."""
-    message_id = put(engine, status)
+    message_id = put(engine, ASKED_OF[action], attempt=1)
+    fields = form_of(admin, message_id, action)
+    bring(engine, message_id, status, attempt=1)
 
-    told = press(admin, message_id, action)
+    told = send(admin, message_id, action, **fields)
 
     assert (told.status_code, told.url.path) == (200, f"/queue/messages/{message_id}")
     assert said(told) == sentence
@@ -494,8 +571,9 @@ def test_who_did_what_is_logged(admin, engine, caplog):
     caplog.set_level(logging.INFO, "engagement")
     message_id = put(engine, "pending")
 
-    press(admin, message_id, "cancel", reason="Ana called")
-    press(admin, message_id, "retry")
+    fields = form_of(admin, message_id, "cancel")
+    send(admin, message_id, "cancel", **fields | {"reason": "Ana called"})
+    send(admin, message_id, "retry", **fields)
 
     assert caplog.messages == [
         f"engagement.admin action=cancel message_id={message_id} verdict=cancelled by='anyone'",
@@ -599,6 +677,18 @@ def test_what_is_known_of_one_attempt_is_not_said_of_the_next(admin, engine):
     assert row(engine, message_id).status == "in_doubt"
 
 
+def test_a_form_without_its_attempt_is_not_guessed_at(admin, engine):
+    """It is not said that the message was tried again, which it was not."""
+    message_id = put(engine, "in_doubt")
+    fields = form_of(admin, message_id, "resolve-not-sent")
+    del fields["attempt"]
+
+    told = send(admin, message_id, "resolve-not-sent", **fields)
+
+    assert said(told) == "Nothing was done: the form did not say which attempt it is about."
+    assert row(engine, message_id).status == "in_doubt"
+
+
 def test_no_row_is_made_edited_or_deleted(admin, engine):
     """The only thing that takes a form is an action; what the library can do for models answers nowhere."""
     message_id = put(engine, "pending")
@@ -693,7 +783,36 @@ def test_a_page_that_takes_too_long_says_so(engine):
         page = client.get("messages")
 
     assert page.status_code == 503
-    assert "The database took longer than 0.2 s." in page.text
+    assert "The database took longer than 0.2 s. Narrow the filters, or try again." in page.text
+
+
+def test_an_action_that_takes_too_long_says_that_nothing_was_done(engine, caplog):
+    """There are no filters to narrow; that somebody tried is logged."""
+    caplog.set_level(logging.INFO, "engagement")
+    message_id = put(engine, "pending")
+    with admin_of(engine, patience=timedelta(milliseconds=200)) as client:
+        fields = form_of(client, message_id, "cancel")
+        with engine.begin() as connection:
+            connection.execute(text("SELECT FROM engagement_message_queue FOR UPDATE"))
+            page = send(client, message_id, "cancel", **fields)
+
+    assert page.status_code == 503
+    assert "The database took longer than 0.2 s. Nothing was done. Try again." in page.text
+    assert caplog.messages[-1] == f"engagement.admin action=cancel message_id={message_id} verdict=failed by='anyone'"
+    assert row(engine, message_id).status == "pending"
+
+
+def test_a_row_that_cannot_be_read_is_told(admin, engine):
+    """The database answers; what it holds was written by hand, and `engagement verify` finds it."""
+    message_id = put(engine, "failed")
+    change(engine, message_id, created_at="infinity")
+
+    for path in ("messages", f"messages/{message_id}"):
+        page = admin.get(path)
+        assert page.status_code == 503
+        assert "A message cannot be read. Run: engagement verify" in page.text
+    with Session(engine) as session:
+        assert message_id in {violation.message_id for violation in verify(session)}
 
 
 def test_the_overview_does_without_a_chart_that_takes_too_long(engine, monkeypatch):

@@ -1,9 +1,11 @@
 """`engagement admin`: a page for the person who started it, and for nobody else."""
 
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from contextlib import contextmanager
 
 import httpx
@@ -78,6 +80,23 @@ def test_personal_data_is_shown_if_that_was_said(engine):
             assert ("America/Sao_Paulo" in page) == shown
 
 
+def test_what_is_done_and_revealed_is_logged(engine):
+    """To standard error, one line each, without what was seen."""
+    message_id = put(engine, "pending")
+    with serving(engine, "--reveal") as (process, address), browser_on(address) as client:
+        client.get(address)
+        client.get("messages?reveal=1")
+        client.get(f"messages/{message_id}?reveal=1")
+        send(client, message_id, "cancel", **fields_of(client.get(f"messages/{message_id}/cancel").text))
+        process.terminate()
+        _, err = process.communicate(timeout=PATIENCE)
+
+    assert [line.partition(" INFO ")[2] for line in err.decode().splitlines()] == [
+        f"engagement.admin action={action} message_id={message_id} verdict={verdict} by='operator'"
+        for action, verdict in (("reveal", "revealed"), ("reveal", "revealed"), ("cancel", "cancelled"))
+    ]
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
 def test_other_machines_are_kept_out_unless_that_is_meant(engine, host):
     """A host that is no loopback is refused before anything listens."""
@@ -137,6 +156,15 @@ def test_without_the_extra_one_line_says_what_to_install(engine, missing):
 
     expected = f"engagement: {missing} is missing. Run: pip install 'engagement[admin]'\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+def test_the_extra_brings_all_that_the_command_needs():
+    """Whoever installs `engagement[admin]` alone has the command, too."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "engagement[cli]" in extras["admin"]
+    brought = {re.match(r"[\w-]+", requirement)[0] for requirement in extras["admin"] + extras["cli"]}
+
+    assert brought >= {"click", "rich", "tzdata", "starlette-admin", "uvicorn"}
 
 
 def test_a_host_pays_nothing_for_the_page():

@@ -176,6 +176,8 @@ def act(
     attempt = select(EngagementMessage.attempt).where(EngagementMessage.id == checked_id(message_id)).with_for_update()
     options = {} if schema is None else {"schema_translate_map": {None: schema}}
     now = session.execute(attempt, execution_options=options).scalar_one_or_none()
+    if now is not None and not form.get("attempt"):
+        return Verdict("incomplete", "Nothing was done: the form did not say which attempt it is about.", is_done=False)
     if now is not None and str(now) != form.get("attempt"):
         return Verdict("changed", "Nothing was done: the message was tried again meanwhile.", is_done=False)
     return action.perform(EngagementMessageRepository(session, schema=schema), message_id, given)

@@ -47,8 +47,9 @@ def create_admin(
     """Return an ASGI app with the admin's pages, to be mounted in a Starlette or FastAPI app, or served alone.
 
     `authentication(request)` says who asks: a name, which is logged with what they do; or a response of its own, such
-    as a redirect to a login; or None. It may be async, and may raise Starlette's `HTTPException`. `anyone` lets
-    everybody in, which has to be said.
+    as a redirect to a login; or None. It may be async, and may raise Starlette's `HTTPException`. Only a `str` that is
+    not empty is somebody: what is no answer at all, such as a number, is a `TypeError`, and nobody comes in. `anyone`
+    lets everybody in, which has to be said.
 
     What is personal is masked. `may_reveal` says to whom it may be shown, once they ask. Times are shown and read in
     `tz`. A page whose query takes longer than `patience` says so instead. Where several processes serve the page, give
@@ -72,6 +73,8 @@ def create_admin(
     # Without the library's pages that make, edit and delete what is registered with it: nothing is, and none answers.
     admin.routes = [route for route in admin.routes if route.name in {"static", "index"}]
     admin.add_view(MessagesPage(shown))
+    # The library orders them by the names of their methods; the first that fits answers.
+    admin.routes.sort(key=lambda route: "{message_id}" in route.path)
     app = Starlette(middleware=[Middleware(SameOrigin), Middleware(Authenticated, authentication)])
     admin.mount_to(app)
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 from sqlalchemy import Engine, func, select
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -30,11 +30,11 @@ class Queue:
     schema: str | None
     patience: timedelta
 
-    async def run(self, work: Callable[[Session], R]) -> R:
-        """Return what `work` makes of a session; what it changed is committed."""
-        return await run_in_threadpool(self._run, work)
+    async def run(self, work: Callable[[Session], R], *, if_too_long: str = "Try again.") -> R:
+        """Return what `work` makes of a session; what it changed is committed. What to do if that takes too long."""
+        return await run_in_threadpool(self._run, work, if_too_long)
 
-    def _run(self, work: Callable[[Session], R]) -> R:
+    def _run(self, work: Callable[[Session], R], if_too_long: str) -> R:
         try:
             with Session(self.engine, expire_on_commit=False) as session, session.begin():
                 # A page must not keep a database busy that has messages to send.
@@ -43,15 +43,15 @@ class Queue:
                 return work(session)
         except SQLAlchemyError as error:
             logger.warning("engagement.admin_database_failed error=%s", type(error).__name__)
-            raise HTTPException(503, self._said(error)) from None
+            raise HTTPException(503, self._said(error, if_too_long)) from None
 
-    def _said(self, error: SQLAlchemyError) -> str:
+    def _said(self, error: SQLAlchemyError, if_too_long: str) -> str:
         """Say what happened, without the server's text, which may show a row."""
         state = getattr(error.orig, "sqlstate", None) if isinstance(error, DBAPIError) else None
         if state in _TOO_LONG:
-            return (
-                f"The database took longer than {self.patience.total_seconds():g} s. Narrow the filters, or try again."
-            )
+            return f"The database took longer than {self.patience.total_seconds():g} s. {if_too_long}"
         if state in _NOT_MIGRATED:
             return "The queue's table is missing or old. Run: engagement upgrade"
+        if state is None and isinstance(error, DataError):  # The driver's: Python has no such value.
+            return "A message cannot be read. Run: engagement verify"
         return "The database does not answer." if state is None else f"The database refused: {state}."

@@ -14,7 +14,10 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 Authentication = Callable[[Request], str | Response | Awaitable[str | Response | None] | None]
-"""Says who asks, as a name for the log; or answers itself, as with a redirect to a login; None keeps the door shut."""
+"""Says who asks, as a name for the log; or answers itself, as with a redirect to a login; None keeps the door shut.
+
+Anything else is a mistake, as of a host that returns the credentials before it has checked them: nobody comes in.
+"""
 
 
 def anyone(request: Request) -> str:  # noqa: ARG001 - an `Authentication`
@@ -47,7 +50,11 @@ class Authenticated:
             who = await answer if isawaitable(answer) else answer
         except HTTPException as error:  # As FastAPI's security schemes say no.
             return PlainTextResponse(error.detail, error.status_code, error.headers)
-        return who or PlainTextResponse("Not signed in.", 403)
+        if not who:
+            return PlainTextResponse("Not signed in.", 403)
+        if not isinstance(who, (str, Response)):
+            raise TypeError(f"authentication: must return a name, a Response or None, not {type(who).__name__}")
+        return who
 
 
 class SameOrigin:

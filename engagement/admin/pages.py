@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, tzinfo
 from typing import Any
@@ -21,7 +22,7 @@ from engagement import inspection
 from engagement.admin.actions import ACTIONS, Action, act, actions_for
 from engagement.admin.chart import chart_of
 from engagement.admin.database import Queue
-from engagement.messages import InvalidMessage, delivery_id, key_hash
+from engagement.messages import InvalidMessage, checked_id, delivery_id, key_hash
 from engagement.models import EngagementMessage, MessageStatus
 from engagement.repository import EngagementMessageRepository
 
@@ -70,7 +71,7 @@ class Shown:
         """Return what templates call to put values in words."""
         return {
             "moment": self._moment,
-            "clock": lambda at, form: at.astimezone(self.tz).strftime(form),
+            "clock": lambda at, form: self._local(at).strftime(form),
             "zone": str(self.tz),
             "long": long_words,
             "size": _size,
@@ -80,7 +81,13 @@ class Shown:
         }
 
     def _moment(self, at: datetime) -> str:
-        return at.astimezone(self.tz).strftime("%Y-%m-%d %H:%M:%S")
+        return self._local(at).strftime("%Y-%m-%d %H:%M:%S")
+
+    def _local(self, at: datetime) -> datetime:
+        try:
+            return at.astimezone(self.tz)
+        except OverflowError:  # The first and the last hours that there are have no time in every zone.
+            return at
 
 
 def long_words(duration: timedelta | None) -> str:
@@ -184,19 +191,21 @@ class MessagesPage(Page):
         queue = self.shown.queue
         try:
             filters = _filters(asked, self.shown.tz)
-            before, after = _number(asked.get("before")), _number(asked.get("after"))
+            before, after = (_number(asked[name]) if asked.get(name) else None for name in ("before", "after"))
 
             def look(session: Session) -> list[EngagementMessage]:
                 return inspection.list_messages(
                     session, before=before, after=after, limit=PAGE + 1, schema=queue.schema, **filters
                 )
 
-            found, problem = await queue.run(look), None
+            found, problem = await queue.run(look, if_too_long="Narrow the filters, or try again."), None
         except InvalidMessage as error:
-            found, problem, before, after = [], str(error), None, None
+            found, problem, before, after = [], f"{_FILTERS[error.field]} {error.problem}.", None, None
         page = found[-PAGE:] if after is not None and before is None else found[:PAGE]
         there_is_more = len(found) > PAGE
         goes_up = after is not None and before is None
+        if page and self.shown.reveals(request):
+            _log(request, "reveal", "revealed", *(message.id for message in page))
         return self.render(
             request,
             "messages.html",
@@ -215,8 +224,10 @@ class MessagesPage(Page):
 
         def look(session: Session) -> EngagementMessage | None:
             repository = EngagementMessageRepository(session, schema=self.shown.queue.schema)
-            by_number = repository.get_message(int(sought)) if sought.isdecimal() and sought.isascii() else None
-            return by_number or repository.get_message_by_key(sought)
+            with suppress(InvalidMessage):
+                if message := repository.get_message(_number(sought)):
+                    return message
+            return repository.get_message_by_key(sought)
 
         try:
             message = await self.shown.queue.run(look)
@@ -227,13 +238,13 @@ class MessagesPage(Page):
             return RedirectResponse(path_for(request, "messages"), 303)
         return RedirectResponse(path_for(request, "message", message_id=message.id), 303)
 
-    @route("/{message_id:int}", name="message")
+    @route("/{message_id}", name="message")
     async def message(self, request: Request) -> Response:
         """Show one message: what it is, its timeline, and what can be done."""
         message = await self._message(request)
         reveals = self.shown.reveals(request)
         if reveals:
-            _log(request, message.id, "reveal", "revealed")
+            _log(request, "reveal", "revealed", message.id)
         return self.render(
             request,
             "message.html",
@@ -243,45 +254,57 @@ class MessagesPage(Page):
             actions=actions_for(message),
         )
 
-    @route("/{message_id:int}/{action}", name="ask")
+    @route("/{message_id}/{action}", name="ask")
     async def ask(self, request: Request) -> Response:
         """Ask whether to do it."""
         action = _action(request)
         message = await self._message(request)
-        return self.render(request, "ask.html", message=message, action=action, problem=None)
+        return self._question(request, message, action)
 
-    @route("/{message_id:int}/{action}", methods=["POST"], name="act")
+    @route("/{message_id}/{action}", methods=["POST"], name="act")
     async def act(self, request: Request) -> Response:
         """Do it, and tell what came of it on the message's page."""
-        action, message_id, form = _action(request), request.path_params["message_id"], await request.form()
+        action, message_id, form = _action(request), _message_id(request), await request.form()
         queue = self.shown.queue
         try:
             verdict = await queue.run(
-                lambda session: act(session, action, message_id, form, tz=self.shown.tz, schema=queue.schema)
+                lambda session: act(session, action, message_id, form, tz=self.shown.tz, schema=queue.schema),
+                if_too_long="Nothing was done. Try again.",
             )
         except InvalidMessage as error:
             message = await self._message(request)
-            page = self.render(
-                request, "ask.html", message=message, action=action, problem=f"The time {error.problem}."
-            )
+            page = self._question(request, message, action, f"The time {error.problem}.")
             page.status_code = 422
             return page
-        _log(request, message_id, action.name, verdict.word)
+        except HTTPException:
+            _log(request, action.name, "failed", message_id)
+            raise
+        _log(request, action.name, verdict.word, message_id)
         flash(request, verdict.sentence, "success" if verdict.is_done else "warning")
         name, parameters = ("messages", {}) if verdict.word == "not_found" else ("message", {"message_id": message_id})
         return RedirectResponse(path_for(request, name, **parameters), 303)
 
+    def _question(
+        self, request: Request, message: EngagementMessage, action: Action, problem: str | None = None
+    ) -> Response:
+        fits = action in actions_for(message)
+        return self.render(request, "ask.html", message=message, action=action, fits=fits, problem=problem)
+
     async def _message(self, request: Request) -> EngagementMessage:
-        message_id, schema = request.path_params["message_id"], self.shown.queue.schema
-        try:
-            message = await self.shown.queue.run(
-                lambda session: EngagementMessageRepository(session, schema=schema).get_message(message_id)
-            )
-        except InvalidMessage:
-            message = None
+        message_id, schema = _message_id(request), self.shown.queue.schema
+        message = await self.shown.queue.run(
+            lambda session: EngagementMessageRepository(session, schema=schema).get_message(message_id)
+        )
         if message is None:
             raise HTTPException(404, "There is no such message.")
         return message
+
+
+def _message_id(request: Request) -> int:
+    try:
+        return _number(request.path_params["message_id"])
+    except InvalidMessage:
+        raise HTTPException(404, "There is no such message.") from None
 
 
 def _action(request: Request) -> Action:
@@ -291,16 +314,29 @@ def _action(request: Request) -> Action:
     return action
 
 
-def _log(request: Request, message_id: int, action: str, verdict: str) -> None:
-    line = "engagement.admin action=%s message_id=%d verdict=%s by=%r"
-    logger.info(line, action, message_id, verdict, request.state.operator)
+def _log(request: Request, action: str, verdict: str, *message_ids: int) -> None:
+    ids = ",".join(map(str, message_ids))
+    logger.info(
+        "engagement.admin action=%s message_id=%s verdict=%s by=%r", action, ids, verdict, request.state.operator
+    )
+
+
+_FILTERS = {
+    "status": "Status",
+    "user_id": "User id",
+    "message_type": "Type",
+    "scheduled_since": "Scheduled from",
+    "scheduled_until": "Scheduled until",
+    "message_id": "The message's number",
+}
+"""What the page calls the fields of a filter."""
 
 
 def _filters(asked: Mapping[str, str], tz: tzinfo) -> inspection.Filters:
     filters: inspection.Filters = {}
     if status := asked.get("status"):
         if status not in set(MessageStatus):
-            raise InvalidMessage("status", "is none")
+            raise InvalidMessage("status", "must be one of the list")
         filters["status"] = [status]
     if user_id := asked.get("user", "").strip():
         filters["user_id"] = user_id
@@ -320,15 +356,16 @@ def _day(asked: Mapping[str, str], name: str, tz: tzinfo, later: timedelta = tim
     try:
         return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=tz) + later
     except (ValueError, OverflowError):
-        raise InvalidMessage(name, "is no date") from None
+        raise InvalidMessage(f"scheduled_{name}", "is no date") from None
 
 
-def _number(text: str | None) -> int | None:
-    if not text:
-        return None
-    if not (text.isdecimal() and text.isascii()):
-        raise InvalidMessage("message_id", "is no number")
-    return int(text)
+def _number(text: str) -> int:
+    # Python refuses to read thousands of digits.
+    is_number = text.isascii() and text.isdecimal() and len(text) < _DIGITS
+    return checked_id(int(text) if is_number else None)
+
+
+_DIGITS = 20
 
 
 def _page_link(request: Request, **place: int) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from zoneinfo import ZoneInfo
 
 import click
 
 from engagement.cli.connecting import Database, on_database
+from engagement.cli.delivering import _logging_to_stderr
 from engagement.cli.problems import Problem
 from engagement.cli.showing import examples
 
@@ -34,8 +36,8 @@ def zone_named(name: str) -> ZoneInfo:
 def admin(database: Database, host: str, port: int, tz: ZoneInfo, *, public: bool, reveal: bool) -> None:
     """Serve a page to look at the queue, and to act on it.
 
-    It prints an address to open in a browser. The token in it lets you in, and others on this machine out. SIGTERM or
-    Ctrl-C ends it, and the exit status is 0.
+    It prints an address to open in a browser. The token in it lets you in, and others on this machine out. What is done
+    and what is revealed is logged to standard error. SIGTERM or Ctrl-C ends it, and the exit status is 0.
     """
     try:
         from engagement.admin.serving import is_loopback, serve
@@ -45,7 +47,7 @@ def admin(database: Database, host: str, port: int, tz: ZoneInfo, *, public: boo
         raise Problem(f"--host {host} can be reached by other machines. If that is meant, add --public")
     with database.repository():
         pass  # What cannot work is said before anything is served.
-    with database.engine() as engine:
+    with database.engine() as engine, _logging_to_stderr(logging.INFO):
         try:
             serve(engine, host, port, click.echo, may_reveal=reveal, tz=tz, schema=database.schema)
         except (OSError, OverflowError) as error:
