@@ -27,7 +27,7 @@ from engagement.inspection import Activity
 from engagement.verification import verify
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "admin.md"
-NUMBER, NAME, COMPLAINT = "5511987654321", "Anastácia", "no such number: +55 11 98765-4321"
+NUMBER, NAME, COMPLAINT = "5511987654321", "Anastácia", "user-ana has no such number: +55 11 98765-4321"
 SECRETS = (NUMBER, NAME, "98765-4321", "user-ana", "wamid.ana")
 
 

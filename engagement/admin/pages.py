@@ -387,7 +387,7 @@ def _facts(message: EngagementMessage, *, reveal: bool) -> list[tuple[str, objec
         ("Parameters", params if reveal or not message.message_params else hidden),
         ("Attempts", message.attempt),
         ("Failures", message.retry_count),
-        ("Last error", error if reveal or error is None else inspection.masked(error)),
+        ("Last error", error if reveal or error is None else inspection.masked(error, message)),
         ("Provider's id", message.provider_message_id if reveal or not message.provider_message_id else hidden),
         ("Delivery id", delivery_id(key)),
         ("Idempotency key", key) if reveal else ("Hash of its key", key_hash(key)),

@@ -159,12 +159,13 @@ def _delivering(*, verbose: bool, as_json: bool) -> Iterator[threading.Event]:
         if as_json:
             # A transport may print; standard output is for the JSON alone.
             around.enter_context(redirect_stdout(sys.stderr))
-        around.enter_context(_logging_to_stderr(logging.INFO if verbose else logging.WARNING))
+        around.enter_context(logging_to_stderr(logging.INFO if verbose else logging.WARNING))
         yield around.enter_context(stopped_by_signals())
 
 
 @contextmanager
-def _logging_to_stderr(level: int) -> Iterator[None]:
+def logging_to_stderr(level: int) -> Iterator[None]:
+    """Show our events while the block runs."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("engagement")

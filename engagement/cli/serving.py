@@ -8,7 +8,7 @@ from zoneinfo import ZoneInfo
 import click
 
 from engagement.cli.connecting import Database, on_database
-from engagement.cli.delivering import _logging_to_stderr
+from engagement.cli.delivering import logging_to_stderr
 from engagement.cli.problems import Problem
 from engagement.cli.showing import examples
 
@@ -47,7 +47,7 @@ def admin(database: Database, host: str, port: int, tz: ZoneInfo, *, public: boo
         raise Problem(f"--host {host} can be reached by other machines. If that is meant, add --public")
     with database.repository():
         pass  # What cannot work is said before anything is served.
-    with database.engine() as engine, _logging_to_stderr(logging.INFO):
+    with database.engine() as engine, logging_to_stderr(logging.INFO):
         try:
             serve(engine, host, port, click.echo, may_reveal=reveal, tz=tz, schema=database.schema)
         except (OSError, OverflowError) as error:
