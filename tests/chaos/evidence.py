@@ -102,6 +102,17 @@ class Evidence:
                 held[_pid(change.held_by)].discard(attempt)
         return {pid: attempts for pid, attempts in held.items() if attempts}
 
+    @cached_property
+    def recovered_at_death(self) -> dict[int, set[Attempt]]:
+        """What each worker took over from the dead and did not settle itself."""
+        taken: dict[int, set[Attempt]] = {}
+        for change in self.changes:
+            if _is_recoverer(change.held_by or ""):
+                attempts = taken.setdefault(_pid(change.held_by), set())
+                attempt = Attempt(change.message_id, change.attempt)
+                (attempts.add if change.became == "sending" else attempts.discard)(attempt)
+        return taken
+
     def was_sent(self, attempt: Attempt) -> bool:
         """Whether this attempt is in the ledger."""
         return (self.by_id[attempt.message_id].idempotency_key, attempt.attempt) in self.sends
@@ -192,8 +203,9 @@ def _wrong_at_death(evidence: Evidence, death: Death) -> Iterator[str]:
             fits = len(held) == 1
         case Point.AFTER_SEND:
             fits = len(held) == 1 and held == sent
-        case Point.BEFORE_SETTLE_COMMIT:
-            fits = len(held) == 1 and held == answered
+        case Point.BEFORE_SETTLE_COMMIT:  # of its own send, or of what it recovered
+            recovered = evidence.recovered_at_death.get(death.pid, set())
+            fits = held == answered and (len(held) == 1 or (not held and len(recovered) >= 1))
         case Point.AFTER_SETTLE_COMMIT:  # which may also have claimed the next
             fits = len(held) <= 1 and not sent
     if not fits:
