@@ -250,10 +250,9 @@ def wait_until_blocked(engine: Engine, count: int) -> None:
         "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
         " AND backend_type = 'client backend'"
     )
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
+
+    def are_blocked() -> bool:
         with engine.connect() as connection:
-            if connection.execute(query).scalar_one() == count:
-                return
-        time.sleep(0.01)
-    raise AssertionError(f"{count} sessions never waited for a lock")
+            return connection.execute(query).scalar_one() == count
+
+    until(are_blocked)

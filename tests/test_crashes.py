@@ -15,7 +15,7 @@ import pytest
 from chaos.orders import Point
 from chaos.proxy import proxied
 from chaos.scene import Scene
-from conftest import in_thread, new_message, queue, row, until
+from conftest import in_thread, new_message, queue, row, until, wait_until_blocked
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -34,6 +34,7 @@ from engagement import (
 )
 from engagement.claims import Holder
 from engagement.messages import delivery_id
+from engagement.models import MessageStatus
 from engagement.outcomes import Verdict, decide
 from engagement.temporary_postgres import temporary_postgres
 from engagement.verification import verify
@@ -418,6 +419,34 @@ def test_who_comes_after_a_doubt_was_recorded_has_lost_the_claim(engine, caplog,
     assert (parked, result.processed, result.in_doubt) == ([1], 1, 0)
     assert f"engagement.claim_lost message_id={message_id} attempt=1" in caplog.text
     assert (row(engine, message_id).status, events_of(engine, message_id)) == ("in_doubt", ["in_doubt"])
+
+
+def test_settlements_lock_in_one_order(engine):
+    """Two that meet on the same rows, a late worker's and a recoverer's, wait for each other and cannot deadlock."""
+    first, middle, last = queue(engine, *(new_message(user) for user in "abc"))
+    with engine.begin() as connection:
+        taken = claims.claim(
+            connection, Holder("w", LATER), limit=3, after=claims.START, busy=[], one_per_destination=False
+        ).claims
+    verdict = Verdict(status=MessageStatus.SENT, event="sent", has_doubt=False)
+
+    def settle_backwards() -> None:
+        with engine.begin() as connection:
+            # The plan of a large table, which follows what is given.
+            for method in ("hashjoin", "mergejoin", "seqscan"):
+                connection.execute(text(f"SET LOCAL enable_{method} = off"))
+            claims.settle(connection, [(claim.message, verdict) for claim in reversed(taken)])
+
+    with engine.connect() as other:
+        other.execute(text("SELECT FROM engagement_message_queue WHERE id = :id FOR UPDATE"), {"id": middle})
+        settling = in_thread(settle_backwards)
+        wait_until_blocked(engine, 1)
+        with engine.connect() as third:
+            free = third.execute(text("SELECT id FROM engagement_message_queue FOR UPDATE SKIP LOCKED")).scalars().all()
+    settling.result(PATIENCE_SECONDS)
+
+    assert free == [last]
+    assert row(engine, first).status == "sent"
 
 
 # Stopping -------------------------------------------------------------------------------------------------------------
