@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from asyncio import CancelledError
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
@@ -105,7 +106,8 @@ def sending(claims: Sequence[Claim]) -> SendEnd:
     def end(outcomes: Sequence[Outcome]) -> None:
         for told in begun:
             if told is not None:
-                _guarded(told, outcomes)
+                with suppress(SystemExit):  # It would end the thread of the send, and nothing else.
+                    _guarded(told, outcomes)
 
     return end
 

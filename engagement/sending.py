@@ -171,11 +171,9 @@ class Sender:
 
         def arrive(future: Future[Any]) -> None:
             outcomes = self._outcomes(future, len(claims), read)
-            try:
-                tell(outcomes)
-            finally:
-                for claim, outcome in zip(claims, outcomes, strict=True):
-                    self.answers.put((claim, outcome))
+            tell(outcomes)
+            for claim, outcome in zip(claims, outcomes, strict=True):
+                self.answers.put((claim, outcome))
 
         future = context.run(call, check, argument)
         for claim in claims:

@@ -1,6 +1,7 @@
 """What observers are told, in whose context, and that none of them can do harm."""
 
 import asyncio
+import sys
 import threading
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
@@ -8,7 +9,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from conftest import new_message, queue, row
+from conftest import PATIENCE, in_thread, new_message, queue, row
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
@@ -309,6 +310,18 @@ def test_a_broken_observer_changes_nothing(engine, caplog, observe, *, error, at
     assert sum(len(claims) for claims, _ in after.sent) == 3
     assert f"engagement.observer_failed error={error.__name__}" in caplog.text
     assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_an_observer_that_exits_ends_no_thread(engine, observe, kind):
+    """In a thread of ours it would end that alone, and nobody would hear of the sends that were left to it."""
+    queue(engine, new_message("a"), new_message("b"))
+    observe(SimpleNamespace(sending=lambda _: lambda _: sys.exit(), committed=lambda _: None))
+    stop = threading.Event()
+
+    result = in_thread(process_message_queue, engine, kind(lambda _: None), stop=stop).result(PATIENCE)
+
+    assert result.succeeded == 2
 
 
 def test_a_broken_observer_does_not_end_a_worker(engine, observe):
