@@ -800,6 +800,49 @@ def test_a_batch_transport_is_called_once_for_what_was_claimed(engine):
     assert row(engine, ids[4]).provider_message_id == f"p{ids[4]}"
 
 
+def test_a_batch_is_in_the_order_in_which_it_is_due(engine):
+    """Messages to one person leave in their order also within one call of `send_many`."""
+    now = datetime.now(UTC)
+    ids = queue(
+        engine,
+        *(
+            new_message(idempotency_key=str(hours), scheduled_for=now - timedelta(hours=hours))
+            for hours in (2, 5, 1, 4, 3)
+        ),
+    )
+    batches = []
+
+    class Batch:
+        def send_many(self, messages):
+            batches.append([message.id for message in messages])
+            return [Sent()] * len(messages)
+
+    process_message_queue(engine, Batch(), concurrency=5)
+
+    assert batches == [[ids[place] for place in (1, 3, 4, 0, 2)]]
+
+
+@pytest.mark.direct("nothing is prepared behind a pooler")
+def test_a_worker_plans_its_statements_once(engine):
+    """Not anew for each message's values, which takes longer than running them; the host's sessions plan as before."""
+    queue(engine, *(new_message(f"u{n}") for n in range(20)))
+    own = create_engine(engine.url, pool_size=1, max_overflow=0)
+    process_message_queue(own, lambda _: None)
+
+    with own.connect() as connection:
+        plans = connection.execute(
+            text(
+                "SELECT sum(generic_plans), sum(custom_plans) FROM pg_prepared_statements"
+                " WHERE statement LIKE 'UPDATE engagement%'"
+            )
+        ).one()
+        mode = connection.scalar(text("SHOW plan_cache_mode"))
+    own.dispose()
+
+    assert plans[0] > 20
+    assert (plans[1], mode) == (0, "auto")
+
+
 @pytest.mark.parametrize(
     "answer", [[Sent()], None, InDoubt("x"), TimeoutError("slow")], ids=["too_few", "none", "one_outcome", "raises"]
 )
