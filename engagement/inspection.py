@@ -38,8 +38,20 @@ from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
 from engagement import statements
 from engagement.messages import checked_id, checked_moment, checked_text, key_hash
-from engagement.models import FINISHED, EngagementMessage, MessageStatus, qualified_name
-from engagement.statements import FAILED, IN_DOUBT, NOW, PENDING, SENDING, SENT, C
+from engagement.models import EngagementMessage, MessageStatus, qualified_name
+from engagement.statements import (
+    FAILED,
+    IN_DOUBT,
+    NOW,
+    PENDING,
+    SENDING,
+    SENT,
+    C,
+    in_schema,
+    is_due,
+    is_older,
+    is_prunable,
+)
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -226,14 +238,14 @@ def list_messages(
     is_upwards = after is not None and before is None
     page = chosen.order_by(C.id if is_upwards else C.id.desc()).limit(limit)
     # What the session loaded earlier may have been changed by a worker since.
-    found = session.scalars(page, execution_options=_options(schema) | {"populate_existing": True}).all()
+    found = session.scalars(page, execution_options=in_schema(schema) | {"populate_existing": True}).all()
     return list(reversed(found)) if is_upwards else list(found)
 
 
 def count_messages(session: Session, *, schema: str | None = None, **filters: Unpack[Filters]) -> int:
     """Return how many messages fit. Indexed as `list_messages` is; otherwise it reads the whole table."""
     counted = select(func.count()).select_from(statements.QUEUE).where(*_conditions(filters))
-    return int(session.execute(counted, execution_options=_options(schema)).scalar_one())
+    return int(session.execute(counted, execution_options=in_schema(schema)).scalar_one())
 
 
 def message_ids(
@@ -241,15 +253,14 @@ def message_ids(
 ) -> list[int]:
     """Return the ids of the next messages that fit after one and up to another, the oldest first."""
     chosen = select(C.id).where(*_conditions(filters), C.id > after, C.id <= up_to).order_by(C.id).limit(limit)
-    return list(session.execute(chosen, execution_options=_options(schema)).scalars())
+    return list(session.execute(chosen, execution_options=in_schema(schema)).scalars())
 
 
 def count_prunable(session: Session, older_than: timedelta, *, schema: str | None = None) -> int:
     """Return how many messages `prune_messages` would blank. Read by its index."""
-    is_old = C.next_attempt_at < NOW - bindparam("older_than", type_=Interval)
-    counted = select(func.count()).select_from(statements.QUEUE).where(_is_prunable(), is_old)
+    counted = select(func.count()).select_from(statements.QUEUE).where(is_prunable, is_older)
     values = {"older_than": older_than}
-    return int(session.execute(counted, values, execution_options=_options(schema)).scalar_one())
+    return int(session.execute(counted, values, execution_options=in_schema(schema)).scalar_one())
 
 
 LONGEST_PAGE = 10_000
@@ -271,10 +282,6 @@ def _conditions(filters: Filters) -> Iterator[ColumnElement[bool]]:
             yield moment >= checked_moment(f"{name}_since", since)
         if (until := filters.get(f"{name}_until")) is not None:
             yield moment < checked_moment(f"{name}_until", until)
-
-
-def _options(schema: str | None) -> dict[str, Any]:
-    return {} if schema is None else {"schema_translate_map": {None: schema}}
 
 
 # All of it -----------------------------------------------------------------------------------------------------------
@@ -319,7 +326,7 @@ def overview(session: Session, *, schema: str | None = None, count_up_to: int | 
     With `count_up_to`, a table that has more rows is not counted: what is finished is then estimated by the statistics,
     and all else is counted so far and no further. `pending_in_doubt` speaks of as many pending messages.
     """
-    options = _options(schema)
+    options = in_schema(schema)
     queue = {"queue": qualified_name(schema)}
     values = {"over": RATE_OVER, "rows": RATE_ROWS, "most": count_up_to}
     facts = session.execute(_queue_facts(), values, execution_options=options).one()
@@ -408,17 +415,16 @@ def _queue_facts() -> Executable:
     newest = select(C.created_at.label("at")).order_by(C.id.desc()).limit(rows).subquery("newest")
     last_sent = (
         select(C.sent_at.label("at"))
-        # Word for word what the partial index says. A cancelled message may be due in a year; a sent one was due.
-        .where(_is_prunable(), C.status == SENT, C.next_attempt_at <= NOW)
+        # A cancelled message may be due in a year; a sent one was due.
+        .where(is_prunable, C.status == SENT, C.next_attempt_at <= NOW)
         .order_by(C.next_attempt_at.desc())
         .limit(rows)
         .subquery("last_sent")
     )
-    due = and_(C.status == PENDING, C.next_attempt_at <= NOW)
     pending = select(C.has_doubt).where(C.status == PENDING).limit(bindparam("most", type_=BigInteger)).subquery()
     questions: dict[str, Select[Any]] = {
-        "due": _count_up_to_most(due),
-        "oldest_due": select(NOW - func.min(C.next_attempt_at)).where(due),
+        "due": _count_up_to_most(is_due),
+        "oldest_due": select(NOW - func.min(C.next_attempt_at)).where(is_due),
         "leases_expired": select(func.count()).where(C.status == SENDING, C.lease_expires_at <= NOW),
         "pending_in_doubt": select(func.count()).select_from(pending).where(pending.c.has_doubt),
         "oldest_in_doubt": select(NOW - func.min(C.next_attempt_at)).where(C.status == IN_DOUBT),
@@ -427,11 +433,6 @@ def _queue_facts() -> Executable:
         questions[name] = select(func.count()).select_from(found).where(found.c.at > long_ago)
         questions[f"{name}_over"] = select(NOW - func.min(found.c.at)).where(found.c.at > long_ago)
     return select(*(question.scalar_subquery().label(name) for name, question in questions.items()))
-
-
-def _is_prunable() -> ColumnElement[bool]:
-    words = [literal_column(f"'{status}'", Text) for status in FINISHED]
-    return and_(C.status.in_(words), C.destination_jid.is_not(None))
 
 
 @cache
@@ -474,7 +475,7 @@ def activity(session: Session, since: datetime, bucket: timedelta, *, schema: st
     checked_moment("since", since)
     if bucket <= timedelta(0):
         raise ValueError("bucket: must be more than nothing")
-    options = _options(schema)
+    options = in_schema(schema)
     values = {"since": since, "bucket": bucket, "latest": LATEST_SEND}
     now: datetime = session.execute(select(NOW)).scalar_one()
     if (buckets := (now - since) // bucket + 1) > MOST_BUCKETS:
@@ -496,9 +497,9 @@ def _activity() -> Executable:
         was_due.where(C.status == PENDING, is_recent),
         was_due.where(C.status == SENDING, is_recent),
         was_due.where(C.status == IN_DOUBT, is_recent),
-        was_due.where(_is_prunable(), is_recent),
+        was_due.where(is_prunable, is_recent),
         was_sent.where(
-            _is_prunable(),
+            is_prunable,
             C.status == SENT,
             and_(since - latest <= C.next_attempt_at, C.next_attempt_at <= NOW),
             C.sent_at >= since,

@@ -33,7 +33,7 @@ from engagement.claims import describe
 from engagement.messages import Queued, QueuedMany
 from engagement.models import MessageStatus
 from engagement.observing import QueueEnd, Round
-from engagement.statements import FAILED, IN_DOUBT, NOW, PENDING, SENDING, C
+from engagement.statements import FAILED, IN_DOUBT, NOW, PENDING, SENDING, C, in_schema, is_due
 
 logger = logging.getLogger("engagement")
 
@@ -154,7 +154,7 @@ class QueueReader:
         if timeout < timedelta(milliseconds=1):
             raise ValueError("timeout: must be at least a millisecond")
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
-        where: dict[str, Any] = {"schema_translate_map": {None: schema}, "render_schema_translate": True}
+        where = in_schema(schema) | {"render_schema_translate": True}
         statement = _queue_as_samples().compile(
             engine, compile_kwargs={"literal_binds": True}, **({} if schema is None else where)
         )
@@ -186,12 +186,12 @@ _BY_NAME = {metric.name: metric for metric in QUEUE}
 
 def _queue_as_samples() -> CompoundSelect[Any]:
     """Return (name, message type, value) of each sample, by partial indexes only."""
-    is_due, is_scheduled = C.next_attempt_at <= NOW, C.next_attempt_at > NOW
+    is_scheduled = C.next_attempt_at > NOW
     is_recent = C.next_attempt_at > NOW - literal_column(f"interval '{FAILED_DAYS} days'")
     age = func.coalesce(func.extract("epoch", NOW - func.min(C.next_attempt_at)), 0)
     return union_all(
-        _value(OLDEST_DUE_AGE, age).where(C.status == PENDING, is_due),
-        _count(DUE, C.status == PENDING, is_due),
+        _value(OLDEST_DUE_AGE, age).where(is_due),
+        _count(DUE, is_due),
         _count(SCHEDULED, C.status == PENDING, is_scheduled),
         _count(CLAIMED, C.status == SENDING, by=C.lease_expires_at),
         _count(EXPIRED_LEASES, C.status == SENDING, C.lease_expires_at <= NOW, by=C.lease_expires_at),

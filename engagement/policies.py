@@ -235,9 +235,7 @@ class FrequencyCap(Gate):
         if isinstance(message_types, str):
             raise TypeError("message_types: must be a collection of types")
         # Two queries that need no common snapshot: nothing stays open.
-        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
-        if schema is not None:
-            self._engine = self._engine.execution_options(schema_translate_map={None: schema})
+        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT", **statements.in_schema(schema))
         self._tz_of = plain_function("tz_of", tz_of)
         self._limit = limit
         self._per = per

@@ -55,7 +55,7 @@ class EngagementMessageRepository:
 
     def __init__(self, session: Session, *, schema: str | None = None) -> None:
         self._session = session
-        self._options: dict[str, Any] = {} if schema is None else {"schema_translate_map": {None: schema}}
+        self._options = statements.in_schema(schema)
 
     # Queueing
 

@@ -59,6 +59,12 @@ SEPARATOR = "\x1f"
 """Joins the texts of many rows into one parameter, which the server splits: a third of what an array of texts costs
 the client. No text that passed our checks holds it; a missing value is the empty text."""
 
+
+def in_schema(schema: str | None) -> dict[str, Any]:
+    """Return the execution options with which a statement finds the table there; None is the search path."""
+    return {} if schema is None else {"schema_translate_map": {None: schema}}
+
+
 HISTORY_ENTRIES = 100
 """How many entries of a message's history are kept: the first, and the latest. It may be postponed for years."""
 
@@ -70,7 +76,10 @@ def _word(word: str) -> ColumnElement[Any]:
 PENDING, SENDING, SENT = (_word(status) for status in ("pending", "sending", "sent"))
 FAILED, EXPIRED, CANCELLED, IN_DOUBT = (_word(status) for status in ("failed", "expired", "cancelled", "in_doubt"))
 
-_is_due = and_(C.status == PENDING, C.next_attempt_at <= NOW)
+is_due = and_(C.status == PENDING, C.next_attempt_at <= NOW)
+# Word for word what the partial index says.
+is_prunable = and_(C.status.in_([_word(status) for status in FINISHED]), C.destination_jid.is_not(None))
+is_older = C.next_attempt_at < NOW - bindparam("older_than", type_=Interval)
 _is_forgotten = C.destination_jid.is_(None)
 
 
@@ -251,7 +260,7 @@ def claim(*, one_per_destination: bool) -> Executable:
     due = (
         select(C.id, C.destination_jid, C.next_attempt_at)
         .where(
-            _is_due,
+            is_due,
             _after(),
             C.destination_jid != all_(bindparam("busy", type_=ARRAY(Text))),
         )
@@ -414,7 +423,7 @@ def attempts_of() -> Executable:
 def peek() -> Executable:
     """Return whether there is anything to do: a message is due after (`after_at`, `after_id`), or a lease ran out."""
     lost = select(C.id).where(C.status == SENDING, C.lease_expires_at <= NOW)
-    return select(or_(select(C.id).where(_is_due, _after()).exists(), lost.exists()))
+    return select(or_(select(C.id).where(is_due, _after()).exists(), lost.exists()))
 
 
 def _doubted_at() -> ColumnElement[Any]:
@@ -611,12 +620,7 @@ def prune_finished() -> Executable:
     """Blank finished messages that were last due longer than `older_than` ago, `limit` at most; return their ids."""
     old = (
         select(C.id)
-        .where(
-            # Word for word what the partial index says.
-            C.status.in_([_word(status) for status in FINISHED]),
-            C.destination_jid.is_not(None),
-            C.next_attempt_at < NOW - bindparam("older_than", type_=Interval),
-        )
+        .where(is_prunable, is_older)
         .order_by(C.next_attempt_at)
         .limit(bindparam("limit", type_=BigInteger))
         .with_for_update(skip_locked=True)
@@ -629,5 +633,5 @@ def prune_finished() -> Executable:
 @cache
 def count_by_status() -> Executable:
     """Return (status, count, how long the oldest due message has been waiting)."""
-    oldest_due = select(NOW - func.min(C.next_attempt_at)).where(_is_due).scalar_subquery()
+    oldest_due = select(NOW - func.min(C.next_attempt_at)).where(is_due).scalar_subquery()
     return select(C.status, func.count(), oldest_due).group_by(C.status)

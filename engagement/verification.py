@@ -36,7 +36,7 @@ from sqlalchemy import (
 
 from engagement.messages import JID_FORMS
 from engagement.models import EARLIEST, LATEST, TABLE_NAME, MessageStatus, qualified_name
-from engagement.statements import NOW, PENDING, QUEUE, SENDING, C
+from engagement.statements import NOW, PENDING, QUEUE, SENDING, C, in_schema
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -75,11 +75,12 @@ def verify(
         raise ValueError("overdue: must not be negative")
     if limit < 1:
         raise ValueError("limit: must be at least 1")
-    options = {} if schema is None else {"schema_translate_map": {None: schema}}
     found = list(_missing_guards(session, schema))
     for promise in _promises():
         ids = session.execute(
-            promise.messages_that_break_it(), {"overdue": overdue, "at_most": limit}, execution_options=options
+            promise.messages_that_break_it(),
+            {"overdue": overdue, "at_most": limit},
+            execution_options=in_schema(schema),
         ).scalars()
         found += [Violation(promise.name, message_id, promise.problem) for message_id in ids]
     return found

@@ -16,6 +16,7 @@ from engagement.housekeeping import Housekeeping
 from engagement.outcomes import Backoff, Classify, classify_exception, exponential_backoff
 from engagement.repository import LONGEST_AGE
 from engagement.sending import Transport
+from engagement.statements import in_schema
 from engagement.tally import ProcessResult
 
 
@@ -109,9 +110,7 @@ class Worker:
         _check(verify_every is None or verify_every > timedelta(0), "verify_every", "must be positive")
         # Under a stricter isolation the claims of two workers would fail each other, and AUTOCOMMIT has no transaction
         # to settle and claim in.
-        self.engine = engine.execution_options(isolation_level="READ COMMITTED")
-        if schema is not None:
-            self.engine = self.engine.execution_options(schema_translate_map={None: schema})
+        self.engine = engine.execution_options(isolation_level="READ COMMITTED", **in_schema(schema))
         self.transport = transport
         self.concurrency = concurrency
         self.lease = lease

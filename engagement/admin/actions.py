@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from engagement.messages import InvalidMessage, checked_id
 from engagement.models import EngagementMessage, MessageStatus
 from engagement.repository import EngagementMessageRepository
+from engagement.statements import in_schema
 
 PENDING, FAILED = MessageStatus.PENDING, MessageStatus.FAILED
 EXPIRED, IN_DOUBT = MessageStatus.EXPIRED, MessageStatus.IN_DOUBT
@@ -174,8 +175,7 @@ def act(
     """Do it, unless the message was claimed again since the person looked: what they know speaks of that attempt."""
     given = Given(reason=str(form.get("reason") or "") or None, moment=_moment(form.get("moment"), tz))
     attempt = select(EngagementMessage.attempt).where(EngagementMessage.id == checked_id(message_id)).with_for_update()
-    options = {} if schema is None else {"schema_translate_map": {None: schema}}
-    now = session.execute(attempt, execution_options=options).scalar_one_or_none()
+    now = session.execute(attempt, execution_options=in_schema(schema)).scalar_one_or_none()
     if now is not None and not form.get("attempt"):
         return Verdict("incomplete", "Nothing was done: the form did not say which attempt it is about.", is_done=False)
     if now is not None and str(now) != form.get("attempt"):

@@ -19,6 +19,7 @@ from engagement.cli.problems import DatabaseProblem, Problem
 from engagement.messages import InvalidMessage
 from engagement.models import EngagementMessage
 from engagement.repository import EngagementMessageRepository
+from engagement.statements import in_schema
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,9 +64,8 @@ class Database:
     def repository(self) -> Iterator[EngagementMessageRepository]:
         """Hand out a repository in a transaction that is committed at the end."""
         with self.session() as session:
-            options = {"schema_translate_map": {None: self.schema}} if self.schema else {}
             # What cannot work is said before anything is read.
-            session.execute(select(EngagementMessage.id).limit(0), execution_options=options)
+            session.execute(select(EngagementMessage.id).limit(0), execution_options=in_schema(self.schema))
             yield self.repository_on(session)
 
     def repository_on(self, session: Session) -> EngagementMessageRepository:
