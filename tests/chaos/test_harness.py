@@ -116,11 +116,32 @@ def test_each_lie_is_noticed(evidence):
     assert wrong(replace(evidence, messages=become("sent"))) == ["forgotten doubt"]
     assert wrong(replace(evidence, messages=become("sent"), ledger=[], deaths=[])) == ["not sent"]
     assert wrong(replace(evidence, deaths=[replace(death, point=Point.BEFORE_SEND)])) == ["wrong hand"]
+    with_nothing = Death(0, Point.BEFORE_SETTLE_COMMIT)
+    assert wrong(replace(evidence, deaths=[death, with_nothing])) == ["wrong hand"]
     assert wrong(replace(evidence, told_cancelled={row.id})) == ["not cancelled"]
     assert wrong(replace(evidence, messages=become("sending"), deaths=[])) == ["left over"]
     assert wrong(replace(evidence, messages=become("cancelled"), deaths=[])) == ["sent all the same"]
     assert evidence.held_at_death == {death.pid: {Attempt(row.id, 1)}}
     assert evidence.in_ledger == Counter({key: 1})
+
+
+def test_who_dies_before_it_records_a_recovery_holds_only_that(scene):
+    """Another worker's message is no claim of its own, and the doubt is explained by the first death alone."""
+    (message_id,) = scene.queue([message()])
+    deaths = []
+    for point in (Point.AFTER_SEND, Point.BEFORE_SETTLE_COMMIT):
+        victim = scene.start(lease_seconds=1, signal_at=point)
+        scene.wait_until_dead(victim)
+        deaths.append(Death(victim.pid, point))
+    survivor = scene.start(lease_seconds=1)
+    scene.wait_until(lambda: is_finished(scene, message_id), "an end of the message")
+    scene.stop(survivor)
+    evidence = scene.evidence(deaths=deaths)
+
+    assert wrong(evidence) == []
+    assert evidence.held_at_death.keys() == {deaths[0].pid}
+    assert evidence.recovered_at_death[deaths[1].pid] == {Attempt(message_id, 1)}
+    assert evidence.recovered_at_death[survivor.pid] == set()
 
 
 @pytest.mark.parametrize(
