@@ -12,8 +12,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from engagement import statements
 from engagement.messages import OutgoingMessage
@@ -134,33 +132,6 @@ def settle(connection: Connection, verdicts: Iterable[tuple[OutgoingMessage, Ver
 def is_work_waiting(connection: Connection, after: Position) -> bool:
     """Whether a message is due behind `after`, or a lease has run out."""
     return bool(connection.execute(statements.peek(), {"after_at": after[0], "after_id": after[1]}).scalar_one())
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether the database may answer differently later: it was not reached, is starting, or was too busy.
-
-    Decided by SQLSTATE: not every OperationalError is transient.
-    """
-    if isinstance(error, PoolTimeout):
-        return True
-    if not isinstance(error, DBAPIError):
-        return False
-    state = getattr(error.orig, "sqlstate", None)
-    if state is None:
-        return error.connection_invalidated or type(error.orig).__name__ in {"OperationalError", "InterfaceError"}
-    return state[:2] in _TRANSIENT_CLASSES or state in _TRANSIENT_STATES
-
-
-# Connection, transaction rollback, resources, operator intervention.
-_TRANSIENT_CLASSES = frozenset({"08", "40", "53", "57"})
-# A lock time-out, the server's ends of idle or long transactions, and a server that is still, or now, a standby.
-_TRANSIENT_STATES = frozenset({"55P03", "25P03", "25P04", "25006"})
-
-
-def describe(error: BaseException) -> str:
-    """Return what a log may say of a database error: no statement, no parameters, no DETAIL with a row in it."""
-    state = getattr(getattr(error, "orig", None), "sqlstate", None)
-    return type(error).__name__ if state is None else f"{type(error).__name__} {state}"
 
 
 def _held_until(lease: timedelta) -> float:

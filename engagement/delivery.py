@@ -24,6 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engagement import claims, observing
 from engagement.claims import Holder
+from engagement.database_errors import describe, is_transient
 from engagement.messages import OutgoingMessage
 from engagement.models import MessageStatus
 from engagement.observing import Round
@@ -131,7 +132,7 @@ class Delivery:
         try:
             taken = self._in_transaction(partial(self._settle_and_take, wanted=wanted))
         except SQLAlchemyError as error:
-            if self._failure is not None or claims.is_transient(error):
+            if self._failure is not None or is_transient(error):
                 raise
             # What waiting does not mend may concern the claim only: what is in hand is finished before it is raised.
             self._failure = error
@@ -394,10 +395,10 @@ class Delivery:
             with self._worker.engine.begin() as connection:
                 claims.extend(connection, self._worker.lease, self._in_hand)
         except SQLAlchemyError as error:
-            if not claims.is_transient(error):
+            if not is_transient(error):
                 self._failure = self._failure or error  # What is in hand is finished before it is raised.
             self._extend_at = clock() + min(self._lease / 3, 1.0)
-            logger.warning("engagement.leases_not_extended error=%s", claims.describe(error))
+            logger.warning("engagement.leases_not_extended error=%s", describe(error))
 
     # The database
 
@@ -411,7 +412,7 @@ class Delivery:
                 for claim in self._adopt(connection, self._next_holder()):
                     claims.settle(connection, [(claim.message, self._verdict(claim, unstarted))])
         except SQLAlchemyError as error:
-            logger.warning("engagement.claims_not_released error=%s", claims.describe(error))
+            logger.warning("engagement.claims_not_released error=%s", describe(error))
 
     def _in_transaction(self, work: Callable[[Connection], T]) -> T | None:
         """Do `work` and commit, as often as it takes for the database to answer. None if stopped with nothing in hand.
@@ -429,12 +430,12 @@ class Delivery:
                     result = work(connection)
             except SQLAlchemyError as error:
                 self._adopt_until = clock() + self._lease
-                if not claims.is_transient(error):
+                if not is_transient(error):
                     del self._unacknowledged[earlier:]  # The database has said that it undid this one.
                     raise
                 if self._gives_up(lost_at):
                     raise
-                logger.warning("engagement.database_lost error=%s wait_seconds=%.1f", claims.describe(error), wait)
+                logger.warning("engagement.database_lost error=%s wait_seconds=%.1f", describe(error), wait)
             else:
                 self._database_was_reached = True
                 return result

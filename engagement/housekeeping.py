@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Float, func, select
 from sqlalchemy.orm import Session
 
-from engagement import claims
+from engagement.database_errors import describe
 from engagement.repository import EngagementMessageRepository
 from engagement.tally import logger
 from engagement.verification import verify
@@ -82,7 +82,7 @@ class Housekeeping:
                     turn = None
                     work()
             except Exception as error:  # noqa: BLE001 - one bad night must not be the last one
-                logger.error("engagement.housekeeping_failed task=%s error=%s", task, claims.describe(error))
+                logger.error("engagement.housekeeping_failed task=%s error=%s", task, describe(error))
                 wait = min(RETRY_SECONDS, every.total_seconds())
             self._over.wait(wait)
 

@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import SQLAlchemyError
 
-from engagement.claims import describe
+from engagement.database_errors import describe
 from engagement.messages import Queued, QueuedMany
 from engagement.models import MessageStatus
 from engagement.observing import QueueEnd, Round

@@ -939,7 +939,7 @@ def test_counting_reads_an_index_instead_of_the_table(full_engine):
 
 PACKAGE = Path(engagement.__file__).parent
 LAYERS = [
-    ["models", "observing"],
+    ["database_errors", "models", "observing"],
     ["messages"],
     ["outcomes"],
     ["statements"],

@@ -9,17 +9,18 @@ from datetime import timedelta
 from typing import TypeVar
 
 from sqlalchemy import Engine, func, select
-from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+
+from engagement.database_errors import is_not_migrated, is_unreadable, sqlstate
 
 R = TypeVar("R")
 
 logger = logging.getLogger("engagement")
 
 _TOO_LONG = frozenset({"57014", "55P03"})  # a statement, or its wait for a lock, was cancelled
-_NOT_MIGRATED = frozenset({"42P01", "42703", "3F000"})  # no such table, column, schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +48,11 @@ class Queue:
 
     def _said(self, error: SQLAlchemyError, if_too_long: str) -> str:
         """Say what happened, without the server's text, which may show a row."""
-        state = getattr(error.orig, "sqlstate", None) if isinstance(error, DBAPIError) else None
+        state = sqlstate(error)
         if state in _TOO_LONG:
             return f"The database took longer than {self.patience.total_seconds():g} s. {if_too_long}"
-        if state in _NOT_MIGRATED:
+        if is_not_migrated(error):
             return "The queue's table is missing or old. Run: engagement upgrade"
-        if state is None and isinstance(error, DataError):  # The driver's: Python has no such value.
+        if is_unreadable(error):
             return "A message cannot be read. Run: engagement verify"
         return "The database does not answer." if state is None else f"The database refused: {state}."

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 import click
 from sqlalchemy import URL, Engine, create_engine, make_url, select
-from sqlalchemy.exc import ArgumentError, DataError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from engagement.cli.problems import DatabaseProblem, Problem
+from engagement.database_errors import is_not_migrated, is_unreadable, sqlstate
 from engagement.messages import InvalidMessage
 from engagement.models import EngagementMessage
 from engagement.repository import EngagementMessageRepository
@@ -25,7 +26,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 EXAMPLE_URL = "postgresql://user:password@host:5432/name"
 CONNECT_SECONDS = 10
-_NOT_MIGRATED = frozenset({"42P01", "42703", "3F000"})  # no such table, column, schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +77,14 @@ class Database:
         return f"engagement {command}" + ("" if self.schema is None else f" --schema {self.schema}")
 
     def _problem(self, error: SQLAlchemyError, url: URL) -> Problem:
-        original = getattr(error, "orig", None)
-        state = getattr(original, "sqlstate", None)
-        if state in _NOT_MIGRATED:
+        original, state = getattr(error, "orig", None), sqlstate(error)
+        if is_not_migrated(error):
             return DatabaseProblem(f"the queue's table is missing or old. Run: {self.in_full('upgrade')}")
+        if is_unreadable(error):
+            return DatabaseProblem(f"a row of the table cannot be read. Run: {self.in_full('verify')}")
         if original is None or state is not None:
             # Not the server's text, which may show a row.
             return DatabaseProblem(f"the database refused: {type(original or error).__name__} {state or ''}")
-        if isinstance(error, DataError):
-            # The driver's: a moment that Python has no word for, such as infinity.
-            return DatabaseProblem(f"a row of the table cannot be read. Run: {self.in_full('verify')}")
         return DatabaseProblem(f"cannot reach the database: {_without_passwords(str(original), url)}")
 
 

@@ -1,0 +1,47 @@
+"""What an error of the database means. Decided by SQLSTATE: not every OperationalError is transient."""
+
+from __future__ import annotations
+
+from sqlalchemy.exc import DataError, DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+# Connection, transaction rollback, resources, operator intervention.
+_TRANSIENT_CLASSES = frozenset({"08", "40", "53", "57"})
+# A lock time-out, the server's ends of idle or long transactions, and a server that is still, or now, a standby.
+_TRANSIENT_STATES = frozenset({"55P03", "25P03", "25P04", "25006"})
+# No such table, column, schema.
+_NOT_MIGRATED = frozenset({"42P01", "42703", "3F000"})
+
+
+def sqlstate(error: BaseException) -> str | None:
+    """Return what the server calls the error; None if it did not come from there."""
+    state: str | None = getattr(getattr(error, "orig", None), "sqlstate", None)
+    return state
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the database may answer differently later: it was not reached, is starting, or was too busy."""
+    if isinstance(error, PoolTimeout):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    state = sqlstate(error)
+    if state is None:
+        return error.connection_invalidated or type(error.orig).__name__ in {"OperationalError", "InterfaceError"}
+    return state[:2] in _TRANSIENT_CLASSES or state in _TRANSIENT_STATES
+
+
+def is_not_migrated(error: BaseException) -> bool:
+    """Whether the queue's table is missing, or of another version."""
+    return sqlstate(error) in _NOT_MIGRATED
+
+
+def is_unreadable(error: BaseException) -> bool:
+    """Whether a row holds what Python has no value for, such as a moment that is infinity. The driver says so."""
+    return isinstance(error, DataError) and sqlstate(error) is None
+
+
+def describe(error: BaseException) -> str:
+    """Return what a log may say of a database error: no statement, no parameters, no DETAIL with a row in it."""
+    state = sqlstate(error)
+    return type(error).__name__ if state is None else f"{type(error).__name__} {state}"
