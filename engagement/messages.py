@@ -91,6 +91,13 @@ def checked_id(value: object) -> int:
     return value
 
 
+def id_typed(text: str) -> int:
+    """Return the id that somebody typed, or raise `InvalidMessage`."""
+    # Python refuses to read thousands of digits, and no id has twenty.
+    is_number = text.isascii() and text.isdecimal() and len(text) < 20  # noqa: PLR2004
+    return checked_id(int(text) if is_number else None)
+
+
 def idempotency_key(user_id: str, event_type: str, when: datetime | None = None, *, tz: tzinfo = UTC) -> str:
     """Return `{user_id}:{event_type}:{YYYY-MM-DD}`, the date being that of `when` (default: now) in `tz`.
 

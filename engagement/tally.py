@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engagement.messages import OutgoingMessage
 from engagement.models import MessageStatus
-from engagement.outcomes import InDoubt, NotSent, Postpone, Refused, Verdict
+from engagement.outcomes import InDoubt, NotSent, Postpone, Refused, Verdict, clean_reason
 from engagement.sending import Claim
 
 logger = logging.getLogger("engagement")
@@ -56,7 +56,7 @@ class Tally:
             return
         self._counts["processed"] += 1
         if verdict.event in _TROUBLE:
-            self._errors.append((message.id, str(verdict.reason or "")))
+            self._errors.append((message.id, clean_reason(verdict.reason) or ""))
         if status is None:
             logger.warning("engagement.claim_lost message_id=%s attempt=%s", message.id, message.attempt)
             return

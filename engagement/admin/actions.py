@@ -20,7 +20,7 @@ EXPIRED, IN_DOUBT = MessageStatus.EXPIRED, MessageStatus.IN_DOUBT
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Answer:
     """What came of an action: one word for the log, a sentence for the person."""
 
     word: str
@@ -36,7 +36,7 @@ class Given:
     moment: datetime | None
 
 
-Perform = Callable[[EngagementMessageRepository, int, Given], Verdict]
+Perform = Callable[[EngagementMessageRepository, int, Given], Answer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class Action:
     perform: Perform
 
 
-def _cancel(repository: EngagementMessageRepository, message_id: int, given: Given) -> Verdict:
+def _cancel(repository: EngagementMessageRepository, message_id: int, given: Given) -> Answer:
     cancellation = repository.cancel_message(message_id, given.reason)
     status = _words(cancellation.status)
     sentences = {
@@ -62,47 +62,47 @@ def _cancel(repository: EngagementMessageRepository, message_id: int, given: Giv
         "not_found": "There is no such message.",
     }
     word = cancellation.verdict
-    return Verdict(word, sentences[word], is_done=cancellation.is_cancelled)
+    return Answer(word, sentences[word], is_done=cancellation.is_cancelled)
 
 
-def _retry(repository: EngagementMessageRepository, message_id: int, _: Given) -> Verdict:
+def _retry(repository: EngagementMessageRepository, message_id: int, _: Given) -> Answer:
     done = repository.retry_message(message_id)
-    return _verdict(repository, message_id, "retried", "Due again, with all its retries.", done=done)
+    return _answer(repository, message_id, "retried", "Due again, with all its retries.", done=done)
 
 
 def _resolve(*, sent: bool) -> Perform:
     word = "resolved_sent" if sent else "resolved_not_sent"
     sentence = "Resolved: it was sent." if sent else "Resolved: it was not sent, and is due again."
 
-    def perform(repository: EngagementMessageRepository, message_id: int, given: Given) -> Verdict:
+    def perform(repository: EngagementMessageRepository, message_id: int, given: Given) -> Answer:
         done = repository.resolve_message(message_id, sent, given.reason)
-        return _verdict(repository, message_id, word, sentence, done=done)
+        return _answer(repository, message_id, word, sentence, done=done)
 
     return perform
 
 
-def _reschedule(repository: EngagementMessageRepository, message_id: int, given: Given) -> Verdict:
+def _reschedule(repository: EngagementMessageRepository, message_id: int, given: Given) -> Answer:
     if given.moment is None:
         raise InvalidMessage("scheduled_for", "is empty")
     done = repository.reschedule_message(message_id, given.moment)
-    return _verdict(repository, message_id, "rescheduled", "Rescheduled.", done=done)
+    return _answer(repository, message_id, "rescheduled", "Rescheduled.", done=done)
 
 
-def _verdict(
+def _answer(
     repository: EngagementMessageRepository, message_id: int, word: str, sentence: str, *, done: bool
-) -> Verdict:
+) -> Answer:
     """Tell a yes, or why the repository said no, as far as the message shows it."""
     if done:
-        return Verdict(word, sentence, is_done=True)
+        return Answer(word, sentence, is_done=True)
     message = repository.get_message(message_id)
     if message is None:
-        return Verdict("not_found", "There is no such message.", is_done=False)
+        return Answer("not_found", "There is no such message.", is_done=False)
     because = f"it is {_words(message.status)}"
     if message.destination_jid is None:
         because += ", and was forgotten or pruned"
     elif message.status == PENDING and message.expires_at is not None:
         because += ", and expires before then"
-    return Verdict("refused", f"Nothing was changed: {because}.", is_done=False)
+    return Answer("refused", f"Nothing was changed: {because}.", is_done=False)
 
 
 def _words(status: MessageStatus | None) -> str:
@@ -171,15 +171,15 @@ def actions_for(message: EngagementMessage) -> list[Action]:
 
 def act(
     session: Session, action: Action, message_id: int, form: Mapping[str, object], *, tz: tzinfo, schema: str | None
-) -> Verdict:
+) -> Answer:
     """Do it, unless the message was claimed again since the person looked: what they know speaks of that attempt."""
     given = Given(reason=str(form.get("reason") or "") or None, moment=_moment(form.get("moment"), tz))
     attempt = select(EngagementMessage.attempt).where(EngagementMessage.id == checked_id(message_id)).with_for_update()
     now = session.execute(attempt, execution_options=in_schema(schema)).scalar_one_or_none()
     if now is not None and not form.get("attempt"):
-        return Verdict("incomplete", "Nothing was done: the form did not say which attempt it is about.", is_done=False)
+        return Answer("incomplete", "Nothing was done: the form did not say which attempt it is about.", is_done=False)
     if now is not None and str(now) != form.get("attempt"):
-        return Verdict("changed", "Nothing was done: the message was tried again meanwhile.", is_done=False)
+        return Answer("changed", "Nothing was done: the message was tried again meanwhile.", is_done=False)
     return action.perform(EngagementMessageRepository(session, schema=schema), message_id, given)
 
 

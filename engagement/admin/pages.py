@@ -22,7 +22,7 @@ from engagement import inspection
 from engagement.admin.actions import ACTIONS, Action, act, actions_for
 from engagement.admin.chart import chart_of
 from engagement.admin.database import Queue
-from engagement.messages import InvalidMessage, checked_id, delivery_id, key_hash
+from engagement.messages import InvalidMessage, delivery_id, id_typed, key_hash
 from engagement.models import EngagementMessage, MessageStatus
 from engagement.repository import EngagementMessageRepository
 
@@ -191,7 +191,7 @@ class MessagesPage(Page):
         queue = self.shown.queue
         try:
             filters = _filters(asked, self.shown.tz)
-            before, after = (_number(asked[name]) if asked.get(name) else None for name in ("before", "after"))
+            before, after = (id_typed(asked[name]) if asked.get(name) else None for name in ("before", "after"))
 
             def look(session: Session) -> list[EngagementMessage]:
                 return inspection.list_messages(
@@ -225,7 +225,7 @@ class MessagesPage(Page):
         def look(session: Session) -> EngagementMessage | None:
             repository = EngagementMessageRepository(session, schema=self.shown.queue.schema)
             with suppress(InvalidMessage):
-                if message := repository.get_message(_number(sought)):
+                if message := repository.get_message(id_typed(sought)):
                     return message
             return repository.get_message_by_key(sought)
 
@@ -267,7 +267,7 @@ class MessagesPage(Page):
         action, message_id, form = _action(request), _message_id(request), await request.form()
         queue = self.shown.queue
         try:
-            verdict = await queue.run(
+            answer = await queue.run(
                 lambda session: act(session, action, message_id, form, tz=self.shown.tz, schema=queue.schema),
                 if_too_long="Nothing was done. Try again.",
             )
@@ -279,9 +279,9 @@ class MessagesPage(Page):
         except HTTPException:
             _log(request, action.name, "failed", message_id)
             raise
-        _log(request, action.name, verdict.word, message_id)
-        flash(request, verdict.sentence, "success" if verdict.is_done else "warning")
-        name, parameters = ("messages", {}) if verdict.word == "not_found" else ("message", {"message_id": message_id})
+        _log(request, action.name, answer.word, message_id)
+        flash(request, answer.sentence, "success" if answer.is_done else "warning")
+        name, parameters = ("messages", {}) if answer.word == "not_found" else ("message", {"message_id": message_id})
         return RedirectResponse(path_for(request, name, **parameters), 303)
 
     def _question(
@@ -302,7 +302,7 @@ class MessagesPage(Page):
 
 def _message_id(request: Request) -> int:
     try:
-        return _number(request.path_params["message_id"])
+        return id_typed(request.path_params["message_id"])
     except InvalidMessage:
         raise HTTPException(404, "There is no such message.") from None
 
@@ -357,15 +357,6 @@ def _day(asked: Mapping[str, str], name: str, tz: tzinfo, later: timedelta = tim
         return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=tz) + later
     except (ValueError, OverflowError):
         raise InvalidMessage(f"scheduled_{name}", "is no date") from None
-
-
-def _number(text: str) -> int:
-    # Python refuses to read thousands of digits.
-    is_number = text.isascii() and text.isdecimal() and len(text) < _DIGITS
-    return checked_id(int(text) if is_number else None)
-
-
-_DIGITS = 20
 
 
 def _page_link(request: Request, **place: int) -> str:

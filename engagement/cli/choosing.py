@@ -11,6 +11,7 @@ import click
 from engagement.cli.parameters import moment_ago
 from engagement.cli.showing import for_person
 from engagement.inspection import Filters
+from engagement.messages import id_typed
 from engagement.models import EngagementMessage, MessageStatus
 from engagement.repository import EngagementMessageRepository
 
@@ -78,11 +79,9 @@ def described(filters: Filters) -> str:
 def find_message(repository: EngagementMessageRepository, which: str) -> EngagementMessage | None:
     """Return the message that `which` names: a number is an id, anything else is an idempotency key."""
     if which.isascii() and which.isdecimal():
-        # So many digits are no id, and Python reads no number of thousands of them.
-        return repository.get_message(int(which[:TOO_MANY_DIGITS]))
+        return repository.get_message(id_typed(which))
     return repository.get_message_by_key(which.removeprefix(KEY))
 
 
-TOO_MANY_DIGITS = 20
 KEY = "key:"
 """Before a key that is a number, or begins with this."""

@@ -16,10 +16,9 @@ import click
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.parameters import age_to_prune, duration, positive_duration, transport_named
 from engagement.cli.problems import needs_attention
-from engagement.cli.showing import examples, json_option, show
+from engagement.cli.showing import examples, json_option, logging_to_stderr, show
 from engagement.cli.signals import stopped_by_signals
 from engagement.inspection import masked
-from engagement.outcomes import clean_reason
 from engagement.sending import Transport
 from engagement.tally import ProcessResult
 from engagement.worker import Worker, process_message_queue
@@ -163,27 +162,12 @@ def _delivering(*, verbose: bool, as_json: bool) -> Iterator[threading.Event]:
         yield around.enter_context(stopped_by_signals())
 
 
-@contextmanager
-def logging_to_stderr(level: int) -> Iterator[None]:
-    """Show our events while the block runs."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("engagement")
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-
-
 ERRORS_SHOWN = 20
 
 
 def _show_result(result: ProcessResult, *, as_json: bool, reveal: bool) -> None:
     facts: dict[str, Any] = {name: value for name, value in asdict(result).items() if name != "errors"}
-    reasons = [(message_id, clean_reason(reason) or "") for message_id, reason in result.errors]
-    errors = [(message_id, reason if reveal else masked(reason)) for message_id, reason in reasons]
+    errors = [(message_id, reason if reveal else masked(reason)) for message_id, reason in result.errors]
     if as_json:
         facts["errors"] = [{"message_id": message_id, "reason": reason} for message_id, reason in errors]
     show("delivery", facts, as_json=as_json)

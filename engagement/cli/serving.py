@@ -8,9 +8,8 @@ from zoneinfo import ZoneInfo
 import click
 
 from engagement.cli.connecting import Database, on_database
-from engagement.cli.delivering import logging_to_stderr
 from engagement.cli.problems import Problem
-from engagement.cli.showing import examples
+from engagement.cli.showing import examples, logging_to_stderr
 
 
 def zone_named(name: str) -> ZoneInfo:

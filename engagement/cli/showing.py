@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -158,6 +159,23 @@ def in_words(length: timedelta) -> str:
     largest = next((place for place, (_, count) in enumerate(parts) if count), len(parts) - 1)
     shown = [f"{count}{unit}" for unit, count in parts[largest : largest + 2] if count]
     return " ".join(shown) or "0s"
+
+
+# Events ---------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def logging_to_stderr(level: int) -> Iterator[None]:
+    """Show our events while the block runs."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("engagement")
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 # Progress ------------------------------------------------------------------------------------------------------------
