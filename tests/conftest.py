@@ -20,7 +20,7 @@ from pgbouncer import NO_PGBOUNCER, pgbouncer, pgbouncer_program
 from pytest_postgresql import factories
 from pytest_postgresql.janitor import DatabaseJanitor
 from shell import Ran, url_of
-from sqlalchemy import URL, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Engine, Result, create_engine, event, make_url, text
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
@@ -211,6 +211,12 @@ def queue(engine: Engine, *messages: NewMessage) -> list[int]:
     with Session(engine) as session, session.begin():
         repository = EngagementMessageRepository(session)
         return [repository.queue_message(message).message_id for message in messages]
+
+
+def execute(engine: Engine, sql: str, **values: Any) -> Result:
+    """Execute and commit; what it returned can still be read."""
+    with engine.begin() as connection:
+        return connection.execute(text(sql), values)
 
 
 def until(condition: Callable[[], Any]) -> Any:

@@ -15,7 +15,7 @@ import pytest
 from chaos.orders import Point
 from chaos.proxy import proxied
 from chaos.scene import Scene
-from conftest import in_thread, new_message, queue, row, until, wait_until_blocked
+from conftest import execute, in_thread, new_message, queue, row, until, wait_until_blocked
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -41,11 +41,6 @@ from engagement.verification import verify
 
 PATIENCE_SECONDS = 20.0
 LATER = timedelta(hours=1)
-
-
-def execute(engine, sql, **values):
-    with engine.begin() as connection:
-        return connection.execute(text(sql), values)
 
 
 def is_true(engine, sql) -> bool:

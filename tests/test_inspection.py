@@ -4,7 +4,7 @@ import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from conftest import new_message, queue
+from conftest import execute, new_message, queue
 from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
@@ -44,13 +44,8 @@ def told(engine, message_id=1, **options):
         return [(moment.what, moment.attempt, moment.detail) for moment in timeline(message, **options)]
 
 
-def sql(engine, statement, **values):
-    with engine.begin() as connection:
-        connection.execute(text(statement), values)
-
-
 def update(engine, assignments, where="true", **values):
-    sql(engine, f"UPDATE engagement_message_queue SET {assignments} WHERE {where}", **values)
+    execute(engine, f"UPDATE engagement_message_queue SET {assignments} WHERE {where}", **values)
 
 
 def act(engine, method, *arguments, **options):
@@ -353,7 +348,7 @@ def test_what_cannot_be_asked_is_refused_before_the_database_is(session, filters
 )
 def test_what_needs_a_look_is_found_by_an_index(engine, filters, index):
     """Messages of a user, and of what is not sent, are found by their index among many that are sent."""
-    sql(
+    execute(
         engine,
         """INSERT INTO engagement_message_queue (user_id, message_type, message_key, destination, destination_jid,
                idempotency_key, status, attempt, sent_at)
@@ -364,7 +359,7 @@ def test_what_needs_a_look_is_found_by_an_index(engine, filters, index):
     for status, message_id in zip(("sending", "failed", "in_doubt"), ids_of_each[1:], strict=True):
         lease = "now()" if status == "sending" else "NULL"
         update(engine, f"status = '{status}', attempt = 1, lease_expires_at = {lease}", f"id = {message_id}")
-    sql(engine, "ANALYZE engagement_message_queue")
+    execute(engine, "ANALYZE engagement_message_queue")
 
     assert {f"engagement_message_queue_{index}"} == indexes_read(engine, list_messages, **filters)
     assert {f"engagement_message_queue_{index}"} == indexes_read(engine, count_messages, **filters)

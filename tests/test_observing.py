@@ -9,8 +9,8 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from conftest import PATIENCE, in_thread, new_message, queue, row
-from sqlalchemy import create_engine, event, text
+from conftest import PATIENCE, execute, in_thread, new_message, queue, row
+from sqlalchemy import create_engine, event
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
 
@@ -71,11 +71,6 @@ def observe():
     yield register
     for observer in observers:
         observing.unobserve(observer)
-
-
-def execute(engine, sql, **values):
-    with engine.begin() as connection:
-        return connection.execute(text(sql), values)
 
 
 def queue_many(engine, *messages) -> QueuedMany:

@@ -9,10 +9,10 @@ from datetime import UTC, date, datetime, time, timedelta, timezone
 from zoneinfo import ZoneInfo
 
 import pytest
-from conftest import new_message, queue, row
+from conftest import execute, new_message, queue, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
 from engagement import (
@@ -52,11 +52,6 @@ def outgoing(**fields):
         "retry_count": 0,
     }
     return OutgoingMessage(**given | fields)
-
-
-def execute(engine, sql, **values):
-    with engine.begin() as connection:
-        return connection.execute(text(sql), values)
 
 
 def fails(_message):

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from conftest import new_message, queue
+from conftest import execute, new_message, queue
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import create_engine, event, text
@@ -54,11 +54,6 @@ def _samples(exposition: str) -> dict:
         for family in text_string_to_metric_families(exposition)
         for sample in family.samples
     }
-
-
-def execute(engine, sql, **values):
-    with engine.begin() as connection:
-        return connection.execute(text(sql), values)
 
 
 def put(engine, user_id: str, changes: str, **fields) -> None:

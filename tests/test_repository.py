@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import PATIENCE, database_url, in_thread, new_message, queue, row, wait_until_blocked
+from conftest import PATIENCE, database_url, execute, in_thread, new_message, queue, row, wait_until_blocked
 from pytest_postgresql.janitor import DatabaseJanitor
 from sqlalchemy import CheckConstraint, Engine, create_engine, event, text
 from sqlalchemy.exc import IntegrityError
@@ -41,11 +41,6 @@ FINISHED = ["sent", "failed", "cancelled", "expired"]
 NOON = datetime(2030, 11, 21, 12, tzinfo=UTC)
 SECRET = "Zx9secret"
 HOLDER = claims.Holder("worker", timedelta(minutes=5))
-
-
-def execute(engine: Engine, sql: str, **values):
-    with engine.begin() as connection:
-        return connection.execute(text(sql), values)
 
 
 def put(engine: Engine, message_id: int, status: str) -> None:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from queue import SimpleQueue
 
 import pytest
-from conftest import new_message, queue, row, until
+from conftest import execute, new_message, queue, row, until
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -37,11 +37,6 @@ PATIENCE = 20
 
 def at_once(_failures):
     return timedelta(0)
-
-
-def execute(engine, sql, **values):
-    with engine.begin() as connection:
-        return connection.execute(text(sql), values)
 
 
 def make_due(engine):
