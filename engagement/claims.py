@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from engagement import statements
-from engagement.messages import OutgoingMessage
+from engagement.messages import DESTINATIONS, OutgoingMessage
 from engagement.models import EARLIEST, MessageStatus
 from engagement.outcomes import Outcome, Refused, Verdict, clean_reason
 from engagement.sending import Claim, Position, clock
@@ -44,11 +44,6 @@ class Claimed:
     go_on_after: Position | None
 
 
-def prepare(connection: Connection) -> None:
-    """Make what follows in this transaction cheap."""
-    connection.execute(statements.plan_for_any_values())
-
-
 def claim(
     connection: Connection,
     holder: Holder,
@@ -68,18 +63,19 @@ def claim(
         "limit": limit,
         "after_at": after[0],
         "after_id": after[1],
-        "busy": list(busy),
+        # A message that was forgotten while it was being sent goes nowhere.
+        "busy": _pack(jid for jid in busy if jid),
         "lease": holder.lease,
         "worker": holder.name,
         "idempotent": idempotent,
     }
     rows = connection.execute(statements.claim(one_per_destination=one_per_destination), values)
-    taken = sorted((_claim(row, until) for row in rows), key=_place)
+    taken = sorted([_claim(row, until) for row in rows.all()], key=_place)
     # Whose first message ended has others that were passed over, and lie behind it.
     ended = (claim.place for claim, status in taken if one_per_destination and status != MessageStatus.SENDING)
     return Claimed(
         claims=[claim for claim, status in taken if status == MessageStatus.SENDING],
-        ended={claim.message: status for claim, status in taken if status != MessageStatus.SENDING},
+        ended={claim.message: MessageStatus(status) for claim, status in taken if status != MessageStatus.SENDING},
         go_on_after=next(ended, _place(taken[-1])) if taken else None,
     )
 
@@ -87,7 +83,7 @@ def claim(
 def take_over(connection: Connection, holder: Holder, *, limit: int, held: Iterable[int]) -> list[Claim]:
     """Take over up to `limit` messages whose worker was lost."""
     until = _held_until(holder.lease)
-    values = {"limit": limit, "held": list(held), "lease": holder.lease, "recoverer": holder.recoverer}
+    values = {"limit": limit, "held": _pack(map(str, held)), "lease": holder.lease, "recoverer": holder.recoverer}
     rows = connection.execute(statements.take_over_expired_leases(), values)
     return [_claim(row, until, worker_lost=True)[0] for row in rows]
 
@@ -104,7 +100,8 @@ def extend(connection: Connection, lease: timedelta, held: Mapping[int, Claim]) 
     """Extend the leases of what is in hand."""
     until = _held_until(lease)
     ids = sorted(held)
-    values = {"held": ids, "attempts": [held[message_id].message.attempt for message_id in ids], "lease": lease}
+    attempts = [str(held[message_id].message.attempt) for message_id in ids]
+    values = {"held": _pack(map(str, ids)), "attempts": _pack(attempts), "lease": lease}
     for message_id in connection.execute(statements.extend_leases(), values).scalars():
         held[message_id].held_until = until
 
@@ -116,8 +113,8 @@ def settle(connection: Connection, verdicts: Iterable[tuple[OutgoingMessage, Ver
     """
     # In one order everywhere, or two statements over the same rows would deadlock.
     given = {message.id: (message, verdict) for message, verdict in sorted(verdicts, key=lambda pair: pair[0].id)}
-    rows = connection.execute(statements.settle_if_claimed(), _verdict_arrays(given.values()))
-    recorded = {row.id: row.status for row in rows}
+    rows = connection.execute(statements.settle_if_claimed(), _packed_verdicts(given.values()))
+    recorded: dict[int, MessageStatus] = dict(rows.all())
     missing = given.keys() - recorded.keys()
     if missing:
         for row in connection.execute(statements.attempts_of(), {"ids": sorted(missing)}):
@@ -139,7 +136,7 @@ def _held_until(lease: timedelta) -> float:
     return clock() + lease.total_seconds()
 
 
-def _place(taken: tuple[Claim, MessageStatus]) -> Position:
+def _place(taken: tuple[Claim, str]) -> Position:
     return taken[0].place
 
 
@@ -147,7 +144,7 @@ def _place(taken: tuple[Claim, MessageStatus]) -> Position:
 _decode = json.JSONDecoder().raw_decode
 
 
-def _claim(row: Sequence[Any], held_until: float, *, worker_lost: bool = False) -> tuple[Claim, MessageStatus]:
+def _claim(row: Sequence[Any], held_until: float, *, worker_lost: bool = False) -> tuple[Claim, str]:
     """Return what a row of `statements.OUTGOING` says, and its status. By place: names cost as much as all the rest."""
     message_id, idempotency_key, user_id, message_type, message_key, params_json, *rest = row
     destination, destination_jid, scheduled_for, attempt, retry_count, next_attempt_at, status, trace_context, _ = rest
@@ -163,7 +160,7 @@ def _claim(row: Sequence[Any], held_until: float, *, worker_lost: bool = False) 
         message_type=message_type,
         message_key=message_key,
         message_params=params,
-        destination=destination,
+        destination=DESTINATIONS[destination],
         destination_jid=destination_jid or "",  # It may have been forgotten while it was being sent.
         scheduled_for=scheduled_for,
         attempt=attempt,
@@ -180,22 +177,26 @@ def _claim(row: Sequence[Any], held_until: float, *, worker_lost: bool = False) 
     return claim, status
 
 
-def _verdict_arrays(given: Iterable[tuple[OutgoingMessage, Verdict]]) -> dict[str, Any]:
-    pairs = list(given)
-    join = statements.SEPARATOR.join
-    verdicts = [verdict for _, verdict in pairs]
+def _packed_verdicts(given: Collection[tuple[OutgoingMessage, Verdict]]) -> dict[str, str]:
+    verdicts = [verdict for _, verdict in given]
     return {
-        "given_id": [message.id for message, _ in pairs],
-        "given_attempt": [message.attempt for message, _ in pairs],
-        "given_failures": [int(verdict.counts_as_failure) for verdict in verdicts],
-        "given_has_doubt": [verdict.has_doubt for verdict in verdicts],
-        "given_delay": [None if verdict.delay is None else verdict.delay.total_seconds() for verdict in verdicts],
-        "given_status": join([verdict.status for verdict in verdicts]),
-        "given_event": join([verdict.event for verdict in verdicts]),
-        "given_reason": join([clean_reason(verdict.reason) or "" for verdict in verdicts]),
-        "given_until": join([_moment(verdict.until) for verdict in verdicts]),
-        "given_provider_message_id": join([clean_reason(verdict.provider_message_id) or "" for verdict in verdicts]),
+        "given_id": _pack([str(message.id) for message, _ in given]),
+        "given_attempt": _pack([str(message.attempt) for message, _ in given]),
+        "given_failures": _pack(["1" if verdict.counts_as_failure else "0" for verdict in verdicts]),
+        "given_has_doubt": _pack([_BOOLEANS[verdict.has_doubt] for verdict in verdicts]),
+        "given_delay": _pack(
+            ["" if (delay := verdict.delay) is None else str(delay.total_seconds()) for verdict in verdicts]
+        ),
+        "given_until": _pack([_moment(verdict.until) for verdict in verdicts]),
+        "given_status": _pack([verdict.status for verdict in verdicts]),
+        "given_event": _pack([verdict.event for verdict in verdicts]),
+        "given_reason": _pack([clean_reason(verdict.reason) or "" for verdict in verdicts]),
+        "given_provider_message_id": _pack([clean_reason(verdict.provider_message_id) or "" for verdict in verdicts]),
     }
+
+
+_pack = statements.SEPARATOR.join
+_BOOLEANS = {None: "", False: "false", True: "true"}
 
 
 def _moment(until: datetime | None) -> str:

@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -147,7 +147,6 @@ class Delivery:
     def _settle_and_take(self, connection: Connection, *, wanted: int) -> _Taken:
         """Change nothing but the database; the whole is done again if the database is lost on the way."""
         taken = _Taken()
-        claims.prepare(connection)
         if self._decided:
             taken.recorded = claims.settle(connection, [(claim.message, verdict) for claim, verdict in self._decided])
         if not wanted or self._stop.is_set():
@@ -223,7 +222,7 @@ class Delivery:
             if self._in_hand.get(claim.message.id) is claim:
                 del self._in_hand[claim.message.id]
             self._tally.add(claim, verdict, status)
-            self._position = min(self._position, claim.place)
+        self._position = min([self._position, *(claim.place for claim, _ in self._decided)])
         self._decided.clear()
         self._tally.end(taken.ended)
         observing.committed(Round(taken.started_at, settled, taken.claims, taken.ended))
@@ -249,7 +248,7 @@ class Delivery:
         self._is_paced = clock() < self._start_at
         if self._stop.is_set() or self._failure is not None or self._is_paced:
             return 0
-        for claim in [claim for claim in self._overdue if claim.future and claim.future.done()]:
+        for claim in [claim for claim in self._overdue if claim.handle and claim.handle.done()]:
             self._overdue.remove(claim)
             self._position = min(self._position, claim.place)
         settling = sum(self._in_hand.get(claim.message.id) is claim for claim, _ in self._decided)
@@ -381,10 +380,10 @@ class Delivery:
             return
         decided = {claim for claim, _ in self._decided}
         for claim in self._in_hand.values():
-            if clock() >= claim.started_at + timeout and claim not in decided and claim.future is not None:
+            if clock() >= claim.started_at + timeout and claim not in decided and claim.handle is not None:
                 self._decide(claim, InDoubt(f"no answer within {timeout:g} s"))
                 claim.is_overdue = True
-                if not claim.future.cancel():
+                if not claim.handle.cancel():
                     self._overdue.add(claim)
 
     def _extend_leases(self) -> None:
@@ -473,8 +472,7 @@ class _Taken:
 
 
 def _is_true(answer: Future[Any]) -> bool:
-    # A cancelled future raises also when it is asked for its exception.
-    error = CancelledError() if answer.cancelled() else answer.exception()
+    error = answer.exception()
     if error is not None:
         logger.warning("engagement.ready_failed error=%s", type(error).__name__)
         return False

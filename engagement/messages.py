@@ -39,7 +39,7 @@ JID_FORMS = {
     Destination.INDIVIDUAL: re.compile(r"[1-9][0-9]{6,14}@s\.whatsapp\.net|[1-9][0-9]{4,19}@lid"),
     Destination.GROUP: re.compile(r"[1-9][0-9]{14,19}@g\.us|[1-9][0-9]{4,14}-[0-9]{10}@g\.us"),
 }
-_DESTINATIONS = {destination.value: destination for destination in Destination}
+DESTINATIONS = {destination.value: destination for destination in Destination}
 _JID_FORM = {
     Destination.INDIVIDUAL: "must be <number>@s.whatsapp.net or <number>@lid for an individual",
     Destination.GROUP: "must be <number>@g.us for a group",
@@ -297,7 +297,7 @@ def _checked_tz(value: object) -> tzinfo:
 
 def checked_destination(value: object) -> Destination:
     """Return the member that `value` names, or raise `InvalidMessage`."""
-    destination = _DESTINATIONS.get(value) if isinstance(value, str) else None  # Also of a host's own enum of text.
+    destination = DESTINATIONS.get(value) if isinstance(value, str) else None  # Also of a host's own enum of text.
     if destination is None:
         raise InvalidMessage("destination", "must be individual or group")
     return destination

@@ -9,7 +9,7 @@ import logging
 from asyncio import CancelledError
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
@@ -97,11 +97,12 @@ def queueing(message_type: str | None, queue: Callable[[str | None], R]) -> R:
     return result
 
 
-def sending(claims: Sequence[Claim]) -> SendEnd:
-    """Tell the observers, in the context that the send will run in; return what is to be told the outcomes."""
+def sending(claims: Sequence[Claim]) -> tuple[Context, SendEnd]:
+    """Tell the observers; return the context that the send is to run in, and what is to be told the outcomes."""
+    context = copy_context()
     if not _observers:
-        return _tell_nobody
-    begun = [_guarded(observer.sending, claims) for observer in _observers]
+        return context, _tell_nobody
+    begun = [context.run(_guarded, observer.sending, claims) for observer in _observers]
 
     def end(outcomes: Sequence[Outcome]) -> None:
         for told in begun:
@@ -109,7 +110,7 @@ def sending(claims: Sequence[Claim]) -> SendEnd:
                 with suppress(SystemExit):  # It would end the thread of the send, and nothing else.
                     _guarded(told, outcomes)
 
-    return end
+    return context, end
 
 
 def _tell_nobody(_: Sequence[Outcome]) -> None:

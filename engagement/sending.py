@@ -10,9 +10,10 @@ import asyncio
 import inspect
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -50,8 +51,15 @@ Transport = SendFunction | SendingTransport | BatchTransport
 """
 
 
-_Call = Callable[..., Future[Any]]
-"""Runs a function of the transport where it belongs: takes what is to be checked right before, and its arguments."""
+class Handle(Protocol):
+    """What is kept of a call that was handed over: a future, or what does as much of one as is needed."""
+
+    def cancel(self) -> bool:
+        """Take the call back, or break it off; False if that cannot be done, and it goes on."""
+
+    def done(self) -> bool:
+        """Return whether it is over, and its place free."""
+
 
 CLOSE_SECONDS = 5.0
 """How long the event loop may take to cancel what is left in it."""
@@ -86,9 +94,16 @@ class Claim:
     """When it was handed to a thread or the event loop."""
     begun_at: float | None = None
     """When its send really began, which may be later on a busy machine."""
-    future: Future[Any] | None = None
+    handle: Handle | None = None
     is_overdue: bool = False
     """It outlasted its time-out and was settled as in doubt; what comes now is late."""
+
+
+_Result = Callable[[], Any]
+"""Returns what a call of the transport returned, or raises what it raised."""
+
+_Read = Callable[[Any, int], list[Outcome]]
+"""Turns what was returned into an outcome for each of so many messages."""
 
 
 class LeaseRanOut(Exception):  # noqa: N818 - what happened
@@ -112,10 +127,10 @@ class Sender:
         self._classify = classify
         self._loop = _EventLoop()
         self._threads = _Threads(concurrency, self._loop)
-        self._send = self._call(send_many or send)
+        self._send = self._placed(send_many or send)
         look_up, ready = getattr(transport, "look_up", None), getattr(transport, "ready", None)
-        self._look_up = None if look_up is None else self._call(look_up)
-        self._ready = None if ready is None else self._call(ready)
+        self._look_up = None if look_up is None else self._placed(look_up)
+        self._ready = None if ready is None else self._placed(ready)
 
     def start(self, claims: list[Claim]) -> None:
         """Send what was claimed; ask what became of what was taken over."""
@@ -140,55 +155,28 @@ class Sender:
         """Ask the transport whether it can send now, or return None if it has no `ready` to ask."""
         if self._ready is None:
             return None
-        answer = self._ready(_always)
-        answer.add_done_callback(lambda _: self.answers.put(None))
-        return answer
+        asking = _Asking(self._ready, self.answers)
+        self._ready.submit(asking)
+        return asking.answer
 
     def close(self) -> None:
         """Let idle threads end. One that hangs in a send is left behind; it does not keep the process alive."""
         self._threads.close()
         self._loop.close()
 
-    def _submit(
-        self,
-        claims: list[Claim],
-        call: _Call,
-        argument: object,
-        read: Callable[[Any, int], list[Outcome]],
-    ) -> None:
-        held_until = min(claim.held_until for claim in claims)
-
-        def check() -> None:
-            # The last thing before the send: a worker that was frozen since its claim must not send any more.
-            now = clock()
-            if now >= held_until:
-                raise LeaseRanOut
-            for claim in claims:
-                claim.begun_at = now
-
-        context = copy_context()
-        tell = context.run(observing.sending, claims)
-
-        def arrive(future: Future[Any]) -> None:
-            outcomes = self._outcomes(future, len(claims), read)
-            tell(outcomes)
-            for claim, outcome in zip(claims, outcomes, strict=True):
-                self.answers.put((claim, outcome))
-
-        future = context.run(call, check, argument)
+    def _submit(self, claims: list[Claim], to: _Placed, argument: object, read: _Read) -> None:
+        handle = to.submit(_Sending(to, argument, self, claims, read))
         for claim in claims:
-            claim.future = future
-        future.add_done_callback(arrive)
+            claim.handle = handle
 
-    def _call(self, function: Callable[..., Any]) -> _Call:
-        submit = self._loop.submit if _is_async(function) else self._threads.submit
-        return lambda check, *arguments: submit(check, function, *arguments)
+    def _placed(self, function: Callable[..., Any]) -> _Placed:
+        return _Placed(function, self._loop.submit if _is_async(function) else self._threads.submit)
 
-    def _outcomes(self, future: Future[Any], messages: int, read: Callable[[Any, int], list[Outcome]]) -> list[Outcome]:
+    def outcomes(self, result: _Result, messages: int, read: _Read) -> list[Outcome]:
         """Return what the transport answered, or what its exception means, for each message of the call."""
         outcome: Outcome
         try:
-            return read(future.result(), messages)
+            return read(result(), messages)
         except LeaseRanOut:
             outcome = Postpone(datetime.now(UTC), "the lease ran out before the send")
         except CancelledError:
@@ -207,6 +195,80 @@ class Sender:
         if isinstance(outcome, Outcome):
             return outcome
         return InDoubt(f"classify returned {type(outcome).__name__} for {type(error).__name__}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A function of the transport, and what runs it where it belongs."""
+
+    function: Callable[..., Any]
+    submit: Callable[[_Call], Handle]
+
+
+class _Call:
+    """One call of a function of the transport, in `context`.
+
+    A class, as are those below, and not three closures: the garbage collector visits each function and each cell.
+    """
+
+    __slots__ = ("arguments", "context", "function")
+
+    def __init__(self, to: _Placed, *arguments: object, context: Context) -> None:
+        self.function = to.function
+        self.arguments = arguments
+        self.context = context
+
+    def check(self) -> None:
+        """Raise what forbids the call, right before it."""
+
+    def arrive(self, result: _Result) -> None:
+        """Take what `result()` returns or raises."""
+        raise NotImplementedError
+
+
+class _Sending(_Call):
+    """A send, or a look-up."""
+
+    __slots__ = ("_claims", "_read", "_sender", "_tell")
+
+    def __init__(self, to: _Placed, argument: object, sender: Sender, claims: list[Claim], read: _Read) -> None:
+        context, self._tell = observing.sending(claims)
+        super().__init__(to, argument, context=context)
+        self._sender = sender
+        self._claims = claims
+        self._read = read
+
+    def check(self) -> None:
+        # The last thing before the send: a worker that was frozen since its claim must not send any more.
+        now = clock()
+        if now >= min([claim.held_until for claim in self._claims]):
+            raise LeaseRanOut
+        for claim in self._claims:
+            claim.begun_at = now
+
+    def arrive(self, result: _Result) -> None:
+        outcomes = self._sender.outcomes(result, len(self._claims), self._read)
+        self._tell(outcomes)
+        for claim, outcome in zip(self._claims, outcomes, strict=True):
+            self._sender.answers.put((claim, outcome))
+
+
+class _Asking(_Call):
+    """A question whether the transport is ready."""
+
+    __slots__ = ("_answers", "answer")
+
+    def __init__(self, to: _Placed, answers: SimpleQueue[tuple[Claim, Outcome] | None]) -> None:
+        super().__init__(to, context=copy_context())
+        self.answer: Future[Any] = Future()
+        self._answers = answers
+
+    def arrive(self, result: _Result) -> None:
+        try:
+            self.answer.set_result(result())
+        except BaseException as error:  # noqa: BLE001 - the future hands it on
+            self.answer.set_exception(error)
+        self._answers.put(None)
 
 
 def _read_send(answer: Any, _: int) -> list[Outcome]:
@@ -233,61 +295,107 @@ def _worker_lost(error: Exception | None = None) -> InDoubt:
     return InDoubt(f"its worker was lost between claim and settle{besides}")
 
 
-def _always() -> None:
-    """Hold no lease that could run out."""
-
-
 def _is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
+class _Job:
+    """A call that waits for a thread. Either a thread takes it from `jobs`, or it is cancelled."""
+
+    __slots__ = ("_call", "_is_done", "_jobs")
+
+    def __init__(self, call: _Call, jobs: deque[_Job]) -> None:
+        self._call: _Call | None = call
+        self._jobs = jobs
+        self._is_done = False
+
+    def cancel(self) -> bool:
+        try:
+            self._jobs.remove(self)
+        except ValueError:
+            return False
+        self._end()
+        return True
+
+    def done(self) -> bool:
+        return self._is_done
+
+    def work(self, result_of: Callable[[_Call], Any]) -> None:
+        call = self._call
+        assert call is not None
+        try:
+            call.context.run(call.arrive, partial(result_of, call))
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._is_done = True
+        self._call = None  # Its claims lead back here, and a circle would have to wait for the garbage collector.
+
+
 class _Threads:
-    """Daemon threads, started as needed: unlike those of an executor, one that hangs keeps no process alive."""
+    """Daemon threads, started as needed: unlike those of an executor, one that hangs keeps no process alive.
+
+    One thread is woken at a time, and wakes the next before it does its job: all at once they would only wait for each
+    other, and calls that take no time are made by a few of them.
+    """
 
     def __init__(self, limit: int, loop: _EventLoop) -> None:
         self._limit = limit
         self._loop = loop
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._jobs: deque[_Job] = deque()
+        self._wake_ups: SimpleQueue[bool] = SimpleQueue()
+        self._is_waking = False
         self._started = 0
 
-    def submit(self, check: Callable[[], None], function: Callable[..., Any], *arguments: object) -> Future[Any]:
-        future: Future[Any] = Future()
-
-        def job() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                check()
-                result = function(*arguments)
-                if inspect.iscoroutine(result):  # A plain function that returns one, such as a lambda.
-                    result = self._awaited(check, result)
-                elif inspect.isgenerator(result):  # Its sends are made here, not where the answer is read.
-                    result = list(result)
-            except BaseException as error:  # noqa: BLE001 - the future hands it on
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-
-        # In a copy of the caller's context, as the event loop runs an `async def`.
-        self._jobs.put(partial(copy_context().run, job))
+    def submit(self, call: _Call) -> _Job:
+        job = _Job(call, self._jobs)
+        self._jobs.append(job)
         if self._started < self._limit:
             threading.Thread(target=self._work, name=f"engagement-send-{self._started}", daemon=True).start()
             self._started += 1
-        return future
+        self._wake_one()
+        return job
 
     def close(self) -> None:
         for _ in range(self._started):
-            self._jobs.put(None)
+            self._wake_ups.put(False)  # noqa: FBT003 - whether there is work
 
-    def _awaited(self, check: Callable[[], None], coroutine: Coroutine[Any, Any, Any]) -> Any:
-        try:
-            return self._loop.submit(check, lambda: coroutine).result()
-        finally:
-            coroutine.close()  # If the check failed, it was never begun.
+    def _wake_one(self) -> None:
+        # Who is being woken sets this back before it looks for jobs, so it finds what was put there before.
+        if not self._is_waking:
+            self._is_waking = True
+            self._wake_ups.put(True)  # noqa: FBT003
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
+        while self._wake_ups.get():
+            self._is_waking = False
+            while True:
+                try:
+                    job = self._jobs.popleft()
+                except IndexError:
+                    break
+                if self._jobs:
+                    self._wake_one()
+                job.work(self._result)
+
+    def _result(self, call: _Call) -> Any:
+        call.check()
+        answer = call.function(*call.arguments)
+        if inspect.iscoroutine(answer):  # A plain function that returns one, such as a lambda.
+            return self._awaited(call, answer)
+        # The sends of a generator are made here, and not where the answer is read.
+        return list(answer) if inspect.isgenerator(answer) else answer
+
+    def _awaited(self, call: _Call, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        async def checked() -> Any:
+            call.check()
+            return await coroutine
+
+        try:
+            return self._loop.run(checked()).result()
+        finally:
+            coroutine.close()  # If the check failed, it was never begun.
 
 
 class _EventLoop:
@@ -299,17 +407,22 @@ class _EventLoop:
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="engagement-loop", daemon=True)
 
-    def submit(self, check: Callable[[], None], function: Callable[..., Any], *arguments: object) -> Future[Any]:
+    def submit(self, call: _Call) -> Future[Any]:
         async def job() -> Any:
-            check()
-            return await function(*arguments)
+            call.check()
+            return await call.function(*call.arguments)
 
+        future = call.context.run(self.run, job())
+        future.add_done_callback(lambda future: call.arrive(future.result))
+        return future
+
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
         with self._lock:
             if self._loop is None:
                 self._thread.start()
                 self._is_running.wait()
         assert self._loop is not None
-        return asyncio.run_coroutine_threadsafe(job(), self._loop)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
         if self._loop is not None:

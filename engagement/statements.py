@@ -39,13 +39,14 @@ from sqlalchemy import (
     null,
     or_,
     select,
-    text,
     tuple_,
+    type_coerce,
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.schema import CreateTable, DropTable
+from sqlalchemy.types import TypeEngine
 
 from engagement.models import FINISHED, EngagementMessage
 
@@ -65,12 +66,18 @@ def in_schema(schema: str | None) -> dict[str, Any]:
     return {} if schema is None else {"schema_translate_map": {None: schema}}
 
 
+_limit = bindparam("limit", type_=BigInteger)
+
 HISTORY_ENTRIES = 100
 """How many entries of a message's history are kept: the first, and the latest. It may be postponed for years."""
 
 
 def _word(word: str) -> ColumnElement[Any]:
     return literal_column(f"'{word}'", Text)
+
+
+def _number(number: int) -> ColumnElement[Any]:
+    return literal_column(str(number), Integer)
 
 
 PENDING, SENDING, SENT = (_word(status) for status in ("pending", "sending", "sent"))
@@ -90,7 +97,8 @@ def _unless_in_doubt(status: ColumnElement[Any], has_doubt: ColumnElement[bool])
 
 def _history_with(event: ColumnElement[Any], reason: ColumnElement[Any]) -> ColumnElement[Any]:
     """Append an entry; past the limit, the oldest but the first makes room."""
-    kept = case((func.jsonb_array_length(C.history) >= HISTORY_ENTRIES, C.history.op("-")(1)), else_=C.history)
+    is_full = func.jsonb_array_length(C.history) >= _number(HISTORY_ENTRIES)
+    kept = case((is_full, C.history.op("-")(_number(1))), else_=C.history)
     return kept.op("||")(func.jsonb_build_array(_entry(event, reason)))
 
 
@@ -104,8 +112,24 @@ def _text(name: str) -> ColumnElement[Any]:
     return bindparam(name, type_=Text)
 
 
-def _packed(name: str) -> ColumnElement[Any]:
-    return func.string_to_array(_text(name), literal_column("E'\\x1f'"), literal_column("''"))
+def _packed(name: str, type_: TypeEngine[Any] | None = None) -> ColumnElement[Any]:
+    """Return the array that a parameter holds, packed as one text."""
+    texts = func.string_to_array(_text(name), literal_column("E'\\x1f'"), literal_column("''"))
+    return _unseen(texts if type_ is None else cast(texts, ARRAY(type_)))
+
+
+def _each_of(name: str, type_: TypeEngine[Any]) -> ColumnElement[Any]:
+    # Without the cast, the members of ALL would be the rows of the sub-select.
+    return all_(cast(_packed(name, type_), ARRAY(type_)))
+
+
+def _unseen(value: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return `value`, which the planner then does not look at.
+
+    So one plan costs the same for all values, and PostgreSQL keeps it for the connection. Else it plans anew each time
+    for what seems cheaper with few rows, though that is the same plan, and planning takes longer than running.
+    """
+    return select(value).scalar_subquery()
 
 
 # Queueing ------------------------------------------------------------------------------------------------------------
@@ -215,13 +239,13 @@ OUTGOING = (
     C.message_key,
     # As text: one value that Python cannot read must not break the fetch of all the others.
     cast(C.message_params, Text).label("message_params"),
-    C.destination,
+    type_coerce(C.destination, Text),
     C.destination_jid,
     C.scheduled_for,
     C.attempt,
     C.retry_count,
     C.next_attempt_at,
-    C.status,
+    type_coerce(C.status, Text),
     C.trace_context,
 )
 _LEASE = NOW + bindparam("lease", type_=Interval)
@@ -232,20 +256,12 @@ def _durably() -> ColumnElement[Any]:
     """Make this transaction's commit survive a server crash whatever the host's setting: a lost claim is sent again."""
     setting = _word("synchronous_commit")
     is_weak = func.current_setting(setting).in_([_word(word) for word in _WEAK_COMMITS])
-    return case((is_weak, func.set_config(setting, _word("on"), literal_column("true")))).label("durable")
-
-
-@cache
-def plan_for_any_values() -> Executable:
-    """Plan each statement once for a connection, and not for the values of each transaction, until this one ends.
-
-    All find their rows by the same indexes whatever the values are, and planning takes longer than running them.
-    """
-    return text("SET LOCAL plan_cache_mode = force_generic_plan")
+    made_strong = case((is_weak, func.set_config(setting, _word("on"), literal_column("true"))))
+    return _unseen(made_strong).label("durable")  # Once, and not for each row.
 
 
 def _after() -> ColumnElement[bool]:
-    place = tuple_(bindparam("after_at", type_=_MOMENT), bindparam("after_id", type_=BigInteger))
+    place = tuple_(_unseen(bindparam("after_at", type_=_MOMENT)), _unseen(bindparam("after_id", type_=BigInteger)))
     return tuple_(C.next_attempt_at, C.id) > place
 
 
@@ -262,10 +278,10 @@ def claim(*, one_per_destination: bool) -> Executable:
         .where(
             is_due,
             _after(),
-            C.destination_jid != all_(bindparam("busy", type_=ARRAY(Text))),
+            C.destination_jid != _each_of("busy", Text()),
         )
         .order_by(C.next_attempt_at, C.id)
-        .limit(bindparam("limit", type_=BigInteger))
+        .limit(_unseen(_limit))
         .with_for_update(skip_locked=True)
         .subquery("due")
     )
@@ -281,7 +297,7 @@ def claim(*, one_per_destination: bool) -> Executable:
         .where(C.id == any_(func.array(chosen.scalar_subquery())))
         .values(
             status=case((ends, _unless_in_doubt(EXPIRED, C.has_doubt)), else_=SENDING),
-            attempt=C.attempt + case((ends, 0), else_=1),
+            attempt=C.attempt + case((ends, _number(0)), else_=_number(1)),
             lease_expires_at=case((ends, null()), else_=_LEASE),
             claimed_by=case((ends, C.claimed_by), else_=bindparam("worker", type_=Text)),
             history=case((ends, _history_with(event, reason)), else_=C.history),
@@ -293,7 +309,7 @@ def claim(*, one_per_destination: bool) -> Executable:
 def _first_of_each_destination(due: Subquery) -> Select[Any]:
     place = func.row_number().over(partition_by=due.c.destination_jid, order_by=(due.c.next_attempt_at, due.c.id))
     numbered = select(due.c.id, place.label("place")).subquery("numbered")
-    return select(numbered.c.id).where(numbered.c.place == 1)
+    return select(numbered.c.id).where(numbered.c.place == _number(1))
 
 
 @cache
@@ -305,9 +321,9 @@ def take_over_expired_leases() -> Executable:
     lost = (
         select(C.id)
         # What the caller holds itself is not lost, also when it could not extend its leases in time.
-        .where(C.status == SENDING, C.lease_expires_at <= NOW, C.id != all_(bindparam("held", type_=ARRAY(BigInteger))))
+        .where(C.status == SENDING, C.lease_expires_at <= NOW, C.id != _each_of("held", BigInteger()))
         .order_by(C.lease_expires_at)
-        .limit(bindparam("limit", type_=BigInteger))
+        .limit(_unseen(_limit))
         .with_for_update(skip_locked=True)
     )
     return _leased(C.id == any_(func.array(lost.scalar_subquery())), by="recoverer")
@@ -335,7 +351,7 @@ def _leased(condition: ColumnElement[bool], *, by: str) -> Executable:
 @cache
 def extend_leases() -> Executable:
     """Extend the leases of the attempts (`held`, `attempts`) that are still being sent, and return their ids."""
-    held = func.unnest(bindparam("held", type_=ARRAY(BigInteger)), bindparam("attempts", type_=ARRAY(Integer)))
+    held = func.unnest(_packed("held", BigInteger()), _packed("attempts", Integer()))
     mine = held.table_valued(column("id", BigInteger), column("attempt", Integer)).render_derived(name="held")
     return (
         update(QUEUE)
@@ -383,29 +399,26 @@ def settle_if_claimed() -> Executable:
 
 
 def _verdicts() -> TableValuedAlias:
-    numbers: dict[str, Any] = {
+    types: dict[str, TypeEngine[Any]] = {
         "id": BigInteger(),
         "attempt": Integer(),
         "failures": Integer(),
         "has_doubt": Boolean(),
         "delay": Float(),
+        "until": _MOMENT,
     }
-    texts = ("status", "event", "reason", "until", "provider_message_id")
-    unnested = func.unnest(
-        *(bindparam(f"given_{name}", type_=ARRAY(type_)) for name, type_ in numbers.items()),
-        *(_packed(f"given_{name}") for name in texts),
-    )
-    columns = [*(column(name, type_) for name, type_ in numbers.items()), *(column(name, Text) for name in texts)]
+    texts = dict.fromkeys(("status", "event", "reason", "provider_message_id"))
+    unnested = func.unnest(*(_packed(f"given_{name}", type_) for name, type_ in (types | texts).items()))
+    columns = [column(name, type_ or Text()) for name, type_ in (types | texts).items()]
     return unnested.table_valued(*columns).render_derived(name="given")
 
 
 def _next_attempt(given: Any) -> ColumnElement[Any]:
-    until = cast(given.until, _MOMENT)
     a_second: ColumnElement[Any] = literal_column("interval '1 second'")
     # A transport that postpones into the past would otherwise be asked again without end.
     soonest = NOW + a_second
     delayed = NOW + given.delay * a_second
-    return case((until.is_not(None), func.greatest(until, soonest)), else_=delayed)
+    return case((given.until.is_not(None), func.greatest(given.until, soonest)), else_=delayed)
 
 
 @cache
@@ -622,7 +635,7 @@ def prune_finished() -> Executable:
         select(C.id)
         .where(is_prunable, is_older)
         .order_by(C.next_attempt_at)
-        .limit(bindparam("limit", type_=BigInteger))
+        .limit(_limit)
         .with_for_update(skip_locked=True)
     )
     return (

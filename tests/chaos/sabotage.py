@@ -2,7 +2,7 @@
 # ruff: noqa: SLF001  # what is broken here is private
 
 import re
-from concurrent.futures import wait
+import time
 
 from sqlalchemy import Engine, event
 
@@ -26,7 +26,9 @@ def send_before_the_commit(_: Engine) -> None:
     def and_send(self, connection, *, wanted):
         taken = settle_and_take(self, connection, wanted=wanted)
         self._sender.start(taken.claims)
-        wait([claim.future for claim in taken.claims if claim.future is not None])
+        for claim in taken.claims:
+            while claim.handle is not None and not claim.handle.done():
+                time.sleep(0.001)
         return taken
 
     def hold(self, claims):
