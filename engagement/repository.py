@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Executable, Select
@@ -99,7 +99,7 @@ class EngagementMessageRepository:
             return QueuedMany(0, 0)
         if not second:
             values = {**_packed(first), "trace_context": trace_context}
-            created = self._execute(statements.insert_packed(), values).scalar_one()
+            created = self._execute(statements.insert_packed(), values).rowcount
             return QueuedMany(created, len(first) - created)
         return self._queue_batch(first, second, chunks, trace_context)
 
@@ -112,20 +112,15 @@ class EngagementMessageRepository:
     ) -> QueuedMany:
         self._execute(statements.drop_batch)  # A batch whose iterable raised may have left one behind.
         self._execute(statements.create_batch)
+        self._execute(statements.store_batch_plainly)
         given = 0
-        for chunk in (first, second):
-            given = self._gather(chunk, given)
-        first.clear()
-        second.clear()
-        for chunk in more:
-            given = self._gather(chunk, given)
-        created = self._execute(statements.insert_batch(), {"trace_context": trace_context}).scalar_one()
+        for place, chunk in enumerate(chain([first, second], more)):
+            self._execute(statements.fill_batch(), {**_packed(chunk), "place": place})
+            given += len(chunk)
+            chunk.clear()  # Or the first two would be held to the end.
+        created = self._execute(statements.insert_batch(), {"trace_context": trace_context}).rowcount
         self._execute(statements.drop_batch)
         return QueuedMany(created, given - created)
-
-    def _gather(self, chunk: list[NewMessage], offset: int) -> int:
-        self._execute(statements.fill_batch(), {**_packed(chunk), "offset": offset})
-        return offset + len(chunk)
 
     # Looking
 

@@ -7,6 +7,7 @@ Statuses are literals, not parameters: PostgreSQL cannot prove that a parameter 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -39,6 +40,8 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    text,
+    true,
     tuple_,
     type_coerce,
     update,
@@ -114,8 +117,12 @@ def _text(name: str) -> ColumnElement[Any]:
 
 def _packed(name: str, type_: TypeEngine[Any] | None = None) -> ColumnElement[Any]:
     """Return the array that a parameter holds, packed as one text."""
-    texts = func.string_to_array(_text(name), literal_column("E'\\x1f'"), literal_column("''"))
+    texts = _split(_text(name))
     return _unseen(texts if type_ is None else cast(texts, ARRAY(type_)))
+
+
+def _split(packed: ColumnElement[Any]) -> ColumnElement[Any]:
+    return func.string_to_array(packed, literal_column("E'\\x1f'"), literal_column("''"))
 
 
 def _each_of(name: str, type_: TypeEngine[Any]) -> ColumnElement[Any]:
@@ -135,6 +142,8 @@ def _unseen(value: ColumnElement[Any]) -> ColumnElement[Any]:
 # Queueing ------------------------------------------------------------------------------------------------------------
 
 _GIVEN = ("user_id", "message_type", "message_key", "message_params", "destination", "destination_jid")
+# Any other conflict is an error: an id that is there, say, since the sequence was restored from a backup.
+_KEY: dict[str, Any] = {"index_elements": [C.idempotency_key]}
 _INSERTED = (*_GIVEN, "scheduled_for", "expires_at", "next_attempt_at", "idempotency_key", "trace_context")
 
 
@@ -155,7 +164,7 @@ def insert_message() -> Executable:
         "next_attempt_at": _start(scheduled_for, expires_at),
         "expires_at": expires_at,
     }
-    return postgresql_insert(QUEUE).values(values).on_conflict_do_nothing().returning(C.id)
+    return postgresql_insert(QUEUE).values(values).on_conflict_do_nothing(**_KEY).returning(C.id)
 
 
 @cache
@@ -164,69 +173,70 @@ def find_key() -> Executable:
     return select(C.id, C.status).where(C.idempotency_key == bindparam("idempotency_key"))
 
 
-# Batches that do not fit in one statement are gathered here first: were they inserted piece by piece, two batches that
-# meet in different pieces would wait for each other's keys for ever.
+_PACKED = (*_GIVEN, "scheduled_for", "expires_at", "idempotency_key")
+
+# Batches that do not fit in one statement are gathered here first, packed as they came: were they inserted piece by
+# piece, two batches that meet in different pieces would wait for each other's keys for ever.
 BATCH = Table(
     "engagement_batch",
     MetaData(),
-    *(Column(name, JSONB if name == "message_params" else Text) for name in (*_GIVEN, "idempotency_key")),
-    Column("scheduled_for", _MOMENT),
-    Column("expires_at", _MOMENT),
-    Column("ordinal", BigInteger),
+    *(Column(name, Text) for name in _PACKED),
+    Column("place", Integer),
     schema="pg_temp",
     prefixes=["TEMPORARY"],
     postgresql_on_commit="DROP",
 )
 create_batch = CreateTable(BATCH)
+# PostgreSQL would compress what is unpacked in a moment.
+store_batch_plainly = text(
+    f"ALTER TABLE pg_temp.engagement_batch {', '.join(f'ALTER {name} SET STORAGE EXTERNAL' for name in _PACKED)}"
+)
 drop_batch = DropTable(BATCH, if_exists=True)
 
 
 @cache
 def fill_batch() -> Executable:
-    """Gather packed rows; `offset` keeps the order of what was given."""
-    rows = _packed_rows()
-    names = [name for name in BATCH.c.keys() if name != "ordinal"]  # noqa: SIM118 - a column collection is no dict
-    chosen = [_typed(rows.c[name]) for name in names]
-    ordinal = rows.c.ordinal + bindparam("offset", type_=BigInteger)
-    return insert(BATCH).from_select([*names, "ordinal"], select(*chosen, ordinal))
+    """Gather packed rows; `place` keeps the order of what was given."""
+    return insert(BATCH)
 
 
 @cache
 def insert_packed() -> Executable:
-    """Insert packed rows and count those whose keys were new."""
-    return _insert_sorted(_packed_rows())
+    """Insert packed rows whose keys are new; the row count says how many."""
+    rows = _unpacked({name: _packed(name) for name in _PACKED})
+    return _insert_sorted(rows, select(), place=[rows.c.ordinal])
 
 
 @cache
 def insert_batch() -> Executable:
-    """Insert what was gathered and count the rows whose keys were new."""
-    return _insert_sorted(BATCH)
+    """Insert what was gathered where keys are new; the row count says how many."""
+    rows = _unpacked({name: _split(BATCH.c[name]) for name in _PACKED})
+    # Most of a batch may be there: without this, each would be sorted, numbered and checked before it is turned down.
+    is_there = select(C.id).where(C.idempotency_key == rows.c.idempotency_key).exists()
+    wanted = select().select_from(BATCH.join(rows, true())).where(~is_there)
+    return _insert_sorted(rows, wanted, place=[BATCH.c.place, rows.c.ordinal])
 
 
-def _packed_rows() -> TableValuedAlias:
-    names = [*_GIVEN, "scheduled_for", "expires_at", "idempotency_key"]
-    unnested = func.unnest(*(_packed(name) for name in names))
-    columns = [column(name, Text) for name in names]
-    return unnested.table_valued(*columns, with_ordinality="ordinal").render_derived(name="given")
+def _unpacked(arrays: Mapping[str, ColumnElement[Any]]) -> TableValuedAlias:
+    columns = [column(name, Text) for name in arrays]
+    unnested = func.unnest(*arrays.values()).table_valued(*columns, with_ordinality="ordinal")
+    return unnested.render_derived(name="given")
 
 
-def _typed(given: ColumnElement[Any]) -> ColumnElement[Any]:
-    wanted = C[str(given.key)].type
-    return given if isinstance(wanted, Text) or given.key == "destination" else cast(given, wanted)
-
-
-def _insert_sorted(rows: Table | TableValuedAlias) -> Executable:
-    given = {name: _typed(rows.c[name]) for name in (*_GIVEN, "scheduled_for", "expires_at", "idempotency_key")}
+def _insert_sorted(rows: TableValuedAlias, wanted: Select[Any], *, place: list[ColumnElement[Any]]) -> Executable:
+    given = {name: rows.c[name] for name in _PACKED} | {
+        "message_params": cast(rows.c.message_params, JSONB),
+        "scheduled_for": cast(rows.c.scheduled_for, _MOMENT),
+        "expires_at": cast(rows.c.expires_at, _MOMENT),
+    }
     start = _start(given["scheduled_for"], given["expires_at"])
     chosen = given | {"scheduled_for": start, "next_attempt_at": start, "trace_context": _text("trace_context")}
     # Keys are taken in one order by everybody, or concurrent batches would deadlock. Of a repeated key the first wins.
-    ordered = select(*(chosen[name].label(name) for name in _INSERTED)).order_by(
-        rows.c.idempotency_key.collate("C"), rows.c.ordinal
+    ordered = wanted.add_columns(*(chosen[name].label(name) for name in _INSERTED)).order_by(
+        rows.c.idempotency_key.collate("C"), *place
     )
-    created = (
-        postgresql_insert(QUEUE).from_select(_INSERTED, ordered).on_conflict_do_nothing().returning(C.id).cte("created")
-    )
-    return select(func.count()).select_from(created)
+    created = postgresql_insert(QUEUE).from_select(_INSERTED, ordered).on_conflict_do_nothing(**_KEY)
+    return created.execution_options(preserve_rowcount=True)
 
 
 # Delivery ------------------------------------------------------------------------------------------------------------
