@@ -29,7 +29,8 @@ class Database:
 
     def __init__(self, url: URL) -> None:
         self.url = url
-        self.engine: Engine = create_engine(url, pool_size=20, hide_parameters=True)
+        # Last in, first out: one client goes on with one connection, as the floors do, also after eight were at work.
+        self.engine: Engine = create_engine(url, pool_size=20, pool_use_lifo=True, hide_parameters=True)
 
     def connect(self, *, autocommit: bool = False) -> psycopg.Connection:
         """Return a new connection of plain psycopg."""

@@ -264,6 +264,29 @@ def test_what_kills_its_workers_is_parked(engine, transport):
     assert transport.sends == []
 
 
+def test_a_forgotten_message_in_hand_holds_back_nobody(engine):
+    """While one asks what became of a lost message that was forgotten since, and sends another, it goes on claiming."""
+    (lost,) = queue(engine, new_message("ana"))
+    lose(engine, lost)
+    with Session(engine) as session, session.begin():
+        EngagementMessageRepository(session).forget_user("ana")
+    go_on, sent = threading.Event(), []
+
+    def send(message):
+        sent.append(message.user_id)
+        assert go_on.wait(PATIENCE_SECONDS)
+
+    transport = Transport(send, look_up=lambda _: go_on.wait(PATIENCE_SECONDS) and None)
+    with Running(engine, transport, concurrency=4) as running:
+        for user_id in ("bob", "cid", "dan"):  # Each while those before it are in hand.
+            queue(engine, new_message(user_id))
+            until(lambda user_id=user_id: user_id in sent)
+        go_on.set()
+        until(lambda: row(engine, lost).status == "in_doubt")
+
+    assert running.result.succeeded == 3
+
+
 def test_two_processors_recover_a_message_once(engine):
     """Each lost message is looked up by one of the processors that find it."""
     ids = queue(engine, *(new_message(f"user{number}") for number in range(40)))

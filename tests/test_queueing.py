@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, in_thread, new_message, queue, row, wait_until_blocked
+from conftest import PATIENCE, execute, in_thread, new_message, queue, row, wait_until_blocked
 from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
@@ -451,6 +451,24 @@ def test_async_callers_race_like_threads(engine):
 
     assert sorted(answer.created for answer in answers) == [False] * 9 + [True]
     assert len({answer.message_id for answer in answers}) == 1
+
+
+@pytest.mark.parametrize("size", [None, 3, 12], ids=["one", "one chunk", "many chunks"])
+def test_only_a_key_that_is_there_makes_a_duplicate(host, size):
+    """An id that is there is an error: a sequence that a restore left behind must not make messages vanish."""
+    (taken,) = queue(host.engine, new_message("ana"))
+    execute(
+        host.engine, "SELECT setval(pg_get_serial_sequence('engagement_message_queue', 'id'), :id, false)", id=taken
+    )
+
+    async def scenario(_session, repository):
+        if size is None:
+            await repository.queue_message(new_message("bob"))
+        else:
+            await repository.queue_messages(messages(size))
+
+    with chunks_of(5), pytest.raises(IntegrityError, match="engagement_message_queue_pkey"):
+        host.play(scenario)
 
 
 # Batches
