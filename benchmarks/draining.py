@@ -11,6 +11,7 @@ from sqlalchemy import URL, text
 
 from benchmarks.floors import Floor
 from benchmarks.given import given
+from benchmarks.limits import FloorInSQLAlchemy, OurStatements
 from benchmarks.measuring import Contender, compare, timed
 from benchmarks.ours import Ours
 from benchmarks.peers import peers
@@ -30,6 +31,7 @@ def drain(setup: Setup) -> Iterator[str]:
         batches, threads = Ours(db, many=True, concurrency=1000), Ours(db, concurrency=100)
         contenders = [
             Contender(floor.name, partial(_drained, floor, size)),
+            *_limits(db, floor, size),
             Contender(batches.name, partial(_drained, batches, size), floor.name, 0.9),
             Contender(threads.name, partial(_drained, threads, size), floor.name, 0.45),
             *(Contender(peer.name, partial(_drained, peer, size // 10), floor.name) for peer in others),
@@ -38,6 +40,7 @@ def drain(setup: Setup) -> Iterator[str]:
         floor, ours = Floor(db, batch=1), Ours(db)
         contenders = [
             Contender(floor.name, partial(_drained, floor, few)),
+            *_limits(db, floor, few),
             Contender(ours.name, partial(_drained, ours, few), floor.name, 0.9),
         ]
         yield compare(f"drain {few:,}", contenders, rounds=setup.rounds, warm_up=not setup.small).table()
@@ -49,6 +52,11 @@ def drain(setup: Setup) -> Iterator[str]:
                 ]
                 title = f"drain {how_many:,}, a function, concurrency={concurrency}"
                 yield compare(title, contenders, rounds=setup.rounds, warm_up=not setup.small).table()
+
+
+def _limits(db: Database, floor: Floor, size: int) -> Iterator[Contender]:
+    for limit in (FloorInSQLAlchemy(db, batch=floor.batch), OurStatements(db, batch=floor.batch)):
+        yield Contender(limit.name, partial(_drained, limit, size), floor.name)
 
 
 def _drained(queue: Queue, size: int) -> float:

@@ -53,10 +53,12 @@ SETTLE = """
 class Floor:
     """Plain psycopg, claiming and settling `batch` at a time."""
 
+    name = ""
+
     def __init__(self, db: Database, *, batch: int = 1000) -> None:
-        self.name = f"floor: psycopg, {batch} at a time" if batch > 1 else "floor: psycopg, one at a time"
+        self.name = self.name or f"floor: psycopg, {batch if batch > 1 else 'one'} at a time"
         self._db = db
-        self._batch = batch
+        self.batch = batch
 
     def empty(self) -> None:
         """Remove everything."""
@@ -97,7 +99,7 @@ class Floor:
 
         def drain() -> None:
             with connection:
-                for _ in claims(connection, self._batch):
+                for _ in claims(connection, self.batch):
                     pass
 
         return drain
