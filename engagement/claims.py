@@ -6,9 +6,10 @@ Nothing here commits, waits or knows the transport.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Connection
@@ -70,13 +71,14 @@ def claim(
         "idempotent": idempotent,
     }
     rows = connection.execute(statements.claim(one_per_destination=one_per_destination), values)
-    taken = sorted([_claim(row, until) for row in rows.all()], key=_place)
+    taken = sorted(rows.all(), key=_place)
+    ended = [row for row in taken if row[_STATUS] != MessageStatus.SENDING]
     # Whose first message ended has others that were passed over, and lie behind it.
-    ended = (claim.place for claim, status in taken if one_per_destination and status != MessageStatus.SENDING)
+    last = ended[:1] if one_per_destination and ended else taken[-1:]
     return Claimed(
-        claims=[claim for claim, status in taken if status == MessageStatus.SENDING],
-        ended={claim.message: MessageStatus(status) for claim, status in taken if status != MessageStatus.SENDING},
-        go_on_after=next(ended, _place(taken[-1])) if taken else None,
+        claims=[_claim(row, until) for row in taken if row[_STATUS] == MessageStatus.SENDING],
+        ended={_claim(row, until).message: MessageStatus(row[_STATUS]) for row in ended},
+        go_on_after=_place(last[0]) if last else None,
     )
 
 
@@ -85,7 +87,7 @@ def take_over(connection: Connection, holder: Holder, *, limit: int, held: Itera
     until = _held_until(holder.lease)
     values = {"limit": limit, "held": _pack(map(str, held)), "lease": holder.lease, "recoverer": holder.recoverer}
     rows = connection.execute(statements.take_over_expired_leases(), values)
-    return [_claim(row, until, worker_lost=True)[0] for row in rows]
+    return [_claim(row, until, worker_lost=True) for row in rows]
 
 
 def adopt(connection: Connection, holder: Holder, *, names: Collection[str]) -> list[Claim]:
@@ -93,7 +95,7 @@ def adopt(connection: Connection, holder: Holder, *, names: Collection[str]) -> 
     until = _held_until(holder.lease)
     values = {"names": list(names), "lease": holder.lease, "worker": holder.name}
     rows = connection.execute(statements.adopt_unacknowledged(), values)
-    return [_claim(row, until)[0] for row in rows]
+    return [_claim(row, until) for row in rows]
 
 
 def extend(connection: Connection, lease: timedelta, held: Mapping[int, Claim]) -> None:
@@ -112,7 +114,7 @@ def settle(connection: Connection, verdicts: Iterable[tuple[OutgoingMessage, Ver
     What is missing in the answer was lost: the message has been recovered since.
     """
     # In one order everywhere, or two statements over the same rows would deadlock.
-    given = {message.id: (message, verdict) for message, verdict in sorted(verdicts, key=lambda pair: pair[0].id)}
+    given = {pair[0].id: pair for pair in sorted(verdicts, key=lambda pair: pair[0].id)}
     rows = connection.execute(statements.settle_if_claimed(), _packed_verdicts(given.values()))
     recorded: dict[int, MessageStatus] = dict(rows.all())
     missing = given.keys() - recorded.keys()
@@ -136,18 +138,19 @@ def _held_until(lease: timedelta) -> float:
     return clock() + lease.total_seconds()
 
 
-def _place(taken: tuple[Claim, str]) -> Position:
-    return taken[0].place
-
-
 # Without a search for white space around it, which the database does not put there.
 _decode = json.JSONDecoder().raw_decode
 
 
-def _claim(row: Sequence[Any], held_until: float, *, worker_lost: bool = False) -> tuple[Claim, str]:
-    """Return what a row of `statements.OUTGOING` says, and its status. By place: names cost as much as all the rest."""
+# Places in a row of `statements.OUTGOING`: names cost as much as all the rest.
+_ID, _NEXT_ATTEMPT_AT, _STATUS = 0, 11, 12
+_place: Callable[[Sequence[Any]], Position] = itemgetter(_NEXT_ATTEMPT_AT, _ID)
+
+
+def _claim(row: Sequence[Any], held_until: float, *, worker_lost: bool = False) -> Claim:
+    """Return what a row of `statements.OUTGOING` says."""
     message_id, idempotency_key, user_id, message_type, message_key, params_json, *rest = row
-    destination, destination_jid, scheduled_for, attempt, retry_count, next_attempt_at, status, trace_context, _ = rest
+    destination, destination_jid, scheduled_for, attempt, retry_count, next_attempt_at, _, trace_context, _ = rest
     known: Outcome | None = None
     try:
         params = _decode(params_json)[0]
@@ -166,7 +169,7 @@ def _claim(row: Sequence[Any], held_until: float, *, worker_lost: bool = False) 
         attempt=attempt,
         retry_count=retry_count,
     )
-    claim = Claim(
+    return Claim(
         message,
         (next_attempt_at, message_id),
         held_until,
@@ -174,7 +177,6 @@ def _claim(row: Sequence[Any], held_until: float, *, worker_lost: bool = False) 
         trace_context=trace_context,
         known=None if worker_lost else known,
     )
-    return claim, status
 
 
 def _packed_verdicts(given: Collection[tuple[OutgoingMessage, Verdict]]) -> dict[str, str]:

@@ -13,7 +13,14 @@ ROOT = Path(__file__).parent.parent
 TOLD = {
     "queue-many": ["floor: unnest", "queue_messages, 90 % there", "≥ 0.8", "peak memory, 2,000 messages"],
     "queue-one": ["floor: BEGIN, INSERT, COMMIT", "queue_message, 8 threads", "≥ 0.5"],
-    "drain": ["1000 at a time", "send_many of 1,000", "concurrency=100", "our statements instead", "one at a time", "two processes"],
+    "drain": [
+        "1000 at a time",
+        "send_many of 1,000",
+        "concurrency=100",
+        "our statements instead",
+        "one at a time",
+        "two processes",
+    ],
     "crowd": ["5,000 finished", "1,000 scheduled for later", "LockRows", "engagement_message_queue_due"],
     "old-snapshot": ["plain claims of 100", "send_many of 1,000", "≥ 5", "after the vacuum"],
     "idle": ["statements for each poll", "from due to sent, longest", "burst of"],

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from conftest import new_message, queue
 from sqlalchemy import text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 from sqlalchemy.orm import Session
 
 from engagement import (
@@ -165,15 +165,19 @@ def test_every_promise_is_planted():
 
 
 def test_duplicate_keys_are_found(session):
-    """With the unique constraint gone, each message that has the key of an earlier one is named."""
-    first = planted(session, "idempotency_key = 'mine'", ("idempotency_key_key",))
-    others = [planted(session, "idempotency_key = 'mine'", user_id=f"other{number}") for number in (1, 2)]
+    """With the unique constraint gone, each message that has the key of an earlier one is named, and no more come."""
+    repository = EngagementMessageRepository(session)
+    first, *others = (repository.queue_message(new_message(user_id)).message_id for user_id in ("ana", "bob", "cid"))
+    session.execute(text(f"ALTER TABLE {TABLE} DROP CONSTRAINT {TABLE}_idempotency_key_key"))
+    session.execute(text(f"UPDATE {TABLE} SET idempotency_key = 'mine'"))
 
     found = verify(session)
 
     assert first not in {each.message_id for each in found}
-    assert sorted(each.message_id for each in found if each.promise == "key_unique") == others
+    assert sorted(each.message_id for each in found if each.promise == "key_unique") == sorted(others)
     assert [each.promise for each in found if not each.message_id] == ["guards_in_force"]
+    with pytest.raises(ProgrammingError, match="no unique or exclusion constraint"):
+        repository.queue_message(new_message("dan"))
 
 
 def test_missing_values_are_found(session):
