@@ -249,7 +249,9 @@ class _Sending(_Call):
     def arrive(self, result: _Result) -> None:
         outcomes = self._sender.outcomes(result, len(self._claims), self._read)
         self._tell(outcomes)
-        for claim, outcome in zip(self._claims, outcomes, strict=True):
+        # They lead back here, and a circle would have to wait for the garbage collector.
+        claims, self._claims = self._claims, []
+        for claim, outcome in zip(claims, outcomes, strict=True):
             self._sender.answers.put((claim, outcome))
 
 
@@ -302,35 +304,29 @@ def _is_async(function: Callable[..., Any]) -> bool:
 class _Job:
     """A call that waits for a thread. Either a thread takes it from `jobs`, or it is cancelled."""
 
-    __slots__ = ("_call", "_is_done", "_jobs")
+    __slots__ = ("_is_done", "_jobs", "call")
 
     def __init__(self, call: _Call, jobs: deque[_Job]) -> None:
-        self._call: _Call | None = call
+        self.call = call
         self._jobs = jobs
         self._is_done = False
+
+    def work(self, result: _Result) -> None:
+        try:
+            self.call.context.run(self.call.arrive, result)
+        finally:
+            self._is_done = True
 
     def cancel(self) -> bool:
         try:
             self._jobs.remove(self)
         except ValueError:
             return False
-        self._end()
+        self._is_done = True
         return True
 
     def done(self) -> bool:
         return self._is_done
-
-    def work(self, result_of: Callable[[_Call], Any]) -> None:
-        call = self._call
-        assert call is not None
-        try:
-            call.context.run(call.arrive, partial(result_of, call))
-        finally:
-            self._end()
-
-    def _end(self) -> None:
-        self._is_done = True
-        self._call = None  # Its claims lead back here, and a circle would have to wait for the garbage collector.
 
 
 class _Threads:
@@ -377,7 +373,7 @@ class _Threads:
                     break
                 if self._jobs:
                     self._wake_one()
-                job.work(self._result)
+                job.work(partial(self._result, job.call))
 
     def _result(self, call: _Call) -> Any:
         call.check()

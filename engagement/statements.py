@@ -189,7 +189,7 @@ BATCH = Table(
 create_batch = CreateTable(BATCH)
 # PostgreSQL would compress what is unpacked in a moment.
 store_batch_plainly = text(
-    f"ALTER TABLE pg_temp.engagement_batch {', '.join(f'ALTER {name} SET STORAGE EXTERNAL' for name in _PACKED)}"
+    f"ALTER TABLE {BATCH.fullname} {', '.join(f'ALTER {name} SET STORAGE EXTERNAL' for name in _PACKED)}"
 )
 drop_batch = DropTable(BATCH, if_exists=True)
 

@@ -113,9 +113,18 @@ def test_a_call_that_was_taken_back_is_never_made(sender):
     assert sent == [0, 2]
 
 
-def test_nothing_of_a_call_waits_for_the_garbage_collector(sender):
+def in_a_thread(_message):
+    pass
+
+
+async def in_the_loop(_message):
+    pass
+
+
+@pytest.mark.parametrize("send", [in_a_thread, in_the_loop])
+def test_nothing_of_a_call_waits_for_the_garbage_collector(sender, send):
     """A claim is gone with its answer: a worker makes hundreds of thousands an hour."""
-    one = sender(lambda _: None, concurrency=2)
+    one = sender(send, concurrency=2)
     gc.collect()
     gc.disable()
     try:
