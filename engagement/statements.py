@@ -55,6 +55,8 @@ from engagement.models import FINISHED, EngagementMessage
 
 QUEUE: Table = EngagementMessage.__table__  # type: ignore[assignment]  # declared as FromClause
 C = QUEUE.c
+_ctid: ColumnElement[Any] = column("ctid")
+"""Where a row lies in the table: found without an index, and right as long as the row is locked."""
 
 _MOMENT = TIMESTAMP(timezone=True)
 NOW: ColumnElement[Any] = func.statement_timestamp(type_=_MOMENT)
@@ -284,7 +286,7 @@ def claim(*, one_per_destination: bool) -> Executable:
     With `one_per_destination` only the first to each destination is claimed, so that one worker keeps their order.
     """
     due = (
-        select(C.id, C.destination_jid, C.next_attempt_at)
+        select(_ctid, C.id, C.destination_jid, C.next_attempt_at)
         .where(
             is_due,
             _after(),
@@ -295,7 +297,7 @@ def claim(*, one_per_destination: bool) -> Executable:
         .with_for_update(skip_locked=True)
         .subquery("due")
     )
-    chosen = _first_of_each_destination(due) if one_per_destination else select(due.c.id)
+    chosen = _first_of_each_destination(due) if one_per_destination else select(due.c.ctid)
     expired = C.expires_at <= NOW
     may_have_left = and_(C.has_doubt, ~bindparam("idempotent", type_=Boolean))
     ends = or_(expired, may_have_left)
@@ -304,7 +306,7 @@ def claim(*, one_per_destination: bool) -> Executable:
     return (
         update(QUEUE)
         # An array, not a join or IN: a planner that repeats the sub-select would claim more than `limit`.
-        .where(C.id == any_(func.array(chosen.scalar_subquery())))
+        .where(_ctid == any_(func.array(chosen.scalar_subquery())))
         .values(
             status=case((ends, _unless_in_doubt(EXPIRED, C.has_doubt)), else_=SENDING),
             attempt=C.attempt + case((ends, _number(0)), else_=_number(1)),
@@ -318,8 +320,8 @@ def claim(*, one_per_destination: bool) -> Executable:
 
 def _first_of_each_destination(due: Subquery) -> Select[Any]:
     place = func.row_number().over(partition_by=due.c.destination_jid, order_by=(due.c.next_attempt_at, due.c.id))
-    numbered = select(due.c.id, place.label("place")).subquery("numbered")
-    return select(numbered.c.id).where(numbered.c.place == _number(1))
+    numbered = select(due.c.ctid, place.label("place")).subquery("numbered")
+    return select(numbered.c.ctid).where(numbered.c.place == _number(1))
 
 
 @cache

@@ -889,7 +889,7 @@ def _reads(plan: dict):
 @pytest.mark.parametrize(
     ("work", "indexes"),
     [
-        pytest.param(claim, {"due", "pkey"}, id="claim"),
+        pytest.param(claim, {"due"}, id="claim"),
         pytest.param(
             lambda session: claims.take_over(session.connection(), HOLDER, limit=9, held=[]),
             {"lease", "pkey"},
