@@ -343,11 +343,13 @@ class _Threads:
         self._wake_ups: SimpleQueue[bool] = SimpleQueue()
         self._is_waking = False
         self._started = 0
+        self._idle = 0
+        self._lock = threading.Lock()
 
     def submit(self, call: _Call) -> _Job:
         job = _Job(call, self._jobs)
         self._jobs.append(job)
-        if self._started < self._limit:
+        if self._idle < len(self._jobs) and self._started < self._limit:
             threading.Thread(target=self._work, name=f"engagement-send-{self._started}", daemon=True).start()
             self._started += 1
         self._wake_one()
@@ -364,16 +366,29 @@ class _Threads:
             self._wake_ups.put(True)  # noqa: FBT003
 
     def _work(self) -> None:
-        while self._wake_ups.get():
+        while self._is_woken():
             self._is_waking = False
-            while True:
-                try:
-                    job = self._jobs.popleft()
-                except IndexError:
-                    break
-                if self._jobs:
-                    self._wake_one()
-                job.work(partial(self._result, job.call))
+            while self._did_one():
+                pass
+
+    def _is_woken(self) -> bool:
+        with self._lock:
+            self._idle += 1
+        is_there_work = self._wake_ups.get()
+        with self._lock:
+            self._idle -= 1
+        return is_there_work
+
+    def _did_one(self) -> bool:
+        # A function of its own: a thread that sleeps must not hold on to the messages that it sent last.
+        try:
+            job = self._jobs.popleft()
+        except IndexError:
+            return False
+        if self._jobs:
+            self._wake_one()
+        job.work(partial(self._result, job.call))
+        return True
 
     def _result(self, call: _Call) -> Any:
         call.check()

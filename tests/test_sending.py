@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 from datetime import UTC, datetime
 
 import pytest
@@ -123,13 +124,25 @@ async def in_the_loop(_message):
 
 @pytest.mark.parametrize("send", [in_a_thread, in_the_loop])
 def test_nothing_of_a_call_waits_for_the_garbage_collector(sender, send):
-    """A claim is gone with its answer: a worker makes hundreds of thousands an hour."""
+    """Claims and messages are gone with their answers: a worker makes hundreds of thousands an hour."""
     one = sender(send, concurrency=2)
     gc.collect()
     gc.disable()
     try:
         one.start([claim(number) for number in range(20)])
         answered(one, 20)
-        until(lambda: not any(isinstance(thing, Claim) for thing in gc.get_objects()))
+        until(lambda: not any(isinstance(thing, Claim | OutgoingMessage) for thing in gc.get_objects()))
     finally:
         gc.enable()
+
+
+def test_no_more_threads_than_are_needed(sender):
+    """One call after the other needs no second thread, however many calls there may be at once."""
+    threads = set()
+    one = sender(lambda _: threads.add(threading.get_ident()), concurrency=50)
+    for number in range(50):
+        one.start([claim(number)])
+        answered(one, 1)
+        time.sleep(0.002)  # An answer is there a moment before its thread is idle.
+
+    assert len(threads) <= 5
