@@ -439,6 +439,51 @@ def test_who_comes_after_a_doubt_was_recorded_has_lost_the_claim(engine, caplog,
     assert (row(engine, message_id).status, events_of(engine, message_id)) == ("in_doubt", ["in_doubt"])
 
 
+@pytest.mark.parametrize(
+    ("change", "sends"),
+    [
+        ("status = 'cancelled'", 0),
+        ("next_attempt_at = next_attempt_at + interval '1 hour'", 0),
+        ("next_attempt_at = next_attempt_at - interval '1 minute'", 1),
+        ("message_key = 'goodbye.other'", 1),
+    ],
+    ids=["cancelled", "later", "earlier", "no matter"],
+)
+def test_what_is_changed_between_the_snapshot_of_a_claim_and_its_lock(engine, change, sends):
+    """It is claimed by what it is now: not if it is no longer due, and once if it still is, be it by the next claim."""
+    first, second = queue(engine, new_message("ana"), new_message("bob"))
+    claiming = create_engine(engine.url)
+    execute(
+        engine,
+        "CREATE OR REPLACE FUNCTION pause_at(id bigint, number bigint) RETURNS boolean LANGUAGE sql VOLATILE AS"
+        " $$ SELECT CASE WHEN id = number THEN pg_advisory_xact_lock_shared(4711) IS NOT NULL ELSE true END $$",
+    )
+
+    @event.listens_for(claiming, "before_cursor_execute", retval=True)
+    def pause(_conn, _cursor, statement, parameters, *_):
+        """The claim has its snapshot, and looks at the first message: here it waits."""
+        due = "FROM engagement_message_queue \nWHERE engagement_message_queue.status = 'pending'"
+        if is_claim(parameters):
+            assert due in statement
+            paused = f"{due} AND pause_at(engagement_message_queue.id, {first})"
+            statement = statement.replace(due, paused)
+        return statement, parameters
+
+    sent = []
+    with engine.connect() as holding, holding.begin():
+        holding.execute(text("SELECT pg_advisory_xact_lock(4711)"))
+        run = in_thread(process_message_queue, claiming, lambda message: sent.append(message.id), concurrency=5)
+        wait_until_blocked(engine, 1)
+        execute(engine, f"UPDATE engagement_message_queue SET {change} WHERE id = :id", id=second)
+    result = run.result(PATIENCE_SECONDS)
+    claiming.dispose()
+    execute(engine, "DROP FUNCTION pause_at")
+
+    assert sorted(sent) == [first] + [second] * sends
+    assert result.succeeded == 1 + sends
+    assert row(engine, second).attempt == sends
+
+
 def test_settlements_lock_in_one_order(engine):
     """Two that meet on the same rows, a late worker's and a recoverer's, wait for each other and cannot deadlock."""
     first, middle, last = queue(engine, *(new_message(user) for user in "abc"))
