@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from sqlalchemy import URL, Engine, Result, create_engine, event, make_url, text
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from engagement import EngagementMessageRepository, NewMessage, migrations
+from engagement import Destination, EngagementMessageRepository, NewMessage, OutgoingMessage, migrations
 from engagement.cli import cli
 from engagement.temporary_postgres import temporary_postgres
 
@@ -204,6 +205,24 @@ def new_message(user_id: str = "user1", **fields) -> NewMessage:
         "destination_jid": f"{number}@s.whatsapp.net",
     }
     return NewMessage(**given | fields)
+
+
+def outgoing(**fields) -> OutgoingMessage:
+    """Return a message as a worker hands it to a transport."""
+    given = {
+        "id": 1,
+        "idempotency_key": "user1:goodbye:2026-01-01",
+        "user_id": "user1",
+        "message_type": "goodbye",
+        "message_key": "goodbye.14_days",
+        "message_params": {"name": "Ana"},
+        "destination": Destination.INDIVIDUAL,
+        "destination_jid": "5511999999999@s.whatsapp.net",
+        "scheduled_for": datetime(2026, 1, 1, tzinfo=UTC),
+        "attempt": 1,
+        "retry_count": 0,
+    }
+    return OutgoingMessage(**given | fields)
 
 
 def queue(engine: Engine, *messages: NewMessage) -> list[int]:

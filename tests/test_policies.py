@@ -9,7 +9,7 @@ from datetime import UTC, date, datetime, time, timedelta, timezone
 from zoneinfo import ZoneInfo
 
 import pytest
-from conftest import execute, new_message, queue, row
+from conftest import execute, new_message, outgoing, queue, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import create_engine
@@ -20,7 +20,6 @@ from engagement import (
     EngagementMessageRepository,
     InDoubt,
     NotSent,
-    OutgoingMessage,
     Postpone,
     Refused,
     Sent,
@@ -35,23 +34,6 @@ NEW_YORK, LONDON, LORD_HOWE = ZoneInfo("America/New_York"), ZoneInfo("Europe/Lon
 NIGHT = {"start": time(21), "end": time(8)}
 JID = "5511999999999@s.whatsapp.net"
 OTHER_JID = "5511888888888@s.whatsapp.net"
-
-
-def outgoing(**fields):
-    given = {
-        "id": 1,
-        "idempotency_key": "user1:goodbye:2026-01-01",
-        "user_id": "user1",
-        "message_type": "goodbye",
-        "message_key": "goodbye.14_days",
-        "message_params": {"name": "Ana"},
-        "destination": Destination.INDIVIDUAL,
-        "destination_jid": JID,
-        "scheduled_for": datetime(2026, 1, 1, tzinfo=UTC),
-        "attempt": 1,
-        "retry_count": 0,
-    }
-    return OutgoingMessage(**given | fields)
 
 
 def fails(_message):

@@ -2,31 +2,17 @@
 
 import gc
 import threading
-from datetime import UTC, datetime
 
 import pytest
-from conftest import PATIENCE, until
+from conftest import PATIENCE, outgoing, until
 
 from engagement import OutgoingMessage
-from engagement.models import Destination
 from engagement.outcomes import classify_exception
 from engagement.sending import Claim, Sender, clock
 
 
 def claim(number: int) -> Claim:
-    message = OutgoingMessage(
-        id=number,
-        idempotency_key=f"key{number}",
-        user_id=f"user{number}",
-        message_type="goodbye",
-        message_key="goodbye.14_days",
-        message_params={},
-        destination=Destination.INDIVIDUAL,
-        destination_jid=f"55119{number:08}@s.whatsapp.net",
-        scheduled_for=datetime.now(UTC),
-        attempt=1,
-        retry_count=0,
-    )
+    message = outgoing(id=number)
     return Claim(message, (message.scheduled_for, number), clock() + 300)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import new_message, queue, row
+from conftest import new_message, outgoing, queue, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_policies import Far, fails, outgoing
+from test_policies import Far, fails
 
 from engagement import NotSent, OutgoingMessage, Refused, Sent, process_message_queue, words
 from engagement.lint_catalogues import Problem, lint_catalogues, read_catalogues

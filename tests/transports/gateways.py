@@ -4,13 +4,14 @@
 
 import threading
 import uuid
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from time import monotonic
 
+import conftest
 import pytest
 from loopback import Received, Reply
 
-from engagement import Destination, OutgoingMessage
+from engagement import OutgoingMessage
 from engagement.transports.client import ProviderClient
 
 KEY = "s3cr3t-key-5b1c"
@@ -35,21 +36,14 @@ def close_clients(monkeypatch):
 
 
 def outgoing(**fields) -> OutgoingMessage:
-    """Return a message as a worker hands it to a transport."""
+    """Return a message as a worker hands it to a transport, to our own number."""
     given = {
         "id": 7,
         "idempotency_key": "user7:goodbye:2026-11-24",
         "user_id": "user7",
-        "message_type": "goodbye",
-        "message_key": "goodbye.14_days",
-        "message_params": {"name": "Ana"},
-        "destination": Destination.INDIVIDUAL,
         "destination_jid": f"{NUMBER}@s.whatsapp.net",
-        "scheduled_for": datetime(2026, 11, 24, 12, tzinfo=UTC),
-        "attempt": 1,
-        "retry_count": 0,
     }
-    return OutgoingMessage(**given | fields)
+    return conftest.outgoing(**given | fields)
 
 
 def say(_: OutgoingMessage) -> str:
