@@ -105,7 +105,7 @@ class Delivery:
         try:
             while not self._is_over():
                 if self._round():
-                    time.sleep(0)  # Sends begin, and such as take no time end, before the database is asked again.
+                    time.sleep(0)  # Other threads run now: sends that take no time end before the database is asked.
                     self._collect(0)
                 elif not self._is_over():
                     self._wait()

@@ -357,7 +357,7 @@ class _Threads:
 
     def close(self) -> None:
         for _ in range(self._started):
-            self._wake_ups.put(False)  # noqa: FBT003 - whether there is work
+            self._wake_ups.put(False)  # noqa: FBT003 - whether somebody is needed
 
     def _wake_one(self) -> None:
         # Who is being woken sets this back before it looks for jobs, so it finds what was put there before.
@@ -366,21 +366,25 @@ class _Threads:
             self._wake_ups.put(True)  # noqa: FBT003
 
     def _work(self) -> None:
-        while self._is_woken():
+        while self._wait_for_jobs():
             self._is_waking = False
-            while self._did_one():
+            while self._do_one():
                 pass
 
-    def _is_woken(self) -> bool:
+    def _wait_for_jobs(self) -> bool:
+        """Sleep until somebody is needed; return False at the end."""
         with self._lock:
             self._idle += 1
-        is_there_work = self._wake_ups.get()
+        is_needed = self._wake_ups.get()
         with self._lock:
             self._idle -= 1
-        return is_there_work
+        return is_needed
 
-    def _did_one(self) -> bool:
-        # A function of its own: a thread that sleeps must not hold on to the messages that it sent last.
+    def _do_one(self) -> bool:
+        """Do a job, and return whether there was one.
+
+        A function of its own: a thread that sleeps must not hold on to the messages that it sent last.
+        """
         try:
             job = self._jobs.popleft()
         except IndexError:

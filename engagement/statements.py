@@ -71,8 +71,6 @@ def in_schema(schema: str | None) -> dict[str, Any]:
     return {} if schema is None else {"schema_translate_map": {None: schema}}
 
 
-_limit = bindparam("limit", type_=BigInteger)
-
 HISTORY_ENTRIES = 100
 """How many entries of a message's history are kept: the first, and the latest. It may be postponed for years."""
 
@@ -140,6 +138,8 @@ def _unseen(value: ColumnElement[Any]) -> ColumnElement[Any]:
     """
     return select(value).scalar_subquery()
 
+
+_limit = bindparam("limit", type_=BigInteger)
 
 # Queueing ------------------------------------------------------------------------------------------------------------
 
