@@ -105,7 +105,8 @@ class Delivery:
         try:
             while not self._is_over():
                 if self._round():
-                    time.sleep(0)  # Other threads run now: sends that take no time end before the database is asked.
+                    if len(self._in_hand) > 1:
+                        time.sleep(0)  # Other threads run: sends that take no time end before the database is asked.
                     self._collect(0)
                 elif not self._is_over():
                     self._wait()
