@@ -6,7 +6,7 @@ Nothing here commits, waits or knows the transport.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from operator import itemgetter
@@ -76,8 +76,8 @@ def claim(
     # Whose first message ended has others that were passed over, and lie behind it.
     last = ended[:1] if one_per_destination and ended else taken[-1:]
     return Claimed(
-        claims=[_claim(row, until) for row in taken if row[_STATUS] == MessageStatus.SENDING],
-        ended={_claim(row, until).message: MessageStatus(row[_STATUS]) for row in ended},
+        claims=[_claim(row, holder.name, until) for row in taken if row[_STATUS] == MessageStatus.SENDING],
+        ended={_claim(row, holder.name, until).message: MessageStatus(row[_STATUS]) for row in ended},
         go_on_after=_place(last[0]) if last else None,
     )
 
@@ -87,7 +87,7 @@ def take_over(connection: Connection, holder: Holder, *, limit: int, held: Itera
     until = _held_until(holder.lease)
     values = {"limit": limit, "held": _pack(map(str, held)), "lease": holder.lease, "recoverer": holder.recoverer}
     rows = connection.execute(statements.take_over_expired_leases(), values)
-    return [_claim(row, until, worker_lost=True) for row in rows]
+    return [_claim(row, holder.recoverer, until, worker_lost=True) for row in rows]
 
 
 def adopt(connection: Connection, holder: Holder, *, names: Collection[str]) -> list[Claim]:
@@ -95,17 +95,20 @@ def adopt(connection: Connection, holder: Holder, *, names: Collection[str]) -> 
     until = _held_until(holder.lease)
     values = {"names": list(names), "lease": holder.lease, "worker": holder.name}
     rows = connection.execute(statements.adopt_unacknowledged(), values)
-    return [_claim(row, until) for row in rows]
+    return [_claim(row, holder.name, until) for row in rows]
 
 
-def extend(connection: Connection, lease: timedelta, held: Mapping[int, Claim]) -> None:
-    """Extend the leases of what is in hand."""
+def extend(connection: Connection, lease: timedelta, held: Iterable[Claim]) -> dict[Claim, float]:
+    """Extend the leases of what is in hand, and return until when each is held if this is committed.
+
+    What is missing in the answer was lost.
+    """
     until = _held_until(lease)
-    ids = sorted(held)
-    attempts = [str(held[message_id].message.attempt) for message_id in ids]
-    values = {"held": _pack(map(str, ids)), "attempts": _pack(attempts), "lease": lease}
-    for message_id in connection.execute(statements.extend_leases(), values).scalars():
-        held[message_id].held_until = until
+    # In one order everywhere, or two statements over the same rows would deadlock.
+    by_id = {claim.message.id: claim for claim in sorted(held, key=lambda claim: claim.message.id)}
+    names = [claim.held_as for claim in by_id.values()]
+    values = {"held": _pack(map(str, by_id)), "names": _pack(names), "lease": lease}
+    return {by_id[message_id]: until for message_id in connection.execute(statements.extend_leases(), values).scalars()}
 
 
 def settle(connection: Connection, verdicts: Iterable[tuple[OutgoingMessage, Verdict]]) -> dict[int, MessageStatus]:
@@ -147,7 +150,7 @@ _ID, _NEXT_ATTEMPT_AT, _STATUS = 0, 11, 12
 _place: Callable[[Sequence[Any]], Position] = itemgetter(_NEXT_ATTEMPT_AT, _ID)
 
 
-def _claim(row: Sequence[Any], held_until: float, *, worker_lost: bool = False) -> Claim:
+def _claim(row: Sequence[Any], held_as: str, held_until: float, *, worker_lost: bool = False) -> Claim:
     """Return what a row of `statements.OUTGOING` says."""
     message_id, idempotency_key, user_id, message_type, message_key, params_json, *rest = row
     destination, destination_jid, scheduled_for, attempt, retry_count, next_attempt_at, _, trace_context, _ = rest
@@ -172,6 +175,7 @@ def _claim(row: Sequence[Any], held_until: float, *, worker_lost: bool = False) 
     return Claim(
         message,
         (next_attempt_at, message_id),
+        held_as,
         held_until,
         worker_lost=worker_lost,
         trace_context=trace_context,

@@ -394,12 +394,16 @@ class Delivery:
             return
         try:
             with self._worker.engine.begin() as connection:
-                claims.extend(connection, self._worker.lease, self._in_hand)
+                extended = claims.extend(connection, self._worker.lease, self._in_hand.values())
         except SQLAlchemyError as error:
             if not is_transient(error):
                 self._failure = self._failure or error  # What is in hand is finished before it is raised.
             self._extend_at = clock() + min(self._lease / 3, 1.0)
             logger.warning("engagement.leases_not_extended error=%s", describe(error))
+            return
+        # Now that it is committed, and no sooner: a send must not begin under a lease that the database does not know.
+        for claim, until in extended.items():
+            claim.held_until = until
 
     # The database
 

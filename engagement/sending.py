@@ -1,7 +1,7 @@
 """The transport's side: runs its calls beside the worker, and puts each answer where the worker waits for it.
 
-Plain functions run in threads, `async def` in one event loop; either hands back a future, and in one place a future's
-result or exception becomes an outcome.
+Plain functions run in threads, `async def` in one event loop, and in one place what either returned or raised becomes
+an outcome.
 """
 
 from __future__ import annotations
@@ -79,10 +79,15 @@ Position = tuple[datetime, int]
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """A message in hand. `place` is where it stood in the queue, `held_until` when its lease runs out, by `clock`."""
+    """A message in hand.
+
+    `place` is where it stood in the queue, `held_as` the name on its lease (`claimed_by`), and `held_until` when that
+    runs out, by `clock`.
+    """
 
     message: OutgoingMessage
     place: Position
+    held_as: str
     held_until: float
     worker_lost: bool = False
     """It was claimed by another worker, whose lease ran out: the question is what became of it."""
@@ -239,9 +244,10 @@ class _Sending(_Call):
         self._read = read
 
     def check(self) -> None:
-        # The last thing before the send: a worker that was frozen since its claim must not send any more.
+        # The last thing before the send: a worker that was frozen since its claim must not send any more. A look-up
+        # sends nothing, and without it nobody knows whether its message was sent.
         now = clock()
-        if now >= min([claim.held_until for claim in self._claims]):
+        if self._read is not _read_look_up and now >= min([claim.held_until for claim in self._claims]):
             raise LeaseRanOut
         for claim in self._claims:
             claim.begun_at = now

@@ -362,12 +362,15 @@ def _leased(condition: ColumnElement[bool], *, by: str) -> Executable:
 
 @cache
 def extend_leases() -> Executable:
-    """Extend the leases of the attempts (`held`, `attempts`) that are still being sent, and return their ids."""
-    held = func.unnest(_packed("held", BigInteger()), _packed("attempts", Integer()))
-    mine = held.table_valued(column("id", BigInteger), column("attempt", Integer)).render_derived(name="held")
+    """Extend the leases of the messages `held` under `names` that are still being sent, and return their ids.
+
+    Fenced on the name, since who takes a message over leaves its attempt.
+    """
+    held = func.unnest(_packed("held", BigInteger()), _packed("names"))
+    mine = held.table_valued(column("id", BigInteger), column("name", Text)).render_derived(name="held")
     return (
         update(QUEUE)
-        .where(C.id == mine.c.id, C.attempt == mine.c.attempt, C.status == SENDING)
+        .where(C.id == mine.c.id, C.claimed_by == mine.c.name, C.status == SENDING)
         .values(lease_expires_at=_LEASE)
         .returning(C.id)
     )

@@ -342,7 +342,9 @@ class _Calls:
 
 def _claim(message: OutgoingMessage, *, worker_lost: bool = False) -> Claim:
     an_hour = 3600
-    return Claim(message=message, place=START, held_until=clock() + an_hour, worker_lost=worker_lost)
+    return Claim(
+        message=message, place=START, held_as="contract", held_until=clock() + an_hour, worker_lost=worker_lost
+    )
 
 
 def _expect(answer: _Answer, wanted: type[Outcome], because: str) -> None:

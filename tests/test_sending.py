@@ -2,18 +2,19 @@
 
 import gc
 import threading
+from types import SimpleNamespace
 
 import pytest
 from conftest import PATIENCE, outgoing, until
 
-from engagement import OutgoingMessage
+from engagement import OutgoingMessage, Postpone
 from engagement.outcomes import classify_exception
 from engagement.sending import Claim, Sender, clock
 
 
 def claim(number: int) -> Claim:
     message = outgoing(id=number)
-    return Claim(message, (message.scheduled_for, number), clock() + 300)
+    return Claim(message, (message.scheduled_for, number), "test", clock() + 300)
 
 
 @pytest.fixture(name="sender")
@@ -97,6 +98,40 @@ def test_a_call_that_was_taken_back_is_never_made(sender):
     go_on.set()
     assert answered(one, 2) == {0, 2}
     assert sent == [0, 2]
+
+
+def plain(sent):
+    return lambda message: sent.append(message.id)
+
+
+def asynchronous(sent):
+    async def send(message):
+        sent.append(message.id)
+
+    return send
+
+
+def a_coroutine(sent):
+    return lambda message: asynchronous(sent)(message)  # noqa: PLW0108 - no `async def`, but a function that returns one
+
+
+def in_batches(sent):
+    return SimpleNamespace(send_many=lambda messages: sent.extend(message.id for message in messages))
+
+
+@pytest.mark.parametrize("kind", [plain, asynchronous, a_coroutine, in_batches])
+def test_nothing_is_sent_under_a_lease_that_ran_out(sender, kind):
+    """A worker that stood still since its claim sends nothing, and says so; of a batch, one such message is enough."""
+    sent = []
+    one = sender(kind(sent), concurrency=2)
+    held, lost = claim(1), claim(2)
+    lost.held_until = clock()
+
+    one.start([held, lost])
+
+    outcomes = dict(one.answers.get(timeout=PATIENCE) for _ in range(2))
+    assert isinstance(outcomes[lost], Postpone)
+    assert sent == ([] if one.sends_many else [1])
 
 
 def in_a_thread(_message):
