@@ -48,7 +48,7 @@ def test_a_message_is_posted_as_json():
         "user_id": "user7",
         "destination": "individual",
         "destination_jid": f"{NUMBER}@s.whatsapp.net",
-        "scheduled_for": "2026-11-24T12:00:00+00:00",
+        "scheduled_for": outgoing().scheduled_for.isoformat(),
     }
 
 
