@@ -30,11 +30,6 @@ class Holder:
     name: str
     lease: timedelta
 
-    @property
-    def recoverer(self) -> str:
-        """The name on what was taken over: unlike one's own claims, that may have been sent."""
-        return f"{self.name}/recovery"
-
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
@@ -83,11 +78,14 @@ def claim(
 
 
 def take_over(connection: Connection, holder: Holder, *, limit: int, held: Iterable[int]) -> list[Claim]:
-    """Take over up to `limit` messages whose worker was lost."""
+    """Take over up to `limit` messages whose worker was lost, under names that `adopt` does not know."""
     until = _held_until(holder.lease)
-    values = {"limit": limit, "held": _pack(map(str, held)), "lease": holder.lease, "recoverer": holder.recoverer}
+    values = {"limit": limit, "held": _pack(map(str, held)), "lease": holder.lease, "recoverer": holder.name}
     rows = connection.execute(statements.take_over_expired_leases(), values)
-    return [_claim(row, holder.recoverer, until, worker_lost=True) for row in rows]
+    return [
+        _claim(row, held_as, until, lost_workers=int(held_as.rpartition(statements.RECOVERY)[2]))
+        for *row, held_as in rows
+    ]
 
 
 def adopt(connection: Connection, holder: Holder, *, names: Collection[str]) -> list[Claim]:
@@ -111,23 +109,28 @@ def extend(connection: Connection, lease: timedelta, held: Iterable[Claim]) -> d
     return {by_id[message_id]: until for message_id in connection.execute(statements.extend_leases(), values).scalars()}
 
 
-def settle(connection: Connection, verdicts: Iterable[tuple[OutgoingMessage, Verdict]]) -> dict[int, MessageStatus]:
+def settle(
+    connection: Connection, verdicts: Iterable[tuple[OutgoingMessage, Verdict]]
+) -> dict[tuple[int, int], MessageStatus]:
     """Record verdicts. Return the status of those that are recorded, now or by an earlier call that seemed to fail.
 
-    What is missing in the answer was lost: the message has been recovered since.
+    Its keys are id and attempt. What is missing in the answer was lost: the message has been recovered since.
     """
     # In one order everywhere, or two statements over the same rows would deadlock.
-    given = {pair[0].id: pair for pair in sorted(verdicts, key=lambda pair: pair[0].id)}
+    ordered = sorted(verdicts, key=lambda pair: pair[0].id)
+    given = {(message.id, message.attempt): (message, verdict) for message, verdict in ordered}
     rows = connection.execute(statements.settle_if_claimed(), _packed_verdicts(given.values()))
-    recorded: dict[int, MessageStatus] = dict(rows.all())
+    recorded: dict[tuple[int, int], MessageStatus] = {(row[0], row[1]): row[2] for row in rows}
     missing = given.keys() - recorded.keys()
     if missing:
-        for row in connection.execute(statements.attempts_of(), {"ids": sorted(missing)}):
-            message, verdict = given[row.id]
+        for row in connection.execute(statements.attempts_of(), {"ids": sorted({key[0] for key in missing})}):
+            attempt = row.id, row.attempt
+            if attempt not in given:
+                continue  # Another one has claimed it since.
+            verdict = given[attempt][1]
             # What was forgotten or has a doubt ends otherwise than its verdict says, but its history tells of it.
-            is_recorded = row.status == verdict.status or row.latest == [message.attempt, verdict.event]
-            if row.attempt == message.attempt and is_recorded:
-                recorded[row.id] = row.status
+            if row.status == verdict.status or row.latest == [row.attempt, verdict.event]:
+                recorded[attempt] = row.status
     return recorded
 
 
@@ -150,7 +153,7 @@ _ID, _NEXT_ATTEMPT_AT, _STATUS = 0, 11, 12
 _place: Callable[[Sequence[Any]], Position] = itemgetter(_NEXT_ATTEMPT_AT, _ID)
 
 
-def _claim(row: Sequence[Any], held_as: str, held_until: float, *, worker_lost: bool = False) -> Claim:
+def _claim(row: Sequence[Any], held_as: str, held_until: float, *, lost_workers: int = 0) -> Claim:
     """Return what a row of `statements.OUTGOING` says."""
     message_id, idempotency_key, user_id, message_type, message_key, params_json, *rest = row
     destination, destination_jid, scheduled_for, attempt, retry_count, next_attempt_at, _, trace_context, _ = rest
@@ -177,9 +180,9 @@ def _claim(row: Sequence[Any], held_as: str, held_until: float, *, worker_lost: 
         (next_attempt_at, message_id),
         held_as,
         held_until,
-        worker_lost=worker_lost,
+        lost_workers=lost_workers,
         trace_context=trace_context,
-        known=None if worker_lost else known,
+        known=None if lost_workers else known,
     )
 
 

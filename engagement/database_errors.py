@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy.exc import DataError, DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 # Connection, transaction rollback, resources, operator intervention.
@@ -13,6 +13,10 @@ _TRANSIENT_STATES = frozenset({"55P03", "25P03", "25P04", "25006"})
 _NOT_MIGRATED = frozenset({"42P01", "42703", "3F000"})
 
 
+class CannotConnect(SQLAlchemyError):  # noqa: N818 - what happened
+    """No connection could be made, and neither the driver nor the server says so: its cause is a hook of the host's."""
+
+
 def sqlstate(error: BaseException) -> str | None:
     """Return what the server calls the error; None if it did not come from there."""
     state: str | None = getattr(getattr(error, "orig", None), "sqlstate", None)
@@ -21,7 +25,7 @@ def sqlstate(error: BaseException) -> str | None:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the database may answer differently later: it was not reached, is starting, or was too busy."""
-    if isinstance(error, PoolTimeout):
+    if isinstance(error, PoolTimeout | CannotConnect):
         return True
     if not isinstance(error, DBAPIError):
         return False
@@ -43,5 +47,6 @@ def is_unreadable(error: BaseException) -> bool:
 
 def describe(error: BaseException) -> str:
     """Return what a log may say of a database error: no statement, no parameters, no DETAIL with a row in it."""
+    name = type(error.__cause__ if isinstance(error, CannotConnect) else error).__name__
     state = sqlstate(error)
-    return type(error).__name__ if state is None else f"{type(error).__name__} {state}"
+    return name if state is None else f"{name} {state}"

@@ -10,10 +10,11 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from itertools import count
 from queue import Empty
@@ -24,9 +25,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engagement import claims, observing
 from engagement.claims import Holder
-from engagement.database_errors import describe, is_transient
+from engagement.database_errors import CannotConnect, describe, is_transient
 from engagement.messages import OutgoingMessage
-from engagement.models import MessageStatus
+from engagement.models import EARLIEST, MessageStatus
 from engagement.observing import Round
 from engagement.outcomes import (
     InDoubt,
@@ -55,6 +56,8 @@ RESTART_SHARE = 0.1
 removed, and to step over all of them takes ever longer."""
 LONGEST_RESTART_SECONDS = 60.0
 """But it is put off for no longer: that one took long may also have been a lock, or a machine that slept."""
+LOST = 0.0
+"""A lease that ran out long ago, by `clock`."""
 READY_SECONDS = 1.0
 BEGIN_POLL_SECONDS = 0.005
 """How soon a paced worker looks again whether the send that it handed over has begun."""
@@ -127,12 +130,14 @@ class Delivery:
     # One round: settle, recover and claim in one transaction, then start
 
     def _round(self) -> bool:
-        """Settle what was decided, and take and start what can be started now. Return whether there was any."""
+        """Settle what was decided, and take and start what can be started now. Return whether there may be more."""
         wanted = self._wanted()
         if not self._decided and not wanted:
             return False
         try:
-            taken = self._in_transaction(partial(self._settle_and_take, wanted=wanted))
+            taken = self._in_transaction(
+                partial(self._settle_and_take, wanted=wanted), known=partial(self._settle_and_take, wanted=0)
+            )
         except SQLAlchemyError as error:
             if self._failure is not None or is_transient(error):
                 raise
@@ -142,9 +147,10 @@ class Delivery:
         if taken is None:
             return False
         self._note(taken)
-        self._start(taken.claims)
-        self._found_nothing = bool(wanted) and not taken.any
-        return taken.any
+        self._start(taken)
+        self._found_nothing = bool(taken.name) and not taken.any
+        was_put_off = wanted > 0 and not taken.name
+        return taken.any or was_put_off
 
     def _settle_and_take(self, connection: Connection, *, wanted: int) -> _Taken:
         """Change nothing but the database; the whole is done again if the database is lost on the way."""
@@ -159,10 +165,16 @@ class Delivery:
         if clock() >= self._recover_at:
             lost = claims.take_over(connection, holder, limit=wanted, held=self._in_hand)
             taken.recovered_all = len(lost) < wanted
-            taken.claims += lost
+            taken.claims += map(self._unless_it_kills, lost)
         if wanted > len(taken.claims):
             self._claim(connection, holder, taken, limit=wanted - len(taken.claims))
         return taken
+
+    def _unless_it_kills(self, claim: Claim) -> Claim:
+        """Ask no more what became of a message when those who asked were lost too, as often as a send may fail."""
+        if claim.lost_workers > 1 and claim.message.retry_count + claim.lost_workers >= self._worker.max_retries:
+            claim.known = InDoubt(f"{claim.lost_workers} workers were lost with it")
+        return claim
 
     def _next_holder(self) -> Holder:
         """Return a name for one transaction: if its commit is not acknowledged, what carries it was never started."""
@@ -214,12 +226,10 @@ class Delivery:
         return {claim.message.destination_jid for claim in (*in_hand, *self._overdue, *taken)}
 
     def _note(self, taken: _Taken) -> None:
-        if taken.name in self._unacknowledged:
-            self._unacknowledged.remove(taken.name)
-        if clock() >= self._adopt_until:
-            # A commit that was still under way on the server has happened by now, or never will.
-            self._unacknowledged.clear()
-        settled = [(claim, verdict, taken.recorded.get(claim.message.id)) for claim, verdict in self._decided]
+        settled = [
+            (claim, verdict, taken.recorded.get((claim.message.id, claim.message.attempt)))
+            for claim, verdict in self._decided
+        ]
         for claim, verdict, status in settled:
             if self._in_hand.get(claim.message.id) is claim:
                 del self._in_hand[claim.message.id]
@@ -235,14 +245,20 @@ class Delivery:
         if taken.recovered_all:
             self._recover_at = clock() + self._lease / 4
 
-    def _start(self, taken: list[Claim]) -> None:
-        own = [claim for claim in taken if not claim.worker_lost]
-        self._in_hand |= {claim.message.id: claim for claim in taken}
+    def _start(self, taken: _Taken) -> None:
+        own = [claim for claim in taken.claims if not claim.lost_workers]
+        self._in_hand |= {claim.message.id: claim for claim in taken.claims}
         if own:
             self._latest = own[-1]
             if self._left is not None:
                 self._left -= len(own)
-        self._sender.start(taken)
+        # From here on they may be sent: what fails before, gives them back.
+        if taken.name in self._unacknowledged:
+            self._unacknowledged.remove(taken.name)
+        if clock() >= self._adopt_until:
+            # A commit that was still under way on the server has happened by now, or never will.
+            self._unacknowledged.clear()
+        self._sender.start(taken.claims)
 
     # How much can be started now
 
@@ -360,7 +376,7 @@ class Delivery:
             retry_count=claim.message.retry_count,
             max_retries=self._worker.max_retries,
             idempotent=self._sender.idempotent,
-            worker_lost=claim.worker_lost,
+            worker_lost=claim.lost_workers > 0,
             backoff=self._backoff,
         )
 
@@ -392,9 +408,10 @@ class Delivery:
         self._extend_at = clock() + self._lease / 3
         if not self._in_hand:
             return
+        held = list(self._in_hand.values())
         try:
-            with self._worker.engine.begin() as connection:
-                extended = claims.extend(connection, self._worker.lease, self._in_hand.values())
+            with self._begin() as connection:
+                extended = claims.extend(connection, self._worker.lease, held)
         except SQLAlchemyError as error:
             if not is_transient(error):
                 self._failure = self._failure or error  # What is in hand is finished before it is raised.
@@ -402,8 +419,8 @@ class Delivery:
             logger.warning("engagement.leases_not_extended error=%s", describe(error))
             return
         # Now that it is committed, and no sooner: a send must not begin under a lease that the database does not know.
-        for claim, until in extended.items():
-            claim.held_until = until
+        for claim in held:
+            claim.held_until = extended.get(claim, LOST)
 
     # The database
 
@@ -411,16 +428,20 @@ class Delivery:
         """Give back claims whose commit was not acknowledged: nobody will start them now."""
         if not self._unacknowledged:
             return
-        unstarted = Postpone(datetime.now(UTC), "the worker stopped before the send")
+        unstarted = Postpone(EARLIEST, "the worker stopped before the send")
         try:
-            with self._worker.engine.begin() as connection:
+            with self._begin() as connection:
                 for claim in self._adopt(connection, self._next_holder()):
                     claims.settle(connection, [(claim.message, self._verdict(claim, unstarted))])
         except SQLAlchemyError as error:
             logger.warning("engagement.claims_not_released error=%s", describe(error))
 
-    def _in_transaction(self, work: Callable[[Connection], T]) -> T | None:
+    def _in_transaction(
+        self, work: Callable[[Connection], T], *, known: Callable[[Connection], T] | None = None
+    ) -> T | None:
         """Do `work` and commit, as often as it takes for the database to answer. None if stopped with nothing in hand.
+
+        After a failure, what was decided is settled first, by `known`, whatever becomes of the rest of the work.
 
         An error after the send is no failed send: what is known stays known, and is recorded once the database is
         back. A commit that was not acknowledged may have happened: settling twice is recognised, and claims that
@@ -431,7 +452,7 @@ class Delivery:
         while True:
             earlier = len(self._unacknowledged)
             try:
-                with self._worker.engine.begin() as connection:
+                with self._begin() as connection:
                     result = work(connection)
             except SQLAlchemyError as error:
                 self._adopt_until = clock() + self._lease
@@ -448,12 +469,29 @@ class Delivery:
                 return None
             self._sleep(wait * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
             wait = min(wait * 2, longest)
+            if self._decided and known is not None:
+                work = known
+
+    @contextmanager
+    def _begin(self) -> Iterator[Connection]:
+        try:
+            connection = self._worker.engine.connect()
+        except SQLAlchemyError:
+            raise
+        except Exception as error:
+            if not self._database_was_reached:
+                raise  # It may never work, and who starts the worker should see that.
+            raise CannotConnect from error
+        with connection, connection.begin():
+            yield connection
 
     def _gives_up(self, lost_at: float) -> bool:
         return self._until_empty and (not self._database_was_reached or clock() > lost_at + self._lease)
 
     def _sleep(self, seconds: float) -> None:
-        if self._stop.is_set():
+        if self._in_hand:
+            self._collect(seconds)  # The database may answer all but what has just failed.
+        elif self._stop.is_set():
             time.sleep(seconds)  # A stop is no reason to forget what is to be settled.
         else:
             self._stop.wait(seconds)
@@ -465,7 +503,7 @@ class _Taken:
 
     name: str = ""
     started_at: int = field(default_factory=time.time_ns)
-    recorded: dict[int, MessageStatus] = field(default_factory=dict)
+    recorded: dict[tuple[int, int], MessageStatus] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
     ended: dict[OutgoingMessage, MessageStatus] = field(default_factory=dict)
     position: Position | None = None

@@ -107,7 +107,7 @@ def sending(claims: Sequence[Claim]) -> tuple[Context, SendEnd]:
     def end(outcomes: Sequence[Outcome]) -> None:
         for told in begun:
             if told is not None:
-                with suppress(SystemExit):  # It would end the thread of the send, and nothing else.
+                with suppress(BaseException):  # It would end the thread of the send, and nothing else.
                     _guarded(told, outcomes)
 
     return context, end

@@ -237,11 +237,14 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def clean_reason(text: object) -> str | None:
     """Return a provider's text as PostgreSQL can store it, on one line and cut; None if nothing is left of it.
 
-    A number or an exception, given where a text belongs, is taken as its text.
+    A number or an exception, given where a text belongs, is taken as its text; one that has none, by its type.
     """
     if text is None:
         return None
-    text = str(text)
+    try:
+        text = str(text)
+    except Exception:  # noqa: BLE001 - whatever a provider's class raises, it must not lose what happened
+        text = type(text).__name__
     if len(text) <= MAX_REASON and text.isprintable() and " " not in text:
         return text or None  # As a provider's message id is.
     printable = "".join(character if character.isprintable() else " " for character in text[: 2 * MAX_REASON])

@@ -19,9 +19,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from engagement import statements
 from engagement.database_errors import is_transient
 from engagement.messages import InvalidMessage, OutgoingMessage, checked_destination, checked_jid
-from engagement.models import Destination, MessageStatus
+from engagement.models import EARLIEST, Destination, MessageStatus
 from engagement.outcomes import NotSent, Outcome, Postpone, Refused, Sent, Withdraw
-from engagement.sending import Transport
+from engagement.sending import Transport, check_lease
 
 A_MINUTE = timedelta(minutes=1)
 
@@ -58,7 +58,10 @@ class Gate:
     def send(self, message: OutgoingMessage) -> Any:
         """Send what passes the check; else return the outcome that the check decided."""
         passed = self._ask(message)
-        return self._send(passed) if isinstance(passed, OutgoingMessage) else passed
+        if not isinstance(passed, OutgoingMessage):
+            return passed
+        check_lease()  # The host's function may have taken longer than the lease.
+        return self._send(passed)
 
     def check(self, message: OutgoingMessage) -> OutgoingMessage | Outcome:
         """Return the message, as it is to be sent, or an outcome if it is not to be sent now."""
@@ -260,7 +263,7 @@ class FrequencyCap(Gate):
         claim = connection.execute(statements.claim_of_message(), {"message_id": message.id}).one_or_none()
         if claim is None or (claim.status, claim.attempt) != (MessageStatus.SENDING, message.attempt):
             # It is no longer counted by others, so it must not leave.
-            return Postpone(datetime.now(UTC), "the claim was lost before the send")
+            return Postpone(EARLIEST, "the claim was lost before the send")
         starts_at, resumes_at = local_window(claim.now, tz, self._per, self._resume_at)
         values = {"message_id": message.id, "of_user": message.user_id, "since": starts_at}
         if self._types is not None:

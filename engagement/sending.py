@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from contextvars import Context, copy_context
+from contextvars import Context, ContextVar, Token, copy_context
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, Protocol
 
 from engagement import observing
 from engagement.messages import OutgoingMessage
+from engagement.models import EARLIEST
 from engagement.outcomes import Classify, InDoubt, NotSent, Outcome, Postpone, Sent, as_outcome
+
+logger = logging.getLogger("engagement")
 
 SendFunction = Callable[[OutgoingMessage], Any]
 """`send(message)`: returns an outcome, or `None` or a provider's message id for `Sent`; may be `async def`."""
@@ -39,7 +43,10 @@ class BatchTransport(Protocol):
     """An object whose provider takes many messages in one call."""
 
     def send_many(self, messages: Sequence[OutgoingMessage], /) -> Any:
-        """Send all, and return an outcome for each, in their order."""
+        """Send all, and return an outcome for each, in their order, or one for all.
+
+        An exception speaks of all; but a generator's only of those that it had not come to.
+        """
 
 
 Transport = SendFunction | SendingTransport | BatchTransport
@@ -52,10 +59,10 @@ Transport = SendFunction | SendingTransport | BatchTransport
 
 
 class Handle(Protocol):
-    """What is kept of a call that was handed over: a future, or what does as much of one as is needed."""
+    """What is kept of a call that was handed over."""
 
     def cancel(self) -> bool:
-        """Take the call back, or break it off; False if that cannot be done, and it goes on."""
+        """Take the call back; False if it goes on, though it may have been asked to end."""
 
     def done(self) -> bool:
         """Return whether it is over, and its place free."""
@@ -89,8 +96,8 @@ class Claim:
     place: Position
     held_as: str
     held_until: float
-    worker_lost: bool = False
-    """It was claimed by another worker, whose lease ran out: the question is what became of it."""
+    lost_workers: int = 0
+    """How many workers were lost with it, before this one took it over: then the question is what became of it."""
     trace_context: str | None = None
     """The W3C `traceparent` of the span that queued the message."""
     known: Outcome | None = None
@@ -111,8 +118,33 @@ _Read = Callable[[Any, int], list[Outcome]]
 """Turns what was returned into an outcome for each of so many messages."""
 
 
-class LeaseRanOut(Exception):  # noqa: N818 - what happened
-    """The send was not begun: somebody else may have recovered the message."""
+class LeaseRanOut(BaseException):
+    """The send was not begun: somebody else may have recovered the message.
+
+    No `Exception`: a transport that falls back on another one when this one fails must not do so.
+    """
+
+
+class BrokenOff(Exception):  # noqa: N818 - what happened
+    """A batch raised `error` after it had said what became of the first messages."""
+
+    def __init__(self, told: list[Outcome], error: BaseException) -> None:
+        super().__init__()
+        self.told = told
+        self.error = error
+
+
+_check_of_this_send: ContextVar[Callable[[], None] | None] = ContextVar("engagement_check", default=None)
+
+
+def check_lease() -> None:
+    """Raise `LeaseRanOut` if the send that this runs in must not begin any more.
+
+    For what does something else first, which may take its time. Outside a worker's send it does nothing.
+    """
+    check = _check_of_this_send.get()
+    if check is not None:
+        check()
 
 
 class Sender:
@@ -143,11 +175,11 @@ class Sender:
         to_send = []
         for claim in claims:
             claim.started_at = now
-            if claim.worker_lost and self._look_up is None and claim.known is None:
+            if claim.lost_workers and self._look_up is None and claim.known is None:
                 claim.known = _worker_lost()
             if claim.known is not None:
                 self.answers.put((claim, claim.known))
-            elif claim.worker_lost and self._look_up is not None:
+            elif claim.lost_workers and self._look_up is not None:
                 self._submit([claim], self._look_up, claim.message, _read_look_up)
             elif self.sends_many:
                 to_send.append(claim)
@@ -179,23 +211,25 @@ class Sender:
 
     def outcomes(self, result: _Result, messages: int, read: _Read) -> list[Outcome]:
         """Return what the transport answered, or what its exception means, for each message of the call."""
-        outcome: Outcome
         try:
             return read(result(), messages)
-        except LeaseRanOut:
-            outcome = Postpone(datetime.now(UTC), "the lease ran out before the send")
-        except CancelledError:
-            outcome = InDoubt("the send was cancelled")
-        except Exception as error:  # noqa: BLE001 - the one place: whatever a transport raises becomes an outcome
-            outcome = _worker_lost(error) if read is _read_look_up else self._checked_classify(error)
-        except BaseException as error:  # noqa: BLE001 - likewise, and nothing is known of a send that was torn down
-            outcome = InDoubt(f"{type(error).__name__} in the transport")
-        return [outcome] * messages
+        except BrokenOff as broken:
+            told, outcome = broken.told, self._meaning(broken.error, read)
+        except BaseException as error:  # noqa: BLE001 - the one place: whatever a transport raises becomes an outcome
+            told, outcome = [], self._meaning(error, read)
+        return told + [outcome] * (messages - len(told))
+
+    def _meaning(self, error: BaseException, read: _Read) -> Outcome:
+        if isinstance(error, LeaseRanOut):
+            return Postpone(EARLIEST, "the lease ran out before the send")  # Until now, by the database's clock.
+        if isinstance(error, CancelledError) or not isinstance(error, Exception):
+            return InDoubt(f"{type(error).__name__} in the transport")  # It was torn down, which proves nothing.
+        return _worker_lost(error) if read is _read_look_up else self._checked_classify(error)
 
     def _checked_classify(self, error: Exception) -> Outcome:
         try:
             outcome = self._classify(error)
-        except Exception as second:  # noqa: BLE001 - a broken rule must not lose what happened
+        except BaseException as second:  # noqa: BLE001 - a broken rule must not lose what happened
             return InDoubt(f"classify raised {type(second).__name__} for {type(error).__name__}")
         if isinstance(outcome, Outcome):
             return outcome
@@ -223,8 +257,17 @@ class _Call:
         self.arguments = arguments
         self.context = context
 
+    def begin(self) -> Token[Callable[[], None] | None]:
+        """Check, right before the call, and let what is called check again until `end`."""
+        self.check()
+        return _check_of_this_send.set(self.check)
+
+    def end(self, token: Token[Callable[[], None] | None]) -> None:
+        """Let go of the check: it leads back here, in a circle that would have to wait for the garbage collector."""
+        _check_of_this_send.reset(token)
+
     def check(self) -> None:
-        """Raise what forbids the call, right before it."""
+        """Raise what forbids the call."""
 
     def arrive(self, result: _Result) -> None:
         """Take what `result()` returns or raises."""
@@ -247,18 +290,22 @@ class _Sending(_Call):
         # The last thing before the send: a worker that was frozen since its claim must not send any more. A look-up
         # sends nothing, and without it nobody knows whether its message was sent.
         now = clock()
-        if self._read is not _read_look_up and now >= min([claim.held_until for claim in self._claims]):
-            raise LeaseRanOut
+        is_send = self._read is not _read_look_up
+        for claim in self._claims:
+            if claim.is_overdue or (is_send and now >= claim.held_until):
+                raise LeaseRanOut
         for claim in self._claims:
             claim.begun_at = now
 
     def arrive(self, result: _Result) -> None:
         outcomes = self._sender.outcomes(result, len(self._claims), self._read)
-        self._tell(outcomes)
-        # They lead back here, and a circle would have to wait for the garbage collector.
-        claims, self._claims = self._claims, []
-        for claim, outcome in zip(claims, outcomes, strict=True):
-            self._sender.answers.put((claim, outcome))
+        try:
+            self._tell(outcomes)
+        finally:
+            # They lead back here, and a circle would have to wait for the garbage collector.
+            claims, self._claims = self._claims, []
+            for claim, outcome in zip(claims, outcomes, strict=True):
+                self._sender.answers.put((claim, outcome))
 
 
 class _Asking(_Call):
@@ -288,10 +335,16 @@ def _read_send_many(answers: Any, messages: int) -> list[Outcome]:
         return [answers] * messages
     # A text, or a mapping, has members too, and says nothing of any message.
     is_sequence = isinstance(answers, Iterable) and not isinstance(answers, str | bytes | Mapping)
-    answers = list(answers) if is_sequence else []
-    if len(answers) != messages:
-        return [InDoubt(f"send_many returned {len(answers)} outcomes for {messages} messages")] * messages
-    return [as_outcome(answer) for answer in answers]
+    told: list[Outcome] = []
+    try:
+        for answer in answers if is_sequence else ():
+            told.append(as_outcome(answer))  # noqa: PERF401 - a generator sends as it goes, and may raise on its way
+    except BaseException as error:
+        if len(told) <= messages:
+            raise BrokenOff(told, error) from error
+    if len(told) != messages:
+        return [InDoubt(f"send_many returned {len(told)} outcomes for {messages} messages")] * messages
+    return told
 
 
 def _read_look_up(answer: Any, _: int) -> list[Outcome]:
@@ -349,6 +402,7 @@ class _Threads:
         self._wake_ups: SimpleQueue[bool] = SimpleQueue()
         self._is_waking = False
         self._started = 0
+        self._was_refused = False
         self._idle = 0
         self._lock = threading.Lock()
 
@@ -356,12 +410,25 @@ class _Threads:
         job = _Job(call, self._jobs)
         self._jobs.append(job)
         if self._idle < len(self._jobs) and self._started < self._limit:
-            threading.Thread(target=self._work, name=f"engagement-send-{self._started}", daemon=True).start()
-            self._started += 1
+            self._start_one()
         self._wake_one()
         return job
 
+    def _start_one(self) -> None:
+        thread = threading.Thread(target=self._work, name=f"engagement-send-{self._started}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # The system has none left.
+            if not self._started:
+                raise
+            if not self._was_refused:
+                logger.warning("engagement.no_more_threads started=%d", self._started)
+            self._was_refused = True
+        else:
+            self._started += 1
+
     def close(self) -> None:
+        self._jobs.clear()  # Nothing begins after the end.
         for _ in range(self._started):
             self._wake_ups.put(False)  # noqa: FBT003 - whether somebody is needed
 
@@ -401,22 +468,77 @@ class _Threads:
         return True
 
     def _result(self, call: _Call) -> Any:
-        call.check()
-        answer = call.function(*call.arguments)
-        if inspect.iscoroutine(answer):  # A plain function that returns one, such as a lambda.
-            return self._awaited(call, answer)
-        # The sends of a generator are made here, and not where the answer is read.
-        return list(answer) if inspect.isgenerator(answer) else answer
+        token = call.begin()
+        try:
+            answer = call.function(*call.arguments)
+            # A plain function may return a coroutine, as a lambda does.
+            return self._awaited(call, answer) if inspect.iscoroutine(answer) else answer
+        finally:
+            call.end(token)
 
     def _awaited(self, call: _Call, coroutine: Coroutine[Any, Any, Any]) -> Any:
         async def checked() -> Any:
-            call.check()
+            try:
+                call.check()
+            except LeaseRanOut:
+                # The function has run: whether it sent something before it returned its coroutine, it alone knows.
+                return InDoubt("the lease ran out before the coroutine began")
             return await coroutine
 
         try:
             return self._loop.run(checked()).result()
         finally:
             coroutine.close()  # If the check failed, it was never begun.
+
+
+class _Task:
+    """A call in the event loop. It is over when its coroutine is, also if that was asked to end."""
+
+    __slots__ = ("_call", "_is_done", "_loop", "_task")
+
+    def __init__(self, call: _Call, loop: asyncio.AbstractEventLoop) -> None:
+        self._call = call
+        self._loop = loop
+        self._task: asyncio.Task[Any] | None = None
+        self._is_done = False
+
+    def start(self) -> None:
+        """Begin, in the loop's thread."""
+        self._task = self._loop.create_task(_outlived(self._work()))
+        self._task.add_done_callback(self._arrive)
+
+    def cancel(self) -> bool:
+        self._loop.call_soon_threadsafe(self._cancel)
+        return False
+
+    def done(self) -> bool:
+        return self._is_done
+
+    async def _work(self) -> Any:
+        token = self._call.begin()
+        try:
+            return await self._call.function(*self._call.arguments)
+        finally:
+            self._call.end(token)
+
+    def _arrive(self, task: asyncio.Task[Any]) -> None:
+        self._task = None
+        try:
+            self._call.arrive(task.result)
+        finally:
+            self._is_done = True
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+
+async def _outlived(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Await it, and let nothing that it raises end the event loop, in which others are being sent."""
+    try:
+        return await coroutine
+    except (KeyboardInterrupt, SystemExit) as error:
+        raise asyncio.CancelledError(type(error).__name__) from error
 
 
 class _EventLoop:
@@ -428,22 +550,22 @@ class _EventLoop:
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="engagement-loop", daemon=True)
 
-    def submit(self, call: _Call) -> Future[Any]:
-        async def job() -> Any:
-            call.check()
-            return await call.function(*call.arguments)
-
-        future = call.context.run(self.run, job())
-        future.add_done_callback(lambda future: call.arrive(future.result))
-        return future
+    def submit(self, call: _Call) -> _Task:
+        loop = self._started()
+        task = _Task(call, loop)
+        loop.call_soon_threadsafe(task.start, context=call.context)
+        return task
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(_outlived(coroutine), self._started())
+
+    def _started(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
                 self._thread.start()
                 self._is_running.wait()
         assert self._loop is not None
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        return self._loop
 
     def close(self) -> None:
         if self._loop is not None:

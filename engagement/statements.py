@@ -27,6 +27,7 @@ from sqlalchemy import (
     Table,
     TableValuedAlias,
     Text,
+    Update,
     all_,
     and_,
     any_,
@@ -261,6 +262,8 @@ OUTGOING = (
     C.trace_context,
 )
 _LEASE = NOW + bindparam("lease", type_=Interval)
+RECOVERY = "/recovery/"
+"""Comes after the name of who took a message over, and before how many workers were lost with it."""
 _WEAK_COMMITS = ("off", "local", "remote_write")
 
 
@@ -328,7 +331,8 @@ def _first_of_each_destination(due: Subquery) -> Select[Any]:
 def take_over_expired_leases() -> Executable:
     """Give the caller a lease on messages whose own ran out, `limit` at most; the attempt stays the same.
 
-    So a late worker can still settle its attempt, and two processors do not recover the same message at once.
+    So a late worker can still settle its attempt, and two processors do not recover the same message at once. Returns
+    the name that each is held by, which ends in how many workers were lost with it.
     """
     lost = (
         select(C.id)
@@ -338,7 +342,12 @@ def take_over_expired_leases() -> Executable:
         .limit(_unseen(_limit))
         .with_for_update(skip_locked=True)
     )
-    return _leased(C.id == any_(func.array(lost.scalar_subquery())), by="recoverer")
+    so_far = cast(func.substring(C.claimed_by, literal_column(f"'{RECOVERY}([0-9]+)$'")), Integer)
+    lost_workers = func.coalesce(so_far, _number(0)) + _number(1)
+    name = func.concat(bindparam("recoverer", type_=Text), literal_column(f"'{RECOVERY}'"), lost_workers)
+    return _leased(C.id == any_(func.array(lost.scalar_subquery())), name).returning(
+        *OUTGOING, _durably(), C.claimed_by
+    )
 
 
 @cache
@@ -348,16 +357,13 @@ def adopt_unacknowledged() -> Executable:
     Such a message was never handed to the transport. What was taken over from others has another name on it.
     """
     unacknowledged = C.claimed_by == any_(bindparam("names", type_=ARRAY(Text)))
-    return _leased(and_(C.status == SENDING, unacknowledged), by="worker")
-
-
-def _leased(condition: ColumnElement[bool], *, by: str) -> Executable:
-    return (
-        update(QUEUE)
-        .where(condition)
-        .values(lease_expires_at=_LEASE, claimed_by=bindparam(by, type_=Text))
-        .returning(*OUTGOING, _durably())
+    return _leased(and_(C.status == SENDING, unacknowledged), bindparam("worker", type_=Text)).returning(
+        *OUTGOING, _durably()
     )
+
+
+def _leased(condition: ColumnElement[bool], name: ColumnElement[str]) -> Update:
+    return update(QUEUE).where(condition).values(lease_expires_at=_LEASE, claimed_by=name)
 
 
 @cache
@@ -372,24 +378,24 @@ def extend_leases() -> Executable:
         update(QUEUE)
         .where(C.id == mine.c.id, C.claimed_by == mine.c.name, C.status == SENDING)
         .values(lease_expires_at=_LEASE)
-        .returning(C.id)
+        .returning(C.id, _durably())
     )
 
 
 @cache
 def settle_if_claimed() -> Executable:
-    """Record verdicts, and return (id, status) of the messages that they were recorded for.
+    """Record verdicts, and return (id, attempt, status) of the messages that they were recorded for.
 
-    Fenced on (id, attempt): a claim that was lost changes nothing. `Sent` of the same attempt is a fact, and also
-    resolves a doubt or stops the next attempt. A message that was forgotten meanwhile keeps nothing, and is not tried
-    again.
+    Fenced on (id, attempt): a claim that was lost changes nothing. `Sent` of the same attempt is a fact: it also
+    resolves a doubt, stops the next attempt, and corrects what was called unsent. A message that was forgotten
+    meanwhile keeps nothing, and is not tried again.
     """
     given = _verdicts().c
     has_doubt = func.coalesce(given.has_doubt, C.has_doubt)
     wanted = case((and_(given.status == PENDING, _is_forgotten), CANCELLED), else_=given.status)
     event = case((and_(given.status == SENT, C.status != SENDING), _word("resolved")), else_=given.event)
     reason = case((_is_forgotten, null()), else_=given.reason)
-    is_late_but_sent = and_(given.status == SENT, C.status.in_([IN_DOUBT, PENDING]))
+    is_late_but_sent = and_(given.status == SENT, C.status != SENT)
     return (
         update(QUEUE)
         .values(
@@ -409,7 +415,7 @@ def settle_if_claimed() -> Executable:
             C.attempt == given.attempt,
             or_(C.status == SENDING, is_late_but_sent),
         )
-        .returning(C.id, C.status)
+        .returning(C.id, C.attempt, C.status)
     )
 
 

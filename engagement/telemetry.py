@@ -131,7 +131,7 @@ class Tracing:
 
     def sending(self, claims: Sequence[Claim]) -> SendEnd:
         """Start a span and make it current: what the transport records are its children."""
-        step = self._begin(LOOKING_UP if claims[0].worker_lost else SENDING, _about(claims), claims)
+        step = self._begin(LOOKING_UP if claims[0].lost_workers else SENDING, _about(claims), claims)
         attach(set_span_in_context(step.span))
         return partial(_answered, step)
 

@@ -303,7 +303,7 @@ class _Calls:
         return answers
 
     def look_up(self, message: OutgoingMessage) -> _Answer:
-        return self._call([_claim(message, worker_lost=True)])[0]
+        return self._call([_claim(message, lost_workers=1)])[0]
 
     def ready(self) -> object:
         asked = self._sender.ask_ready()
@@ -340,10 +340,10 @@ class _Calls:
         return self.contract.classify(error)
 
 
-def _claim(message: OutgoingMessage, *, worker_lost: bool = False) -> Claim:
+def _claim(message: OutgoingMessage, *, lost_workers: int = 0) -> Claim:
     an_hour = 3600
     return Claim(
-        message=message, place=START, held_as="contract", held_until=clock() + an_hour, worker_lost=worker_lost
+        message=message, place=START, held_as="contract", held_until=clock() + an_hour, lost_workers=lost_workers
     )
 
 

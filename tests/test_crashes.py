@@ -19,6 +19,7 @@ from conftest import execute, in_thread, new_message, queue, row, until, wait_un
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
 
 from engagement import (
     EngagementMessageRepository,
@@ -303,6 +304,24 @@ def test_two_processors_recover_a_message_once(engine):
     assert sorted(message.id for message in transport.look_ups) == ids
 
 
+def test_a_message_whose_look_up_kills_its_workers_is_parked(engine):
+    """Who asks what became of it may die of that too: after as many deaths as a send may fail, nobody asks."""
+    (message_id,) = queue(engine, new_message())
+    lose(engine, message_id)
+    for death in range(2):
+        with engine.begin() as connection:
+            claims.take_over(connection, Holder(f"{death}", timedelta(milliseconds=1)), limit=1, held=[])
+        until(lambda: is_true(engine, "SELECT max(lease_expires_at) < now() FROM engagement_message_queue"))
+        assert row(engine, message_id).claimed_by == f"{death}/recovery/{death + 1}"
+    transport = Transport(look_up=lambda _: NotSent("it would have killed this one too"))
+
+    process_message_queue(engine, transport, max_retries=3)
+
+    assert transport.look_ups == []
+    found = row(engine, message_id)
+    assert (found.status, found.error_message) == ("in_doubt", "3 workers were lost with it")
+
+
 def test_a_message_is_not_recovered_while_it_is_settled(engine):
     """A worker that settles when its lease has just run out is not overtaken by a recovery."""
     (message_id,) = queue(engine, new_message())
@@ -317,6 +336,41 @@ def test_a_message_is_not_recovered_while_it_is_settled(engine):
 
     assert recovered.processed == 0
     assert row(engine, message_id).status == "sent"
+
+
+def test_what_is_known_of_two_attempts_is_recorded_at_once(engine):
+    """The late answer of one attempt hides nothing of the next, in whatever order they come."""
+    (message_id,) = queue(engine, new_message())
+    (late,) = lose(engine, message_id)
+    process_message_queue(engine, Transport())
+    with Session(engine) as session, session.begin():
+        assert EngagementMessageRepository(session).resolve_message(message_id, sent=False)
+    (latest,) = lose(engine, message_id)
+    sent = Verdict(status="sent", event="sent", has_doubt=False)
+    unsent = Verdict(status="failed", event="refused", reason="no such number")
+
+    with engine.begin() as connection:
+        recorded = claims.settle(connection, [(latest.message, sent), (late.message, unsent)])
+
+    assert recorded == {(message_id, 2): "sent"}
+    assert row(engine, message_id).status == "sent"
+
+
+def test_a_late_sent_corrects_who_said_that_nothing_was_sent(engine):
+    """A person was mistaken, and cancelled what could be cancelled then: what was sent, was sent."""
+    (message_id,) = queue(engine, new_message())
+    may_end = threading.Event()
+
+    with Running(engine, lambda _: may_end.wait(PATIENCE_SECONDS) and None, send_timeout=timedelta(seconds=0.1)):
+        until(lambda: row(engine, message_id).status == "in_doubt")
+        with Session(engine) as session, session.begin():
+            repository = EngagementMessageRepository(session)
+            assert repository.resolve_message(message_id, sent=False)
+            assert repository.cancel_message(message_id).is_cancelled
+        may_end.set()
+        until(lambda: row(engine, message_id).status == "sent")
+
+    assert events_of(engine, message_id) == ["in_doubt", "resolved", "cancelled", "resolved"]
 
 
 @pytest.mark.parametrize("outcome", [Sent("late"), NotSent("busy")])
@@ -576,6 +630,10 @@ def is_settlement(parameters) -> bool:
 
 def is_take_over(parameters) -> bool:
     return "recoverer" in parameters and "worker" not in parameters
+
+
+def is_extension(parameters) -> bool:
+    return "names" in parameters and "held" in parameters
 
 
 def at_first_commit(engine, kind, act) -> None:
@@ -854,31 +912,34 @@ def test_a_send_that_is_accepted_while_the_database_is_away_is_recorded(server, 
 
 @pytest.mark.direct("it gives the server options at its start")
 def test_a_claim_is_durable_whatever_the_hosts_setting(engine):
-    """A host may commit asynchronously; the commit of a claim or take-over does not, and leaves no setting behind."""
+    """A host may commit asynchronously; what gives a lease, or extends it, does not, and leaves no setting behind."""
     lost, due = queue(engine, new_message("lost"), new_message("due"))
     execute(engine, f"UPDATE engagement_message_queue SET next_attempt_at = now() + interval '1h' WHERE id = {due}")
     lose(engine, lost)
     execute(engine, "UPDATE engagement_message_queue SET next_attempt_at = now() WHERE status = 'pending'")
-    seen = []
+    seen = set()
+    kinds = {"claim": is_claim, "take_over": is_take_over, "extension": is_extension}
     with an_engine(engine.url, connect_args={"options": "-c synchronous_commit=off"}) as careless:
 
         @event.listens_for(careless, "after_cursor_execute")
         def note(conn, cursor, _statement, parameters, *_):
-            if (is_claim(parameters) or is_take_over(parameters)) and cursor.rowcount > 0:
-                conn.info["takes"] = True
+            if cursor.rowcount > 0:
+                conn.info.setdefault("kinds", set()).update(kind for kind, is_it in kinds.items() if is_it(parameters))
 
         @event.listens_for(careless, "commit")
         def commits(conn):
-            if conn.info.pop("takes", False):
-                seen.append(conn.exec_driver_sql("SHOW synchronous_commit").scalar())
+            setting = conn.exec_driver_sql("SHOW synchronous_commit").scalar()
+            seen.update((kind, setting) for kind in conn.info.pop("kinds", set()))
 
-        process_message_queue(careless, Transport(look_up=lambda _: Sent("found")))
+        def send(_):
+            until(lambda: ("extension", "on") in seen or ("extension", "off") in seen)
+
+        with Running(careless, Transport(send, look_up=lambda _: Sent("found")), lease=timedelta(seconds=1)):
+            until(lambda: {row(engine, lost).status, row(engine, due).status} == {"sent"})
         with careless.connect() as connection:
             assert connection.exec_driver_sql("SHOW synchronous_commit").scalar() == "off"
 
-    assert {row(engine, lost).status, row(engine, due).status} == {"sent"}
-    assert seen
-    assert set(seen) == {"on"}
+    assert seen == {(kind, "on") for kind in kinds}
 
 
 def test_a_settlement_that_a_crash_undid_is_not_sent_again(server, own_engine):
@@ -904,11 +965,17 @@ def test_a_settlement_that_a_crash_undid_is_not_sent_again(server, own_engine):
 # Transports, rules and tables that break ------------------------------------------------------------------------------
 
 
+class WithoutText(Exception):
+    def __str__(self):
+        raise LookupError
+
+
 @pytest.mark.parametrize(
     ("answer", "status"),
     [
         (lambda: Sent(12345), "sent"),
         (lambda: Refused(ValueError("no such number")), "failed"),
+        (lambda: Refused(WithoutText()), "failed"),
         (lambda: NotSent(None), "pending"),
         (lambda: InDoubt(7), "in_doubt"),
     ],
@@ -923,8 +990,8 @@ def test_an_outcome_that_does_not_hold_text_is_recorded_all_the_same(engine, ans
 
 
 @pytest.mark.parametrize("sent_first", [0, 1])
-def test_a_batch_that_breaks_while_its_outcomes_are_read_is_in_doubt(engine, sent_first):
-    """`send_many` may be a generator: what it raises on the way is an outcome as any other, and nobody hangs."""
+def test_a_batch_that_breaks_while_its_outcomes_are_read_keeps_those_that_were(engine, sent_first):
+    """`send_many` may be a generator: what it raises on the way speaks of the messages that it had not come to."""
     ids = queue(engine, new_message("first"), new_message("second"))
 
     class Batch:
@@ -934,7 +1001,8 @@ def test_a_batch_that_breaks_while_its_outcomes_are_read_is_in_doubt(engine, sen
             raise TimeoutError
 
     with Running(engine, Batch(), concurrency=2):
-        until(lambda: {row(engine, message_id).status for message_id in ids} == {"in_doubt"})
+        wanted = ["sent", "in_doubt"] if sent_first else ["in_doubt", "in_doubt"]
+        until(lambda: [row(engine, message_id).status for message_id in ids] == wanted)
 
 
 @pytest.mark.parametrize(
@@ -1014,6 +1082,12 @@ CREATE CONSTRAINT TRIGGER chaos_break AFTER UPDATE ON engagement_message_queue D
 FOR EACH ROW WHEN (old.status = 'sending' AND new.claimed_by = old.claimed_by AND new.status = 'sending')
 EXECUTE FUNCTION pg_temp_break();
 """
+SLOW_CLAIM = """
+CREATE FUNCTION pg_temp_break() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(5); RETURN new; END $$;
+CREATE TRIGGER chaos_break BEFORE UPDATE ON engagement_message_queue FOR EACH ROW
+WHEN (old.status = 'pending' AND new.status = 'sending') EXECUTE FUNCTION pg_temp_break();
+"""
+EXTENSION_FAILED = "engagement.leases_not_extended error=LookupError"
 MEND = """
 DROP TRIGGER IF EXISTS chaos_break ON engagement_message_queue;
 DROP FUNCTION IF EXISTS pg_temp_break;
@@ -1024,6 +1098,30 @@ DROP FUNCTION IF EXISTS pg_temp_break;
 def _break_when(engine):
     yield lambda when: execute(engine, BREAK.format(when=when))
     execute(engine, MEND)
+
+
+def test_an_extension_that_says_that_a_claim_was_lost_is_believed(engine):
+    """By the database's clock it may have been lost sooner than by ours: what was not begun by then is not sent."""
+    first, second = queue(engine, new_message("first"), new_message("second"))
+    is_sending, may_end, sent = threading.Event(), threading.Event(), []
+
+    async def send(message):
+        sent.append(message.id)
+        is_sending.set()
+        assert may_end.wait(PATIENCE_SECONDS)  # In the event loop: the second send cannot begin.
+
+    with Running(engine, send, lease=timedelta(seconds=1.5), concurrency=2) as worker:
+        assert is_sending.wait(PATIENCE_SECONDS)
+        execute(engine, "UPDATE engagement_message_queue SET lease_expires_at = now() WHERE id = :id", id=second)
+        assert process_message_queue(engine, Transport()).in_doubt == 1
+        worker.stop.set()
+        for _ in range(2):  # When the next extension is there, what the one before said is known.
+            lease = row(engine, first).lease_expires_at
+            until(lambda lease=lease: row(engine, first).lease_expires_at > lease)
+        may_end.set()
+
+    assert sent == [first]
+    assert (row(engine, first).status, row(engine, second).status) == ("sent", "in_doubt")
 
 
 def test_an_error_of_the_claim_does_not_delay_what_is_known(engine, break_when):
@@ -1040,6 +1138,94 @@ def test_an_error_of_the_claim_does_not_delay_what_is_known(engine, break_when):
         run.result(PATIENCE_SECONDS)
 
     assert row(engine, waiting).status == "pending"
+
+
+@pytest.mark.usefixtures("break_when")
+def test_a_claim_that_fails_again_and_again_does_not_delay_what_is_known(engine):
+    """While each claim outlasts the host's `statement_timeout`, what is known is settled, and leases are extended."""
+    first, second = queue(engine, new_message("first"), new_message("second"))
+    may_end = {first: threading.Event(), second: threading.Event()}
+    are_sending = threading.Semaphore(0)
+
+    def send(message):
+        are_sending.release()
+        assert may_end[message.id].wait(PATIENCE_SECONDS)
+
+    with (
+        an_engine(engine.url, connect_args={"options": "-c statement_timeout=200"}) as hasty,
+        Running(hasty, send, lease=timedelta(seconds=1.5), concurrency=2),
+    ):
+        for _ in may_end:
+            assert are_sending.acquire(timeout=PATIENCE_SECONDS)
+        execute(engine, SLOW_CLAIM)
+        third = queue(engine, new_message("third"))
+        may_end[first].set()
+        until(lambda: row(engine, first).status == "sent")
+        for _ in range(3):
+            lease = row(engine, second).lease_expires_at
+            until(lambda lease=lease: row(engine, second).lease_expires_at > lease)
+        may_end[second].set()
+        until(lambda: row(engine, second).status == "sent")
+        assert row(engine, third[0]).status == "pending"
+
+
+def test_a_hook_of_the_host_that_fails_is_no_end(engine):
+    """Who makes the connections may fail for a while, as one that gets a token does: what was sent is not forgotten."""
+    slow, quick = queue(engine, new_message("slow"), new_message("quick"))
+    is_broken, may_end, tries = threading.Event(), threading.Event(), []
+
+    def send(message):
+        is_broken.set()
+        if message.id == slow:
+            assert may_end.wait(PATIENCE_SECONDS)
+
+    with an_engine(engine.url, poolclass=NullPool) as hooked:
+
+        @event.listens_for(hooked, "do_connect")
+        def token(*_):
+            if is_broken.is_set():
+                tries.append(1)
+                raise LookupError("no token")
+
+        with Running(hooked, send, lease=timedelta(seconds=1.5), concurrency=2), heard(EXTENSION_FAILED) as is_heard:
+            assert is_heard.wait(PATIENCE_SECONDS)
+            until(lambda: len(tries) > 3)
+            is_broken.clear()
+            until(lambda: row(engine, quick).status == "sent")
+            may_end.set()
+            until(lambda: row(engine, slow).status == "sent")
+
+
+def test_a_hook_that_never_worked_ends_the_run(engine):
+    """Who starts a worker that can never connect sees why."""
+    with an_engine(engine.url, poolclass=NullPool) as hooked:
+
+        @event.listens_for(hooked, "do_connect")
+        def token(*_):
+            raise LookupError("no token")
+
+        with pytest.raises(LookupError, match="no token"):
+            Worker(hooked, Transport()).run(threading.Event())
+
+
+def test_what_was_claimed_and_not_begun_is_given_back_whatever_ends_the_run(engine):
+    """An error between the commit of a claim and the send, in a filter of the host's logging here."""
+    first, second = queue(engine, new_message("first"), new_message("second"))
+
+    def break_off(record):
+        raise LookupError(record.name)
+
+    logger = logging.getLogger("engagement")
+    logger.addFilter(break_off)
+    try:
+        with pytest.raises(LookupError):
+            process_message_queue(engine, lambda _: NotSent("it is told to the log"), backoff=lambda _: LATER)
+    finally:
+        logger.removeFilter(break_off)
+
+    # The second was claimed as the first was settled.
+    assert (row(engine, first).retry_count, row(engine, second).attempt) == (1, 1)
+    assert (row(engine, first).status, row(engine, second).status) == ("pending", "pending")
 
 
 def test_an_error_of_the_extension_does_not_lose_the_send_in_hand(engine, break_when):

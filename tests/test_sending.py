@@ -1,15 +1,21 @@
 """How calls of the transport are run: all of them, so many at once, and none that was taken back."""
 
+import asyncio
 import gc
 import threading
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
 from conftest import PATIENCE, outgoing, until
 
-from engagement import OutgoingMessage, Postpone
+from engagement import InDoubt, OutgoingMessage, Postpone, Sent, observing
 from engagement.outcomes import classify_exception
+from engagement.policies import Consent
 from engagement.sending import Claim, Sender, clock
+
+LOST = 0.0
+"""A lease that ran out long ago, by `clock`."""
 
 
 def claim(number: int) -> Claim:
@@ -21,8 +27,8 @@ def claim(number: int) -> Claim:
 def _sender():
     senders = []
 
-    def make(send, *, concurrency: int) -> Sender:
-        senders.append(Sender(send, concurrency=concurrency, classify=classify_exception))
+    def make(send, *, concurrency: int, classify=classify_exception) -> Sender:
+        senders.append(Sender(send, concurrency=concurrency, classify=classify))
         return senders[-1]
 
     yield make
@@ -131,7 +137,183 @@ def test_nothing_is_sent_under_a_lease_that_ran_out(sender, kind):
 
     outcomes = dict(one.answers.get(timeout=PATIENCE) for _ in range(2))
     assert isinstance(outcomes[lost], Postpone)
+    assert outcomes[lost].until < datetime.now(UTC) - timedelta(days=1), (
+        "it would wait for as long as our clock is wrong"
+    )
     assert sent == ([] if one.sends_many else [1])
+
+
+@pytest.mark.parametrize("kind", [plain, asynchronous, a_coroutine, in_batches])
+def test_nothing_is_sent_after_it_was_given_up(sender, kind):
+    """A person may have been told that it did not leave, and it may have been sent since."""
+    sent = []
+    one = sender(kind(sent), concurrency=2)
+    given_up = claim(1)
+    given_up.is_overdue = True
+
+    one.start([given_up])
+
+    answered(one, 1)
+    assert sent == []
+
+
+def test_nothing_begins_after_the_end(sender):
+    """What still waits for a thread when its worker ends is never sent: nobody would record it."""
+    began, go_on, sent, threads = threading.Event(), threading.Event(), [], []
+
+    def send(message):
+        sent.append(message.id)
+        threads.append(threading.current_thread())
+        began.set()
+        go_on.wait(PATIENCE)
+
+    one = sender(send, concurrency=1)
+    one.start([claim(1), claim(2)])
+    assert began.wait(PATIENCE)
+    one.close()
+    go_on.set()
+
+    threads[0].join(PATIENCE)
+    assert sent == [1]
+
+
+def test_a_function_that_ran_may_have_sent_whatever_becomes_of_its_coroutine(sender):
+    """It may send before it returns what waits for the answer; a lease that runs out between proves nothing."""
+    published, is_blocked, go_on = [], threading.Event(), threading.Event()
+
+    async def acknowledged(message):
+        if message.id == 1:
+            is_blocked.set()
+            go_on.wait(PATIENCE)  # In the event loop: the other coroutine cannot begin.
+
+    def send(message):
+        if message.id == 2:
+            assert is_blocked.wait(PATIENCE)
+        published.append(message.id)
+        return acknowledged(message)
+
+    one = sender(send, concurrency=2)
+    first, second = claim(1), claim(2)
+    one.start([first, second])
+    until(lambda: len(published) == 2)
+    second.held_until = LOST
+    go_on.set()
+
+    outcomes = dict(one.answers.get(timeout=PATIENCE) for _ in range(2))
+    assert outcomes[first] == Sent()
+    assert isinstance(outcomes[second], InDoubt)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_policy_that_takes_longer_than_the_lease_lets_nothing_through(sender, is_async):
+    """While the host's function is asked, another worker may have recovered the message, and sent it."""
+    sent, message = [], claim(1)
+
+    def wants(_):
+        message.held_until = LOST
+        return True
+
+    one = sender(Consent(Consent((asynchronous if is_async else plain)(sent), wants), lambda _: True), concurrency=1)
+    one.start([message])
+
+    (_, outcome) = one.answers.get(timeout=PATIENCE)
+    assert isinstance(outcome, Postpone)
+    assert sent == []
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_whatever_is_raised_an_answer_arrives_and_the_next_call_is_made(sender, error, is_async):
+    """By the transport or by the host's rule: else the message would be held, and its lease extended, for ever."""
+
+    def fail(message):
+        if message.id == 1:
+            raise error
+        if message.id == 2:
+            raise ValueError
+
+    async def fail_in_the_loop(message):
+        fail(message)
+
+    def classify(_):
+        raise error
+
+    one = sender(fail_in_the_loop if is_async else fail, concurrency=1, classify=classify)
+    outcomes = []
+    for number in range(1, 4):
+        one.start([claim(number)])
+        outcomes.append(one.answers.get(timeout=PATIENCE)[1])
+
+    assert [type(outcome) for outcome in outcomes] == [InDoubt, InDoubt, Sent]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_observer_cannot_hold_back_an_answer(sender, is_async):
+    """Not even by what ends a thread."""
+
+    class Fatal(BaseException):
+        pass
+
+    class Observer:
+        def sending(self, _):
+            def end(_):
+                raise Fatal
+
+            return end
+
+    one = sender((asynchronous if is_async else plain)([]), concurrency=1)
+    observer = Observer()
+    observing.observe(observer)
+    try:
+        for number in (1, 2):
+            one.start([claim(number)])
+            assert answered(one, 1) == {number}
+    finally:
+        observing.unobserve(observer)
+
+
+def test_a_send_in_the_loop_that_is_broken_off_has_the_last_word(sender):
+    """It is over when its coroutine is, which may still learn that the message was sent."""
+    is_sending, may_end = asyncio.Event(), asyncio.Event()
+    loops = []
+
+    async def send(_):
+        loops.append(asyncio.get_running_loop())
+        try:
+            await is_sending.wait()
+        except asyncio.CancelledError:
+            await may_end.wait()
+            return Sent("late")
+
+    one = sender(send, concurrency=1)
+    late = claim(1)
+    one.start([late])
+    until(lambda: loops)
+
+    assert late.handle.cancel() is False
+    loops[0].call_soon_threadsafe(may_end.set)
+    assert one.answers.get(timeout=PATIENCE) == (late, Sent("late"))
+    until(late.handle.done)
+
+
+def test_a_system_without_another_thread_makes_sends_wait(sender, monkeypatch, caplog):
+    """They are made by the threads that there are."""
+    start = threading.Thread.start
+    started = []
+
+    def start_one(thread):
+        if thread.name.startswith("engagement-send"):
+            if started:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    one = sender(lambda _: None, concurrency=5)
+    one.start([claim(number) for number in range(5)])
+
+    assert answered(one, 5) == set(range(5))
+    assert [record.getMessage() for record in caplog.records] == ["engagement.no_more_threads started=1"]
 
 
 def in_a_thread(_message):

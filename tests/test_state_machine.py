@@ -423,14 +423,14 @@ class Histories(RuleBasedStateMachine):
             recorded = claims.settle(connection, [(given, verdict)])
         message = self.model[given.idempotency_key]
         is_its_own = message.attempt == given.attempt
-        is_late_but_sent = isinstance(outcome, Sent) and message.status in ("in_doubt", "pending")
+        is_late_but_sent = isinstance(outcome, Sent) and message.status != "sent"
         if is_its_own and (message.status == "sending" or is_late_but_sent):
             message.settle(outcome, given.attempt, self.now(), delay)
-            assert recorded == {message.id: message.status}
+            assert recorded == {(message.id, given.attempt): message.status}
         elif is_its_own and message.status == verdict.status:
-            assert recorded == {message.id: message.status}
+            assert recorded == {(message.id, given.attempt): message.status}
         else:
-            assert recorded in ({}, {message.id: message.status} if is_its_own else {})
+            assert recorded in ({}, {(message.id, given.attempt): message.status} if is_its_own else {})
 
     def process_one(self, outcome, answer, idempotent, delay):
         """A cron job recovers what was lost, and sends one message."""

@@ -19,6 +19,7 @@ import httpx
 
 from engagement.messages import OutgoingMessage
 from engagement.outcomes import InDoubt, NotSent, Outcome, Postpone, Refused, Sent
+from engagement.sending import check_lease
 from engagement.transports.http import Answer, Proof, Silence, what_it_proves
 
 LARGEST_ANSWER = 256 * 1024
@@ -121,6 +122,7 @@ class ProviderClient:
             return Postpone(
                 _from_now(timedelta(seconds=self.seconds_paused)), f"{self._provider}: paused after trouble"
             )
+        check_lease()  # To put the message into words, or to wait out a pause, may have taken longer than the lease.
         result = self.request("POST", prepared.path, prepared.body, headers=prepared.headers)
         found = self._read(result, read) or self._finding(result, statuses or {}, message)
         if isinstance(found, Sent):

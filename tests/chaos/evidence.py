@@ -10,6 +10,7 @@ from typing import Self
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
+from engagement.statements import RECOVERY
 from engagement.verification import Violation, verify
 
 from .ledger import Entry
@@ -132,7 +133,7 @@ def _pid(holder: str) -> int:
 
 
 def _is_recoverer(holder: str) -> bool:
-    return holder.endswith("/recovery")
+    return RECOVERY in holder
 
 
 # What must be true after every run ------------------------------------------------------------------------------------

@@ -31,8 +31,9 @@ def send_before_the_commit(_: Engine) -> None:
                 time.sleep(0.001)
         return taken
 
-    def hold(self, claims):
-        self._in_hand |= {claim.message.id: claim for claim in claims}
+    def hold(self, taken):
+        self._in_hand |= {claim.message.id: claim for claim in taken.claims}
+        self._unacknowledged.clear()
 
     delivery.Delivery._settle_and_take = and_send
     delivery.Delivery._start = hold

@@ -22,6 +22,8 @@ from gateways import (  # noqa: F401 - close_clients is autouse
 from loopback import Reply, serving
 
 from engagement import Destination, InDoubt, NotSent, Postpone, Refused, Sent
+from engagement.outcomes import classify_exception
+from engagement.sending import Claim, Sender, clock
 from engagement.transports.dialects import DIALECTS, EVOLUTION, WAHA, WUZAPI
 from engagement.transports.gateway import LONGEST_TEXT, WhatsAppGateway, whatsapp_message_id
 from engagement.transports.http import Proof
@@ -70,6 +72,23 @@ def test_evolution_api_sends_text_with_our_message_id(evolution):
     assert evolution.sent == [(MESSAGE_ID, f"{NUMBER}@s.whatsapp.net", TEXT)]
     (request,) = evolution.server.received
     assert (request.method, request.path) == ("POST", "/message/sendText/main")
+
+
+def test_words_that_take_longer_than_the_lease_are_not_sent(evolution):
+    """While the message was put into words, another worker may have recovered it."""
+    message = Claim(outgoing(), (outgoing().scheduled_for, 7), "test", clock() + 300)
+
+    def render(_):
+        message.held_until = 0.0
+        return TEXT
+
+    sender = Sender(gateway(evolution.server, render=render), concurrency=1, classify=classify_exception)
+    sender.start([message])
+    _, outcome = sender.answers.get(timeout=10)
+    sender.close()
+
+    assert isinstance(outcome, Postpone)
+    assert evolution.sent == []
 
 
 def test_an_older_evolution_api_makes_an_id_of_its_own(caplog):
