@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import PATIENCE, outgoing, until
 
-from engagement import InDoubt, OutgoingMessage, Postpone, Sent, observing
+from engagement import InDoubt, NotSent, OutgoingMessage, Postpone, Sent, observing
 from engagement.outcomes import classify_exception
 from engagement.policies import Consent
 from engagement.sending import Claim, Sender, clock
@@ -245,6 +245,21 @@ def test_whatever_is_raised_an_answer_arrives_and_the_next_call_is_made(sender, 
         outcomes.append(one.answers.get(timeout=PATIENCE)[1])
 
     assert [type(outcome) for outcome in outcomes] == [InDoubt, InDoubt, Sent]
+
+
+@pytest.mark.parametrize("error", [SystemExit, asyncio.CancelledError])
+@pytest.mark.parametrize("kind", [plain, asynchronous, a_coroutine])
+def test_what_was_torn_down_is_in_doubt_whatever_the_rule_says(sender, kind, error):
+    """The host's rule is asked about errors of the transport; that a send was ended in the middle is none."""
+
+    class Torn(list):
+        def append(self, _):
+            raise error
+
+    one = sender(kind(Torn()), concurrency=1, classify=lambda _: NotSent("the rule says so"))
+    one.start([claim(1)])
+
+    assert isinstance(one.answers.get(timeout=PATIENCE)[1], InDoubt)
 
 
 @pytest.mark.parametrize("is_async", [False, True])
