@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -15,6 +16,16 @@ _NOT_MIGRATED = frozenset({"42P01", "42703", "3F000"})
 
 class CannotConnect(SQLAlchemyError):  # noqa: N818 - what happened
     """No connection could be made, and neither the driver nor the server says so: its cause is a hook of the host's."""
+
+
+def connect(engine: Engine) -> Connection:
+    """Return a connection. Raises `CannotConnect` for what a hook of the host's raises, such as `do_connect`."""
+    try:
+        return engine.connect()
+    except SQLAlchemyError:
+        raise
+    except Exception as error:
+        raise CannotConnect from error
 
 
 def sqlstate(error: BaseException) -> str | None:

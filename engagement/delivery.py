@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engagement import claims, observing
 from engagement.claims import Holder
-from engagement.database_errors import CannotConnect, describe, is_transient
+from engagement.database_errors import CannotConnect, connect, describe, is_transient
 from engagement.messages import OutgoingMessage
 from engagement.models import EARLIEST, MessageStatus
 from engagement.observing import Round
@@ -40,7 +40,7 @@ from engagement.outcomes import (
     decide,
     exponential_backoff,
 )
-from engagement.sending import Claim, Position, Sender, clock
+from engagement.sending import CLOSE_SECONDS, Claim, Position, Sender, clock
 from engagement.tally import ProcessResult, Tally, logger
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class Delivery:
     def _round(self) -> bool:
         """Settle what was decided, and take and start what can be started now. Return whether there may be more."""
         wanted = self._wanted()
-        if not self._decided and not wanted:
+        if not self._decided and not wanted and not self._unacknowledged:
             return False
         try:
             taken = self._in_transaction(
@@ -158,6 +158,7 @@ class Delivery:
         if self._decided:
             taken.recorded = claims.settle(connection, [(claim.message, verdict) for claim, verdict in self._decided])
         if not wanted or self._stop.is_set():
+            self._give_back_unstarted(connection)
             return taken
         holder = self._next_holder()
         taken.name = holder.name
@@ -178,9 +179,12 @@ class Delivery:
 
     def _next_holder(self) -> Holder:
         """Return a name for one transaction: if its commit is not acknowledged, what carries it was never started."""
-        holder = Holder(f"{self._name}/{next(self._claims_made)}", self._worker.lease)
+        holder = Holder(self._next_name(), self._worker.lease)
         self._unacknowledged.append(holder.name)
         return holder
+
+    def _next_name(self) -> str:
+        return f"{self._name}/{next(self._claims_made)}"
 
     def _adopt(self, connection: Connection, holder: Holder) -> list[Claim]:
         earlier = [name for name in self._unacknowledged if name != holder.name]
@@ -221,9 +225,11 @@ class Delivery:
         """Return where a send is under way, or about to be: a destination gets its messages in order, one at a time."""
         if self._sender.sends_many:
             return set()  # One batch at a time, in order.
+        return {claim.message.destination_jid for claim in (*self._unanswered(), *self._overdue, *taken)}
+
+    def _unanswered(self) -> list[Claim]:
         decided = {claim for claim, _ in self._decided}
-        in_hand = (claim for claim in self._in_hand.values() if claim not in decided)
-        return {claim.message.destination_jid for claim in (*in_hand, *self._overdue, *taken)}
+        return [claim for claim in self._in_hand.values() if claim not in decided]
 
     def _note(self, taken: _Taken) -> None:
         settled = [
@@ -309,12 +315,17 @@ class Delivery:
     def _wait(self) -> None:
         if self._decided:
             return
-        if self._in_hand or self._readiness is not None:
+        if self._in_hand or self._readiness is not None or self._is_ending():
             self._collect(self._pause())
         elif self._is_paced:
             self._stop.wait(max(0.0, self._start_at - clock()))
         else:
             self._idle()
+
+    def _is_ending(self) -> bool:
+        """Whether a send that was given up has been asked to end, and may do so any moment."""
+        patience = (self._worker.send_timeout or 0.0) + CLOSE_SECONDS
+        return any(clock() < claim.started_at + patience for claim in self._overdue)
 
     def _idle(self) -> None:
         """Sleep until there is work. One small query a poll."""
@@ -357,7 +368,7 @@ class Delivery:
         """Return how long nothing has to be done unless an answer arrives."""
         until = [self._extend_at]
         if self._worker.send_timeout is not None:
-            until += [claim.started_at + self._worker.send_timeout for claim in self._in_hand.values()]
+            until += [claim.started_at + self._worker.send_timeout for claim in self._unanswered()]
         if len(self._in_hand) < self._worker.concurrency:
             start_at = self._start_at
             until.append(start_at if start_at > clock() else clock() + self._worker.poll_interval)
@@ -396,12 +407,14 @@ class Delivery:
         timeout = self._worker.send_timeout
         if timeout is None:
             return
-        decided = {claim for claim, _ in self._decided}
-        for claim in self._in_hand.values():
-            if clock() >= claim.started_at + timeout and claim not in decided and claim.handle is not None:
+        for claim in self._unanswered():
+            if clock() >= claim.started_at + timeout and claim.handle is not None:
+                if claim.handle.cancel() and not claim.lost_workers:
+                    self._decide(claim, Postpone(EARLIEST, f"it could not begin within {timeout:g} s"))
+                    continue
                 self._decide(claim, InDoubt(f"no answer within {timeout:g} s"))
                 claim.is_overdue = True
-                if not claim.handle.cancel():
+                if not claim.handle.done():
                     self._overdue.add(claim)
 
     def _extend_leases(self) -> None:
@@ -428,13 +441,16 @@ class Delivery:
         """Give back claims whose commit was not acknowledged: nobody will start them now."""
         if not self._unacknowledged:
             return
-        unstarted = Postpone(EARLIEST, "the worker stopped before the send")
         try:
             with self._begin() as connection:
-                for claim in self._adopt(connection, self._next_holder()):
-                    claims.settle(connection, [(claim.message, self._verdict(claim, unstarted))])
+                self._give_back_unstarted(connection)
         except SQLAlchemyError as error:
             logger.warning("engagement.claims_not_released error=%s", describe(error))
+
+    def _give_back_unstarted(self, connection: Connection) -> None:
+        unstarted = Postpone(EARLIEST, "its worker was told of the claim too late to send it")
+        for claim in self._adopt(connection, Holder(self._next_name(), self._worker.lease)):
+            claims.settle(connection, [(claim.message, self._verdict(claim, unstarted))])
 
     def _in_transaction(
         self, work: Callable[[Connection], T], *, known: Callable[[Connection], T] | None = None
@@ -460,7 +476,10 @@ class Delivery:
                     del self._unacknowledged[earlier:]  # The database has said that it undid this one.
                     raise
                 if self._gives_up(lost_at):
-                    raise
+                    if not self._in_hand or self._failure is not None:
+                        raise
+                    self._failure = error  # What is in hand is finished first.
+                    return None
                 logger.warning("engagement.database_lost error=%s wait_seconds=%.1f", describe(error), wait)
             else:
                 self._database_was_reached = True
@@ -475,13 +494,11 @@ class Delivery:
     @contextmanager
     def _begin(self) -> Iterator[Connection]:
         try:
-            connection = self._worker.engine.connect()
-        except SQLAlchemyError:
+            connection = connect(self._worker.engine)
+        except CannotConnect as error:
+            if not self._database_was_reached and error.__cause__ is not None:
+                raise error.__cause__ from None  # It may never work, and who starts the worker should see why.
             raise
-        except Exception as error:
-            if not self._database_was_reached:
-                raise  # It may never work, and who starts the worker should see that.
-            raise CannotConnect from error
         with connection, connection.begin():
             yield connection
 
@@ -490,7 +507,10 @@ class Delivery:
 
     def _sleep(self, seconds: float) -> None:
         if self._in_hand:
-            self._collect(seconds)  # The database may answer all but what has just failed.
+            # The database may answer all but what has just failed.
+            until, known = clock() + seconds, len(self._decided)
+            while len(self._decided) == known and (left := until - clock()) > 0:
+                self._collect(min(left, self._pause()))
         elif self._stop.is_set():
             time.sleep(seconds)  # A stop is no reason to forget what is to be settled.
         else:

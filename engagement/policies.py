@@ -17,11 +17,11 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from engagement import statements
-from engagement.database_errors import is_transient
+from engagement.database_errors import connect, is_transient
 from engagement.messages import InvalidMessage, OutgoingMessage, checked_destination, checked_jid
 from engagement.models import EARLIEST, Destination, MessageStatus
 from engagement.outcomes import NotSent, Outcome, Postpone, Refused, Sent, Withdraw
-from engagement.sending import Transport, check_lease
+from engagement.sending import Transport, checked_lease
 
 A_MINUTE = timedelta(minutes=1)
 
@@ -60,8 +60,8 @@ class Gate:
         passed = self._ask(message)
         if not isinstance(passed, OutgoingMessage):
             return passed
-        check_lease()  # The host's function may have taken longer than the lease.
-        return self._send(passed)
+        with checked_lease():  # The host's function may have taken longer.
+            return self._send(passed)
 
     def check(self, message: OutgoingMessage) -> OutgoingMessage | Outcome:
         """Return the message, as it is to be sent, or an outcome if it is not to be sent now."""
@@ -251,7 +251,7 @@ class FrequencyCap(Gate):
             return message
         tz = _zone(self._tz_of(message))
         try:
-            with self._engine.connect() as connection:
+            with connect(self._engine) as connection:
                 return self._count(connection, message, tz)
         except SQLAlchemyError as error:
             if not is_transient(error):

@@ -12,8 +12,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar, Token, copy_context
 from dataclasses import dataclass
 from datetime import datetime
@@ -134,17 +135,38 @@ class BrokenOff(Exception):  # noqa: N818 - what happened
         self.error = error
 
 
-_check_of_this_send: ContextVar[Callable[[], None] | None] = ContextVar("engagement_check", default=None)
+class MayHaveLeft(BaseException):
+    """The send was broken off after something that may have sent it."""
 
 
-def check_lease() -> None:
-    """Raise `LeaseRanOut` if the send that this runs in must not begin any more.
+_call_of_this_send: ContextVar[_Call | None] = ContextVar("engagement_call", default=None)
 
-    For what does something else first, which may take its time. Outside a worker's send it does nothing.
+
+@contextmanager
+def checked_lease() -> Iterator[None]:
+    """Do what is inside only if the send that this runs in may still begin; else raise what says so.
+
+    For what did something else first, which may have taken its time. Outside a worker's send nothing is checked.
     """
-    check = _check_of_this_send.get()
-    if check is not None:
-        check()
+    call = _call_of_this_send.get()
+    if call is None:
+        yield
+        return
+    try:
+        call.check()
+    except LeaseRanOut:
+        if call.may_have_left:
+            raise MayHaveLeft("the lease ran out after something that may have sent it") from None
+        raise
+    try:
+        yield
+    except LeaseRanOut:
+        raise
+    except BaseException:
+        call.may_have_left = True
+        raise
+    else:
+        call.may_have_left = True
 
 
 class Sender:
@@ -222,6 +244,8 @@ class Sender:
     def _meaning(self, error: BaseException, read: _Read) -> Outcome:
         if isinstance(error, LeaseRanOut):
             return Postpone(EARLIEST, "the lease ran out before the send")  # Until now, by the database's clock.
+        if isinstance(error, MayHaveLeft):
+            return InDoubt(str(error))
         if isinstance(error, CancelledError) or not isinstance(error, Exception):
             return InDoubt(f"{type(error).__name__} in the transport")  # It was torn down, which proves nothing.
         return _worker_lost(error) if read is _read_look_up else self._checked_classify(error)
@@ -250,21 +274,22 @@ class _Call:
     A class, as are those below, and not three closures: the garbage collector visits each function and each cell.
     """
 
-    __slots__ = ("arguments", "context", "function")
+    __slots__ = ("arguments", "context", "function", "may_have_left")
 
     def __init__(self, to: _Placed, *arguments: object, context: Context) -> None:
         self.function = to.function
         self.arguments = arguments
         self.context = context
+        self.may_have_left = False
 
-    def begin(self) -> Token[Callable[[], None] | None]:
+    def begin(self) -> Token[_Call | None]:
         """Check, right before the call, and let what is called check again until `end`."""
         self.check()
-        return _check_of_this_send.set(self.check)
+        return _call_of_this_send.set(self)
 
-    def end(self, token: Token[Callable[[], None] | None]) -> None:
-        """Let go of the check: it leads back here, in a circle that would have to wait for the garbage collector."""
-        _check_of_this_send.reset(token)
+    def end(self, token: Token[_Call | None]) -> None:
+        """Let the context go: it leads back here, in a circle that would have to wait for the garbage collector."""
+        _call_of_this_send.reset(token)
 
     def check(self) -> None:
         """Raise what forbids the call."""
@@ -363,11 +388,12 @@ def _is_async(function: Callable[..., Any]) -> bool:
 class _Job:
     """A call that waits for a thread. Either a thread takes it from `jobs`, or it is cancelled."""
 
-    __slots__ = ("_is_done", "_jobs", "call")
+    __slots__ = ("_is_cancelled", "_is_done", "_jobs", "call")
 
     def __init__(self, call: _Call, jobs: deque[_Job]) -> None:
         self.call = call
         self._jobs = jobs
+        self._is_cancelled = False
         self._is_done = False
 
     def work(self, result: _Result) -> None:
@@ -377,12 +403,12 @@ class _Job:
             self._is_done = True
 
     def cancel(self) -> bool:
-        try:
-            self._jobs.remove(self)
-        except ValueError:
-            return False
-        self._is_done = True
-        return True
+        # Asked for each message of a batch.
+        if not self._is_cancelled:
+            with suppress(ValueError):
+                self._jobs.remove(self)
+                self._is_cancelled = self._is_done = True
+        return self._is_cancelled
 
     def done(self) -> bool:
         return self._is_done
@@ -477,38 +503,40 @@ class _Threads:
             call.end(token)
 
     def _awaited(self, call: _Call, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        # The function has run: whether it sent something before it returned its coroutine, it alone knows.
+        call.may_have_left = True
+
         async def checked() -> Any:
-            try:
-                call.check()
-            except LeaseRanOut:
-                # The function has run: whether it sent something before it returned its coroutine, it alone knows.
-                return InDoubt("the lease ran out before the coroutine began")
-            return await coroutine
+            with checked_lease():
+                return await coroutine
 
         try:
-            return self._loop.run(checked()).result()
+            return self._loop.run(checked).result()
         finally:
-            coroutine.close()  # If the check failed, it was never begun.
+            coroutine.close()  # If it could not be run, or the check failed, it was never begun.
 
 
 class _Task:
     """A call in the event loop. It is over when its coroutine is, also if that was asked to end."""
 
-    __slots__ = ("_call", "_is_done", "_loop", "_task")
+    __slots__ = ("_call", "_is_asked_to_end", "_is_done", "_loop", "_task")
 
     def __init__(self, call: _Call, loop: asyncio.AbstractEventLoop) -> None:
         self._call = call
         self._loop = loop
         self._task: asyncio.Task[Any] | None = None
+        self._is_asked_to_end = False
         self._is_done = False
 
     def start(self) -> None:
         """Begin, in the loop's thread."""
-        self._task = self._loop.create_task(_outlived(self._work()))
+        self._task = self._loop.create_task(_outlived(self._work))
         self._task.add_done_callback(self._arrive)
 
     def cancel(self) -> bool:
-        self._loop.call_soon_threadsafe(self._cancel)
+        if not self._is_asked_to_end:  # Once, also for a batch: what it does in the end is not broken off again.
+            self._is_asked_to_end = True
+            self._loop.call_soon_threadsafe(self._cancel)
         return False
 
     def done(self) -> bool:
@@ -523,20 +551,18 @@ class _Task:
 
     def _arrive(self, task: asyncio.Task[Any]) -> None:
         self._task = None
-        try:
-            self._call.arrive(task.result)
-        finally:
-            self._is_done = True
+        self._is_done = True  # First, since a worker that has heard the answer looks whether the place is free.
+        self._call.arrive(task.result)
 
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
 
 
-async def _outlived(coroutine: Coroutine[Any, Any, Any]) -> Any:
+async def _outlived(function: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     """Await it, and let nothing that it raises end the event loop, in which others are being sent."""
     try:
-        return await coroutine
+        return await function()
     except (KeyboardInterrupt, SystemExit) as error:
         raise asyncio.CancelledError(type(error).__name__) from error
 
@@ -546,9 +572,9 @@ class _EventLoop:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._is_running = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._work, name="engagement-loop", daemon=True)
 
     def submit(self, call: _Call) -> _Task:
         loop = self._started()
@@ -556,27 +582,31 @@ class _EventLoop:
         loop.call_soon_threadsafe(task.start, context=call.context)
         return task
 
-    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
-        return asyncio.run_coroutine_threadsafe(_outlived(coroutine), self._started())
+    def run(self, function: Callable[[], Coroutine[Any, Any, Any]]) -> Future[Any]:
+        try:
+            loop = self._started()
+        except (OSError, RuntimeError) as error:
+            raise MayHaveLeft(f"no event loop could be started, {type(error).__name__}") from error
+        return asyncio.run_coroutine_threadsafe(_outlived(function), loop)
 
     def _started(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
+                loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._work, args=[loop], name="engagement-loop", daemon=True)
                 self._thread.start()
-                self._is_running.wait()
-        assert self._loop is not None
+                self._loop = loop
         return self._loop
 
     def close(self) -> None:
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._stop.set)
+        self._is_closed = True
+        if self._loop is not None and self._thread is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(CLOSE_SECONDS)
 
-    def _work(self) -> None:
-        asyncio.run(self._main())  # which cancels what is left at its end
-
-    async def _main(self) -> None:
-        self._stop = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-        self._is_running.set()
-        await self._stop.wait()
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:  # At its end it cancels what is left.
+            while not self._is_closed:
+                # A task that a send began raises these out of the loop. Who awaits it is told.
+                with suppress(KeyboardInterrupt, SystemExit):
+                    runner.get_loop().run_forever()

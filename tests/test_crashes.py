@@ -1,5 +1,6 @@
 """Crashes, timeouts and lost databases: what was claimed is sent at most once, and what is known is never forgotten."""
 
+import asyncio
 import errno
 import logging
 import os
@@ -30,6 +31,7 @@ from engagement import (
     Withdraw,
     Worker,
     claims,
+    delivery,
     migrations,
     process_message_queue,
 )
@@ -773,6 +775,32 @@ def test_a_settlement_whose_commit_was_not_acknowledged_counts_once(engine, prox
     assert worker.result.succeeded + worker.result.retried == 2
 
 
+@pytest.mark.parametrize("how", ["not ready", "stopped"])
+def test_a_claim_that_was_not_acknowledged_is_given_back(engine, proxy, through_proxy, monkeypatch, how):
+    """If it can no longer be sent, another worker gets it at once, and not when the lease has run out, as a doubt."""
+    monkeypatch.setattr(delivery, "DATABASE_WAIT_SECONDS", (2.0, 2.0))  # By then `ready` is asked again.
+    slow, quick, late = queue(engine, *(new_message(name) for name in ("slow", "quick", "late")))
+    may_end, is_lost, stop = threading.Event(), threading.Event(), threading.Event()
+    transport = Transport(lambda message: may_end.wait(PATIENCE_SECONDS) and None if message.id == slow else None)
+    transport.ready = lambda: how == "stopped" or not is_lost.is_set()
+
+    def lose_it(_):
+        proxy.lose_next_commit()
+        is_lost.set()
+        if how == "stopped":
+            stop.set()
+
+    at_first_commit(through_proxy, is_settlement, lose_it)
+    run = in_thread(Worker(through_proxy, transport, concurrency=2).run, stop)
+    until(lambda: events_of(engine, late) == ["postponed"])
+    assert [row(engine, message_id).status for message_id in (slow, quick, late)] == ["sending", "sent", "pending"]
+    stop.set()
+    may_end.set()
+    run.result(PATIENCE_SECONDS)
+
+    assert [message.id for message in transport.sends] == [slow, quick]
+
+
 def test_a_settlement_that_was_not_committed_is_repeated(engine, through_proxy):
     """The connection is cut before the commit: the worker knows what was sent, and records it."""
     (message_id,) = queue(engine, new_message())
@@ -989,6 +1017,57 @@ def test_an_outcome_that_does_not_hold_text_is_recorded_all_the_same(engine, ans
     assert (row(engine, first).status, row(engine, second).status) == (status, status)
 
 
+def test_a_send_in_the_loop_that_was_given_up_ends_no_run(engine):
+    """Its place is free as soon as its coroutine has ended, and what else is due is sent."""
+    ids = queue(engine, *(new_message(f"user{number}") for number in range(3)))
+
+    async def send(message):
+        if message.id == ids[0]:
+            await asyncio.Event().wait()
+
+    result = process_message_queue(engine, send, send_timeout=timedelta(seconds=0.2))
+
+    assert (result.in_doubt, result.succeeded) == (1, 2)
+
+
+def test_a_worker_does_not_sleep_while_a_send_that_was_given_up_ends(engine):
+    """It would sleep for a poll interval, though its place is free in a moment."""
+    ids = queue(engine, *(new_message(f"user{number}") for number in range(3)))
+
+    async def send(message):
+        if message.id == ids[0]:
+            await asyncio.Event().wait()
+
+    a_minute = timedelta(minutes=1)
+    with Running(engine, send, send_timeout=timedelta(seconds=0.2), poll_interval=a_minute):
+        until(lambda: [row(engine, message_id).status for message_id in ids] == ["in_doubt", "sent", "sent"])
+
+
+def test_what_could_not_begin_in_time_is_not_in_doubt(engine, monkeypatch):
+    """There are fewer threads than were asked for: what waits for one has provably not left."""
+    start, started = threading.Thread.start, []
+
+    def start_one(thread):
+        if thread.name.startswith("engagement-send"):
+            if started:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    hanging, waiting = queue(engine, new_message("hanging"), new_message("waiting"))
+    may_end = threading.Event()
+    transport = Transport(lambda _: may_end.wait(PATIENCE_SECONDS) and None)
+
+    with Running(engine, transport, concurrency=2, send_timeout=timedelta(seconds=0.2)):
+        until(lambda: events_of(engine, waiting)[:1] == ["postponed"])
+        until(lambda: row(engine, hanging).status == "in_doubt")
+        may_end.set()
+        until(lambda: row(engine, waiting).status == "sent")
+
+    assert row(engine, waiting).retry_count == 0
+
+
 @pytest.mark.parametrize("sent_first", [0, 1])
 def test_a_batch_that_breaks_while_its_outcomes_are_read_keeps_those_that_were(engine, sent_first):
     """`send_many` may be a generator: what it raises on the way speaks of the messages that it had not come to."""
@@ -1141,8 +1220,9 @@ def test_an_error_of_the_claim_does_not_delay_what_is_known(engine, break_when):
 
 
 @pytest.mark.usefixtures("break_when")
-def test_a_claim_that_fails_again_and_again_does_not_delay_what_is_known(engine):
+def test_a_claim_that_fails_again_and_again_does_not_delay_what_is_known(engine, monkeypatch):
     """While each claim outlasts the host's `statement_timeout`, what is known is settled, and leases are extended."""
+    monkeypatch.setattr(delivery, "DATABASE_WAIT_SECONDS", (10.0, 10.0))  # Longer than a lease, from the beginning.
     first, second = queue(engine, new_message("first"), new_message("second"))
     may_end = {first: threading.Event(), second: threading.Event()}
     are_sending = threading.Semaphore(0)
@@ -1167,6 +1247,33 @@ def test_a_claim_that_fails_again_and_again_does_not_delay_what_is_known(engine)
         may_end[second].set()
         until(lambda: row(engine, second).status == "sent")
         assert row(engine, third[0]).status == "pending"
+
+
+@pytest.mark.usefixtures("break_when")
+def test_a_run_that_gives_up_finishes_what_it_has_in_hand(engine):
+    """A cron job whose claims fail for longer than a lease ends with the error, and records its send before."""
+    (in_hand,) = queue(engine, new_message())
+    is_sending, may_end = threading.Event(), threading.Event()
+
+    def send(_):
+        is_sending.set()
+        assert may_end.wait(PATIENCE_SECONDS)
+
+    with an_engine(engine.url, connect_args={"options": "-c statement_timeout=200"}) as hasty:
+        run = in_thread(process_message_queue, hasty, send, lease=timedelta(seconds=1), concurrency=2)
+        assert is_sending.wait(PATIENCE_SECONDS)
+        execute(engine, SLOW_CLAIM)
+        (waiting,) = queue(engine, new_message("waiting"))
+        with heard("engagement.database_lost") as is_lost:
+            assert is_lost.wait(PATIENCE_SECONDS)
+        for _ in range(6):  # Two seconds: a third of a lease each.
+            lease = row(engine, in_hand).lease_expires_at
+            until(lambda lease=lease: row(engine, in_hand).lease_expires_at > lease)
+        may_end.set()
+        with pytest.raises(DBAPIError, match="statement timeout"):
+            run.result(PATIENCE_SECONDS)
+
+    assert (row(engine, in_hand).status, row(engine, waiting).status) == ("sent", "pending")
 
 
 def test_a_hook_of_the_host_that_fails_is_no_end(engine):

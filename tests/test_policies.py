@@ -12,8 +12,9 @@ import pytest
 from conftest import execute, new_message, outgoing, queue, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, event
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
 
 from engagement import (
     Destination,
@@ -753,6 +754,20 @@ def test_a_lost_database_costs_no_retry(engine, noon):
     found = row(engine, message_id)
     assert (sent, found.status, found.retry_count, found.history[-1]["event"]) == ([], "pending", 0, "postponed")
     assert datetime.now(UTC) < found.next_attempt_at < datetime.now(UTC) + timedelta(minutes=2)
+
+
+def test_a_hook_of_the_host_that_fails_costs_no_retry(engine, noon):
+    """Nor does what the host does to get a connection: a token, say."""
+    queue(engine, new_message())
+    hooked = create_engine(engine.url, poolclass=NullPool)
+
+    @event.listens_for(hooked, "do_connect")
+    def token(*_):
+        raise LookupError("no token")
+
+    result = process_message_queue(engine, cap(fails, hooked, noon))
+
+    assert (result.postponed, result.retried) == (1, 0)
 
 
 def test_a_database_without_the_table_is_a_failure(engine, empty_engine, noon):

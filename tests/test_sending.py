@@ -100,7 +100,7 @@ def test_a_call_that_was_taken_back_is_never_made(sender):
 
     assert (first.handle.cancel(), first.handle.done()) == (False, False)
     assert (second.handle.cancel(), second.handle.done()) == (True, True)
-    assert second.handle.cancel() is False
+    assert second.handle.cancel() is True, "it is asked for each message of a batch"
     go_on.set()
     assert answered(one, 2) == {0, 2}
     assert sent == [0, 2]
@@ -309,6 +309,140 @@ def test_a_send_in_the_loop_that_is_broken_off_has_the_last_word(sender):
     loops[0].call_soon_threadsafe(may_end.set)
     assert one.answers.get(timeout=PATIENCE) == (late, Sent("late"))
     until(late.handle.done)
+
+
+def test_a_send_that_is_broken_off_before_it_began_is_never_made(sender):
+    """Nor does anything of it stay behind, to be warned of."""
+    is_blocked, go_on, sent = threading.Event(), threading.Event(), []
+
+    async def send(message):
+        sent.append(message.id)
+        is_blocked.set()
+        go_on.wait(PATIENCE)  # In the event loop.
+
+    one = sender(send, concurrency=2)
+    first, second = claim(1), claim(2)
+    one.start([first])
+    assert is_blocked.wait(PATIENCE)
+    one.start([second])
+    second.handle.cancel()
+    go_on.set()
+
+    assert answered(one, 2) == {1, 2}
+    assert sent == [1]
+
+
+def test_a_batch_in_the_loop_is_broken_off_once(sender):
+    """Not once for each of its messages: what it does in the end is not broken off again."""
+    is_asked_to_end, may_end = threading.Event(), asyncio.Event()
+    loops = []
+
+    async def send_many(messages):
+        loops.append(asyncio.get_running_loop())
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            is_asked_to_end.set()
+            await may_end.wait()
+            return [Sent("late") for _ in messages]
+
+    one = sender(SimpleNamespace(send_many=send_many), concurrency=3)
+    batch = [claim(number) for number in range(3)]
+    one.start(batch)
+    until(lambda: loops)
+    for each in batch:
+        each.handle.cancel()
+        assert is_asked_to_end.wait(PATIENCE)
+    loops[0].call_soon_threadsafe(may_end.set)
+
+    assert [one.answers.get(timeout=PATIENCE)[1] for _ in batch] == [Sent("late")] * 3
+
+
+async def leave():
+    raise SystemExit
+
+
+def sends_in_the_loop(published):
+    async def send(message):
+        published.append(message.id)
+        if message.id == 1:
+            await asyncio.gather(leave())
+
+    return send
+
+
+def sends_and_waits_in_the_loop(published):
+    async def acknowledged(message):
+        if message.id == 1:
+            await asyncio.gather(leave())
+
+    def send(message):
+        published.append(message.id)
+        return acknowledged(message)
+
+    return send
+
+
+@pytest.mark.parametrize("kind", [sends_in_the_loop, sends_and_waits_in_the_loop])
+def test_a_task_of_a_send_cannot_end_the_loop_of_all_the_others(sender, kind):
+    """What it raises is told to who awaits it, and the next send is made as if nothing had happened."""
+    published = []
+    one = sender(kind(published), concurrency=1)
+    outcomes = []
+    for number in (1, 2):
+        one.start([claim(number)])
+        outcomes.append(one.answers.get(timeout=PATIENCE)[1])
+
+    assert [type(outcome) for outcome in outcomes] == [InDoubt, Sent]
+    assert published == [1, 2]
+
+
+def no_loop():
+    raise OSError(24, "Too many open files")
+
+
+def test_a_system_without_another_event_loop_is_an_error(sender, monkeypatch):
+    """It is raised, and nobody waits for a loop that never comes."""
+    sent = []
+    one = sender(asynchronous(sent), concurrency=1)
+    monkeypatch.setattr(asyncio, "new_event_loop", no_loop)
+
+    with pytest.raises(OSError, match="Too many open files"):
+        one.start([claim(1)])
+    assert sent == []
+
+
+def test_a_function_that_ran_may_have_sent_if_there_is_no_loop_for_its_coroutine(sender, monkeypatch):
+    """An error of ours, after it ran, does not say that nothing was sent."""
+    one = sender(a_coroutine([]), concurrency=1)
+    monkeypatch.setattr(asyncio, "new_event_loop", no_loop)
+    one.start([claim(1)])
+
+    assert isinstance(one.answers.get(timeout=PATIENCE)[1], InDoubt)
+
+
+def test_a_lease_that_runs_out_between_two_tries_is_a_doubt(sender):
+    """A transport of the host's that tries a policy or a client of ours again: the first try may have left."""
+    message, sent = claim(1), []
+
+    def wire(_):
+        sent.append(1)
+        message.held_until = LOST
+        raise TimeoutError
+
+    consent = Consent(wire, lambda _: True)
+
+    def send(message):
+        try:
+            return consent.send(message)
+        except TimeoutError:
+            return consent.send(message)
+
+    one = sender(send, concurrency=1)
+    one.start([message])
+
+    assert isinstance(one.answers.get(timeout=PATIENCE)[1], InDoubt)
+    assert sent == [1]
 
 
 def test_a_system_without_another_thread_makes_sends_wait(sender, monkeypatch, caplog):

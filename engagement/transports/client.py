@@ -19,7 +19,7 @@ import httpx
 
 from engagement.messages import OutgoingMessage
 from engagement.outcomes import InDoubt, NotSent, Outcome, Postpone, Refused, Sent
-from engagement.sending import check_lease
+from engagement.sending import checked_lease
 from engagement.transports.http import Answer, Proof, Silence, what_it_proves
 
 LARGEST_ANSWER = 256 * 1024
@@ -122,8 +122,8 @@ class ProviderClient:
             return Postpone(
                 _from_now(timedelta(seconds=self.seconds_paused)), f"{self._provider}: paused after trouble"
             )
-        check_lease()  # To put the message into words, or to wait out a pause, may have taken longer than the lease.
-        result = self.request("POST", prepared.path, prepared.body, headers=prepared.headers)
+        with checked_lease():  # To put the message into words, or to wait out a pause, may have taken longer.
+            result = self.request("POST", prepared.path, prepared.body, headers=prepared.headers)
         found = self._read(result, read) or self._finding(result, statuses or {}, message)
         if isinstance(found, Sent):
             self.note_success()
