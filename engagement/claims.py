@@ -99,11 +99,10 @@ def adopt(connection: Connection, holder: Holder, *, names: Collection[str]) -> 
 def extend(connection: Connection, lease: timedelta, held: Iterable[Claim]) -> dict[Claim, float]:
     """Extend the leases of what is in hand, and return until when each is held if this is committed.
 
-    What is missing in the answer was lost.
+    What is missing in the answer was lost, or is locked by somebody else.
     """
     until = _held_until(lease)
-    # In one order everywhere, or two statements over the same rows would deadlock.
-    by_id = {claim.message.id: claim for claim in sorted(held, key=lambda claim: claim.message.id)}
+    by_id = {claim.message.id: claim for claim in held}
     names = [claim.held_as for claim in by_id.values()]
     values = {"held": _pack(map(str, by_id)), "names": _pack(names), "lease": lease}
     return {by_id[message_id]: until for message_id in connection.execute(statements.extend_leases(), values).scalars()}

@@ -334,6 +334,8 @@ class Delivery:
             return
         while not self._stop.wait(self._worker.poll_interval):
             self._collect(0)
+            if self._unacknowledged:
+                return  # A commit may still be on its way, and what it claimed is to be adopted.
             asked_at = clock()
             after = claims.START if asked_at >= self._restart_at else self._position
             is_waiting: bool | None = self._in_transaction(partial(claims.is_work_waiting, after=after))

@@ -370,13 +370,19 @@ def _leased(condition: ColumnElement[bool], name: ColumnElement[str]) -> Update:
 def extend_leases() -> Executable:
     """Extend the leases of the messages `held` under `names` that are still being sent, and return their ids.
 
-    Fenced on the name, since who takes a message over leaves its attempt.
+    Fenced on the name, since who takes a message over leaves its attempt. What somebody else has locked is left out: to
+    wait for it, the leases of all the others would run out.
     """
     held = func.unnest(_packed("held", BigInteger()), _packed("names"))
-    mine = held.table_valued(column("id", BigInteger), column("name", Text)).render_derived(name="held")
+    given = held.table_valued(column("id", BigInteger), column("name", Text)).render_derived(name="held")
+    mine = (
+        select(C.id)
+        .where(C.id == given.c.id, C.claimed_by == given.c.name, C.status == SENDING)
+        .with_for_update(of=QUEUE, skip_locked=True)
+    )
     return (
         update(QUEUE)
-        .where(C.id == mine.c.id, C.claimed_by == mine.c.name, C.status == SENDING)
+        .where(C.id == any_(func.array(mine.correlate(None).scalar_subquery())))
         .values(lease_expires_at=_LEASE)
         .returning(C.id, _durably())
     )

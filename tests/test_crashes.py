@@ -34,6 +34,7 @@ from engagement import (
     delivery,
     migrations,
     process_message_queue,
+    sending,
 )
 from engagement.claims import Holder
 from engagement.messages import delivery_id
@@ -480,6 +481,47 @@ def test_a_worker_frozen_before_the_send_gives_its_claim_back(scene):
     assert (entry.attempt, events_of(scene.engine, message_id)) in [(1, []), (2, ["postponed"])]
 
 
+def test_what_one_holds_oneself_is_not_lost(engine):
+    """A worker that could not extend its leases in time does not take over, and park, what it is sending."""
+    first, second = queue(engine, new_message("first"), new_message("second"))
+    lose(engine, first, second)
+
+    with engine.begin() as connection:
+        taken = claims.take_over(connection, Holder("one", LATER), limit=2, held=[first])
+
+    assert [claim.message.id for claim in taken] == [second]
+
+
+def test_an_extension_of_what_was_settled_changes_nothing(engine):
+    """Its late first worker may settle a message while who took it over still asks what became of it."""
+    (message_id,) = queue(engine, new_message())
+    (late,) = lose(engine, message_id)
+    with engine.begin() as connection:
+        (taken,) = claims.take_over(connection, Holder("another", LATER), limit=1, held=[])
+        claims.settle(connection, [(late.message, Verdict(status=MessageStatus.SENT, event="sent"))])
+    before = row(engine, message_id)
+
+    with engine.begin() as connection:
+        assert claims.extend(connection, LATER, [taken]) == {}
+        assert claims.adopt(connection, Holder("another", LATER), names=[taken.held_as]) == []
+    assert row(engine, message_id) == before
+
+
+def test_an_extension_waits_for_nobody(engine):
+    """A host that cancels one message, in a transaction that stays open, must not let the leases of all run out."""
+    ids = queue(engine, *(new_message(user) for user in "abc"))
+    with engine.begin() as connection:
+        held = claims.claim(
+            connection, Holder("one", LATER), limit=3, after=claims.START, busy=[], one_per_destination=False
+        ).claims
+    with Session(engine) as host, engine.begin() as connection:
+        assert not EngagementMessageRepository(host).cancel_message(ids[1]).is_cancelled
+        connection.execute(text("SET LOCAL lock_timeout = '10s'"))  # Else a failure would hang.
+        extended = claims.extend(connection, LATER, held)
+
+    assert sorted(claim.message.id for claim in extended) == [ids[0], ids[2]]
+
+
 def test_a_worker_does_not_extend_what_was_taken_over(engine):
     """Who comes back while another one asks what became of its message must not believe that it still holds it."""
     (message_id,) = queue(engine, new_message())
@@ -775,6 +817,23 @@ def test_a_settlement_whose_commit_was_not_acknowledged_counts_once(engine, prox
     assert worker.result.succeeded + worker.result.retried == 2
 
 
+def test_a_claim_that_is_committed_late_is_sent(engine):
+    """The server gets a COMMIT after the worker has gone on: nothing else is due, and it is adopted all the same."""
+    (message_id,) = queue(engine, new_message())
+    transport = Transport()
+    with proxied(engine.url) as proxy, an_engine(proxy.url) as through:
+        at_first_commit(through, is_claim, lambda _: proxy.delay_next_commit())
+        with Running(through, transport):
+            assert proxy.is_delayed.wait(PATIENCE_SECONDS)
+            (another,) = queue(engine, new_message("another"))
+            until(lambda: row(engine, another).status == "sent")
+            assert row(engine, message_id).status == "pending"
+            proxy.may_commit.set()
+            until(lambda: row(engine, message_id).status == "sent")
+
+    assert [(message.id, message.attempt) for message in transport.sends] == [(another, 1), (message_id, 1)]
+
+
 @pytest.mark.parametrize("how", ["not ready", "stopped"])
 def test_a_claim_that_was_not_acknowledged_is_given_back(engine, proxy, through_proxy, monkeypatch, how):
     """If it can no longer be sent, another worker gets it at once, and not when the lease has run out, as a doubt."""
@@ -1015,6 +1074,57 @@ def test_an_outcome_that_does_not_hold_text_is_recorded_all_the_same(engine, ans
     process_message_queue(engine, lambda _: answer(), backoff=lambda _: LATER)
 
     assert (row(engine, first).status, row(engine, second).status) == (status, status)
+
+
+def test_a_late_answer_does_not_drop_the_next_attempt(engine, monkeypatch):
+    """A send that was given up ends right before its message is claimed again: it answers for itself only."""
+    (message_id,) = queue(engine, new_message())
+    may_end = {1: threading.Event(), 2: threading.Event()}
+    is_sending = threading.Event()
+
+    def send(message):
+        if message.attempt == 2:
+            is_sending.set()
+        assert may_end[message.attempt].wait(PATIENCE_SECONDS)
+
+    is_done = sending._Job.done  # noqa: SLF001 - asked between a worker's look for answers and its next claim
+
+    def done(job):
+        if row(engine, message_id).status == "pending":
+            may_end[1].set()
+            until(lambda: is_done(job))
+        return is_done(job)
+
+    monkeypatch.setattr(sending._Job, "done", done)  # noqa: SLF001
+    options = {"send_timeout": timedelta(seconds=1), "lease": timedelta(seconds=1.5), "concurrency": 2}
+    with Running(engine, Transport(send, idempotent=True), backoff=lambda _: timedelta(0), **options) as worker:
+        assert is_sending.wait(PATIENCE_SECONDS)
+        worker.stop.set()
+        lease = row(engine, message_id).lease_expires_at
+        until(lambda: row(engine, message_id).lease_expires_at != lease)  # It is still in hand.
+        may_end[2].set()
+
+    assert (row(engine, message_id).status, row(engine, message_id).attempt) == ("sent", 2)
+
+
+def test_a_late_answer_makes_no_room_for_two(engine):
+    """The place of a send that was given up is free once when it ends."""
+    first, _, third = queue(engine, *(new_message(user) for user in "abc"))
+    may_end, in_hand = threading.Event(), []
+
+    def send(message):
+        if message.id == first:
+            assert may_end.wait(PATIENCE_SECONDS)
+        in_hand.append(
+            execute(engine, "SELECT count(*) FROM engagement_message_queue WHERE status = 'sending'").scalar_one()
+        )
+
+    with Running(engine, send, send_timeout=timedelta(seconds=0.5)):
+        until(lambda: row(engine, first).status == "in_doubt")
+        may_end.set()
+        until(lambda: row(engine, third).status == "sent")
+
+    assert in_hand == [0, 1, 1]
 
 
 def test_a_send_in_the_loop_that_was_given_up_ends_no_run(engine):

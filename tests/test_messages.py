@@ -550,6 +550,7 @@ def test_what_is_no_message_is_refused():
 
     for call, argument in (
         (repository_without_database.queue_messages, [_valid()]),
+        (repository_without_database.queue_messages, [_valid()] * (repository.CHUNK + 1)),
         (repository_without_database.queue_message, _valid()),
     ):
         with pytest.raises((InvalidMessage, TypeError)):

@@ -1,6 +1,7 @@
 """Queueing on the caller's own transaction: once for each key, from any number of callers, sync and async."""
 
 import asyncio
+import gc
 import inspect
 import threading
 import tracemalloc
@@ -563,6 +564,23 @@ def test_a_batch_takes_constant_memory(engine):
             tracemalloc.stop()
 
     assert large < small * 1.2
+
+
+def test_a_batch_holds_two_chunks_at_most(engine):
+    """One that is on its way, and one that is being made: what the server has is let go, the first chunks too."""
+    alive = []
+
+    def produce():
+        for number in range(50):
+            if number % 10 == 0:
+                gc.collect()
+                alive.append(sum(isinstance(thing, NewMessage) for thing in gc.get_objects()))
+            yield new_message(idempotency_key=f"{number}")
+
+    with chunks_of(10), Session(engine) as session:
+        EngagementMessageRepository(session).queue_messages(produce())
+
+    assert max(alive) <= alive[0] + 21
 
 
 @pytest.mark.parametrize("at", [0, 3, 5, 8, 13])

@@ -5,12 +5,12 @@ import logging
 import threading
 import time
 from collections import Counter
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from itertools import pairwise
 from queue import SimpleQueue
 
 import pytest
-from conftest import execute, new_message, queue, row, until
+from conftest import execute, in_thread, new_message, queue, row, until
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -33,6 +33,7 @@ from engagement import (
 from engagement.sending import _Sending, clock
 
 PATIENCE = 20
+PAST = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def at_once(_failures):
@@ -217,6 +218,19 @@ def test_a_postponed_message_waits_and_counts_as_no_failure(engine):
     found = row(engine, message_id)
     assert (result.postponed, found.status, found.retry_count, found.next_attempt_at) == (1, "pending", 0, until)
     assert found.history[0]["event"] == "postponed"
+
+
+@pytest.mark.parametrize(
+    "offset", [timedelta(hours=23), -timedelta(hours=20), timedelta(seconds=1), timedelta(microseconds=1)]
+)
+def test_a_postponement_may_be_in_any_zone(engine, offset):
+    """Python knows offsets that PostgreSQL does not read."""
+    (message_id,) = queue(engine, new_message())
+    moment = datetime(2100, 1, 1, tzinfo=UTC)
+
+    process_message_queue(engine, lambda _: Postpone(moment.astimezone(timezone(offset)), "later"))
+
+    assert row(engine, message_id).next_attempt_at == moment
 
 
 def test_a_postponement_into_the_past_does_not_spin(engine):
@@ -409,6 +423,40 @@ def test_the_oldest_due_message_goes_first(engine):
     process_message_queue(engine, lambda message: sent.append(message.user_id))
 
     assert sent == ["u5", "u4", "u2", "u1"]
+
+
+def test_of_one_destination_what_is_due_first_goes_first(engine):
+    """Also if it was queued last, and a worker could claim both at once."""
+    later, earlier, _ = queue(
+        engine,
+        new_message("a", idempotency_key="later", scheduled_for=PAST + timedelta(seconds=2)),
+        new_message("a", idempotency_key="earlier", scheduled_for=PAST),
+        new_message("b"),
+    )
+    sent = []
+
+    process_message_queue(engine, lambda message: sent.append(message.id), concurrency=3)
+
+    assert [message_id for message_id in sent if message_id in {earlier, later}] == [earlier, later]
+
+
+def test_limit_does_not_count_what_was_recovered(engine):
+    """It bounds what is sent, and a message that a lost worker left behind is not sent."""
+    (lost,) = queue(engine, new_message("lost"))
+    with engine.begin() as connection:
+        claims.claim(
+            connection,
+            claims.Holder("lost", timedelta(0)),
+            limit=1,
+            after=claims.START,
+            busy=[],
+            one_per_destination=False,
+        )
+    queue(engine, new_message("a"), new_message("b"))
+
+    result = process_message_queue(engine, lambda _: None, limit=2, concurrency=2)
+
+    assert (result.in_doubt, result.succeeded, row(engine, lost).status) == (1, 2, "in_doubt")
 
 
 def test_limit_bounds_the_claims(engine):
@@ -790,6 +838,32 @@ def test_a_batch_transport_is_called_once_for_what_was_claimed(engine):
     assert (result.succeeded, result.failed) == (4, 1)
     assert row(engine, ids[1]).status == "failed"
     assert row(engine, ids[4]).provider_message_id == f"p{ids[4]}"
+
+
+def test_one_batch_at_a_time(engine):
+    """While a batch is being sent, no other one begins beside it, though there is room."""
+    queue(engine, new_message("first"))
+    batches, is_waiting, may_end = [], threading.Event(), threading.Event()
+
+    class Batch:
+        def send_many(self, messages):
+            batches.append([message.user_id for message in messages])
+            is_waiting.set()
+            assert may_end.wait(PATIENCE)
+            return [Sent() for _ in messages]
+
+    stop = threading.Event()
+    run = in_thread(Worker(engine, Batch(), concurrency=4, poll_interval=timedelta(milliseconds=10)).run, stop)
+    assert is_waiting.wait(PATIENCE)
+    queue(engine, new_message("second"), new_message("third"))
+    threading.Event().wait(0.3)  # Thirty polls: what is not claimed by then is not claimed.
+    assert batches == [["first"]]
+    may_end.set()
+    until(lambda: len(batches) == 2)
+    stop.set()
+    run.result(PATIENCE)
+
+    assert sorted(batches[1]) == ["second", "third"]
 
 
 def test_a_batch_is_in_the_order_in_which_it_is_due(engine):

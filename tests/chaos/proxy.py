@@ -1,4 +1,4 @@
-"""A proxy between an engine and the server, which can lose the answer to a COMMIT."""
+"""A proxy between an engine and the server, which can lose the answer to a COMMIT, or bring the COMMIT late."""
 
 import socket
 import threading
@@ -8,16 +8,23 @@ from contextlib import contextmanager, suppress
 from sqlalchemy import URL
 
 COMMIT = b"COMMIT\0"
+PATIENCE_SECONDS = 30.0
 
 
 class Proxy:
-    """Passes all bytes on, but for the answer to a COMMIT that it is told to lose: that cuts the connection."""
+    """Passes all bytes on, but for the answer to a COMMIT that it is told to lose: that cuts the connection.
+
+    A COMMIT that it is told to delay is passed on when it `may_commit`, and the client is cut off at once.
+    """
 
     def __init__(self, server: URL) -> None:
         self._server = server
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._sockets: list[socket.socket] = [self._listener]
         self._is_to_lose = threading.Event()
+        self._is_to_delay = threading.Event()
+        self.is_delayed = threading.Event()
+        self.may_commit = threading.Event()
         host, port = self._listener.getsockname()
         # Not encrypted, or a COMMIT could not be read.
         query = {"sslmode": "disable", "gssencmode": "disable"}
@@ -26,6 +33,10 @@ class Proxy:
     def lose_next_commit(self) -> None:
         """Let the server commit once more, and the client not know it."""
         self._is_to_lose.set()
+
+    def delay_next_commit(self) -> None:
+        """Let the server commit later once more, after the client has been cut off."""
+        self._is_to_delay.set()
 
     def accept(self) -> None:
         """Serve connections until the end."""
@@ -40,6 +51,7 @@ class Proxy:
 
     def close(self) -> None:
         """End all connections."""
+        self.may_commit.set()
         for each in self._sockets:
             _close(each)
 
@@ -58,6 +70,14 @@ class Proxy:
                 if COMMIT in data and self._is_to_lose.is_set():
                     self._is_to_lose.clear()
                     is_lost.set()
+                if COMMIT in data and self._is_to_delay.is_set():
+                    self._is_to_delay.clear()
+                    is_lost.set()
+                    _close(client)
+                    self.is_delayed.set()
+                    self.may_commit.wait(PATIENCE_SECONDS)
+                    server.sendall(data)
+                    return  # Who waits for the answer closes it.
                 server.sendall(data)
         _close(server)
 
