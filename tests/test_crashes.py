@@ -1329,6 +1329,7 @@ def test_an_error_of_the_claim_does_not_delay_what_is_known(engine, break_when):
     assert row(engine, waiting).status == "pending"
 
 
+@pytest.mark.direct("it gives the server options at its start")
 @pytest.mark.usefixtures("break_when")
 def test_a_claim_that_fails_again_and_again_does_not_delay_what_is_known(engine, monkeypatch):
     """While each claim outlasts the host's `statement_timeout`, what is known is settled, and leases are extended."""
@@ -1359,6 +1360,7 @@ def test_a_claim_that_fails_again_and_again_does_not_delay_what_is_known(engine,
         assert row(engine, third[0]).status == "pending"
 
 
+@pytest.mark.direct("it gives the server options at its start")
 @pytest.mark.usefixtures("break_when")
 def test_a_run_that_gives_up_finishes_what_it_has_in_hand(engine):
     """A cron job whose claims fail for longer than a lease ends with the error, and records its send before."""
