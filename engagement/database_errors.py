@@ -46,6 +46,12 @@ def is_transient(error: BaseException) -> bool:
     return state[:2] in _TRANSIENT_CLASSES or state in _TRANSIENT_STATES
 
 
+def is_undone(error: BaseException) -> bool:
+    """Whether the server has said so itself and goes on: then nothing of the transaction has happened, or will."""
+    state = sqlstate(error)
+    return state is not None and not state.startswith(("08", "57P"))
+
+
 def is_not_migrated(error: BaseException) -> bool:
     """Whether the queue's table is missing, or of another version."""
     return sqlstate(error) in _NOT_MIGRATED

@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engagement import claims, observing
 from engagement.claims import Holder
-from engagement.database_errors import CannotConnect, connect, describe, is_transient
+from engagement.database_errors import CannotConnect, connect, describe, is_transient, is_undone
 from engagement.messages import OutgoingMessage
 from engagement.models import EARLIEST, MessageStatus
 from engagement.observing import Round
@@ -132,7 +132,8 @@ class Delivery:
     def _round(self) -> bool:
         """Settle what was decided, and take and start what can be started now. Return whether there may be more."""
         wanted = self._wanted()
-        if not self._decided and not wanted and not self._unacknowledged:
+        is_to_give_back = bool(self._unacknowledged) and self._failure is None
+        if not self._decided and not wanted and not is_to_give_back:
             return False
         try:
             taken = self._in_transaction(
@@ -316,7 +317,8 @@ class Delivery:
         if self._decided:
             return
         if self._in_hand or self._readiness is not None or self._is_ending():
-            self._collect(self._pause())
+            # With nothing in hand a stop ends the run, and is not to wait for a poll.
+            self._collect(self._pause() if self._in_hand else min(self._pause(), 1.0))
         elif self._is_paced:
             self._stop.wait(max(0.0, self._start_at - clock()))
         else:
@@ -436,6 +438,8 @@ class Delivery:
         # Now that it is committed, and no sooner: a send must not begin under a lease that the database does not know.
         for claim in held:
             claim.held_until = extended.get(claim, LOST)
+        if len(extended) < len(held):  # Some may only be locked for a moment.
+            self._extend_at = clock() + min(self._lease / 3, 1.0)
 
     # The database
 
@@ -473,9 +477,11 @@ class Delivery:
                 with self._begin() as connection:
                     result = work(connection)
             except SQLAlchemyError as error:
-                self._adopt_until = clock() + self._lease
+                if is_undone(error) or not is_transient(error):
+                    del self._unacknowledged[earlier:]
+                else:
+                    self._adopt_until = clock() + self._lease
                 if not is_transient(error):
-                    del self._unacknowledged[earlier:]  # The database has said that it undid this one.
                     raise
                 if self._gives_up(lost_at):
                     if not self._in_hand or self._failure is not None:

@@ -601,7 +601,8 @@ class _EventLoop:
     def close(self) -> None:
         self._is_closed = True
         if self._loop is not None and self._thread is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            with suppress(RuntimeError):  # It may have stopped by itself just now.
+                self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(CLOSE_SECONDS)
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:

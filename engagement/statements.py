@@ -262,6 +262,8 @@ OUTGOING = (
     C.trace_context,
 )
 _LEASE = NOW + bindparam("lease", type_=Interval)
+# As an UPDATE of no key locks: a row of the host's that only refers to the message is in nobody's way.
+_UNLOCKED: dict[str, Any] = {"skip_locked": True, "key_share": True}
 RECOVERY = "/recovery/"
 """Comes after the name of who took a message over, and before how many workers were lost with it."""
 _WEAK_COMMITS = ("off", "local", "remote_write")
@@ -357,7 +359,9 @@ def adopt_unacknowledged() -> Executable:
     Such a message was never handed to the transport. What was taken over from others has another name on it.
     """
     unacknowledged = C.claimed_by == any_(bindparam("names", type_=ARRAY(Text)))
-    return _leased(and_(C.status == SENDING, unacknowledged), bindparam("worker", type_=Text)).returning(
+    # Behind this, what is known waits to be committed: what somebody has locked is adopted a round later.
+    mine = select(C.id).where(C.status == SENDING, unacknowledged).with_for_update(**_UNLOCKED)
+    return _leased(C.id == any_(func.array(mine.scalar_subquery())), bindparam("worker", type_=Text)).returning(
         *OUTGOING, _durably()
     )
 
@@ -378,7 +382,7 @@ def extend_leases() -> Executable:
     mine = (
         select(C.id)
         .where(C.id == given.c.id, C.claimed_by == given.c.name, C.status == SENDING)
-        .with_for_update(of=QUEUE, skip_locked=True)
+        .with_for_update(of=QUEUE, **_UNLOCKED)
     )
     return (
         update(QUEUE)

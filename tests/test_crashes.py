@@ -18,7 +18,7 @@ from chaos.proxy import proxied
 from chaos.scene import Scene
 from conftest import execute, in_thread, new_message, queue, row, until, wait_until_blocked
 from sqlalchemy import create_engine, event, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
@@ -522,6 +522,32 @@ def test_an_extension_waits_for_nobody(engine):
     assert sorted(claim.message.id for claim in extended) == [ids[0], ids[2]]
 
 
+def test_a_row_that_only_refers_to_a_message_is_in_no_ones_way(engine):
+    """A host may have a foreign key to the queue, and a transaction open that has inserted such a row."""
+    (message_id,) = queue(engine, new_message())
+    (held,) = lose(engine, message_id)
+    execute(engine, "CREATE TABLE host_note (message_id bigint REFERENCES engagement_message_queue)")
+    try:
+        with engine.begin() as host, engine.begin() as connection:
+            host.execute(text("INSERT INTO host_note VALUES (:id)"), {"id": message_id})
+            assert claims.extend(connection, LATER, [held]).keys() == {held}
+            assert len(claims.adopt(connection, Holder("again", LATER), names=[held.held_as])) == 1
+    finally:
+        execute(engine, "DROP TABLE host_note")
+
+
+def test_an_adoption_waits_for_nobody(engine):
+    """What is known is committed with it, and must not wait for a lock on another message."""
+    first, second = queue(engine, new_message("first"), new_message("second"))
+    held = lose(engine, first, second)
+    with Session(engine) as host, engine.begin() as connection:
+        assert not EngagementMessageRepository(host).cancel_message(first).is_cancelled
+        connection.execute(text("SET LOCAL lock_timeout = '10s'"))  # Else a failure would hang.
+        adopted = claims.adopt(connection, Holder("again", LATER), names=[held[0].held_as])
+
+    assert [claim.message.id for claim in adopted] == [second]
+
+
 def test_a_worker_does_not_extend_what_was_taken_over(engine):
     """Who comes back while another one asks what became of its message must not believe that it still holds it."""
     (message_id,) = queue(engine, new_message())
@@ -860,6 +886,30 @@ def test_a_claim_that_was_not_acknowledged_is_given_back(engine, proxy, through_
     assert [message.id for message in transport.sends] == [slow, quick]
 
 
+def test_a_claim_that_was_not_acknowledged_is_given_back_though_nothing_is_known(engine, proxy, through_proxy):
+    """A worker that was told to stop has a slow send in hand, and no outcome to record."""
+    (slow,) = queue(engine, new_message("slow"))
+    is_sending, may_end, stop = threading.Event(), threading.Event(), threading.Event()
+
+    def send(_):
+        is_sending.set()
+        assert may_end.wait(PATIENCE_SECONDS)
+
+    def lose_it(_):
+        proxy.lose_next_commit()
+        stop.set()
+
+    poll = timedelta(milliseconds=20)
+    run = in_thread(Worker(through_proxy, send, concurrency=2, poll_interval=poll).run, stop)
+    assert is_sending.wait(PATIENCE_SECONDS)
+    at_first_commit(through_proxy, is_claim, lose_it)
+    (late,) = queue(engine, new_message("late"))
+    until(lambda: events_of(engine, late) == ["postponed"])
+    assert (row(engine, slow).status, row(engine, late).status) == ("sending", "pending")
+    may_end.set()
+    run.result(PATIENCE_SECONDS)
+
+
 def test_a_settlement_that_was_not_committed_is_repeated(engine, through_proxy):
     """The connection is cut before the commit: the worker knows what was sent, and records it."""
     (message_id,) = queue(engine, new_message())
@@ -1153,6 +1203,17 @@ def test_a_worker_does_not_sleep_while_a_send_that_was_given_up_ends(engine):
         until(lambda: [row(engine, message_id).status for message_id in ids] == ["in_doubt", "sent", "sent"])
 
 
+def test_a_stop_is_heard_while_a_send_that_was_given_up_goes_on(engine):
+    """Nothing is in hand then, and the run ends long before the next poll."""
+    (message_id,) = queue(engine, new_message())
+    may_end = threading.Event()
+    options = {"send_timeout": timedelta(seconds=0.1), "poll_interval": timedelta(minutes=5)}
+
+    with Running(engine, lambda _: may_end.wait(60), **options):
+        until(lambda: row(engine, message_id).status == "in_doubt")
+    may_end.set()
+
+
 def test_what_could_not_begin_in_time_is_not_in_doubt(engine, monkeypatch):
     """There are fewer threads than were asked for: what waits for one has provably not left."""
     start, started = threading.Thread.start, []
@@ -1336,7 +1397,7 @@ def test_a_claim_that_fails_again_and_again_does_not_delay_what_is_known(engine,
     monkeypatch.setattr(delivery, "DATABASE_WAIT_SECONDS", (10.0, 10.0))  # Longer than a lease, from the beginning.
     first, second = queue(engine, new_message("first"), new_message("second"))
     may_end = {first: threading.Event(), second: threading.Event()}
-    are_sending = threading.Semaphore(0)
+    are_sending, adoptions = threading.Semaphore(0), []
 
     def send(message):
         are_sending.release()
@@ -1346,6 +1407,12 @@ def test_a_claim_that_fails_again_and_again_does_not_delay_what_is_known(engine,
         an_engine(engine.url, connect_args={"options": "-c statement_timeout=200"}) as hasty,
         Running(hasty, send, lease=timedelta(seconds=1.5), concurrency=2),
     ):
+
+        @event.listens_for(hasty, "before_cursor_execute")
+        def note(_conn, _cursor, _statement, parameters, *_):
+            if "names" in parameters and "held" not in parameters:
+                adoptions.append(parameters["names"])
+
         for _ in may_end:
             assert are_sending.acquire(timeout=PATIENCE_SECONDS)
         execute(engine, SLOW_CLAIM)
@@ -1358,6 +1425,7 @@ def test_a_claim_that_fails_again_and_again_does_not_delay_what_is_known(engine,
         may_end[second].set()
         until(lambda: row(engine, second).status == "sent")
         assert row(engine, third[0]).status == "pending"
+    assert adoptions == [], "the server has said that it undid those claims"
 
 
 @pytest.mark.direct("it gives the server options at its start")
@@ -1386,6 +1454,41 @@ def test_a_run_that_gives_up_finishes_what_it_has_in_hand(engine):
             run.result(PATIENCE_SECONDS)
 
     assert (row(engine, in_hand).status, row(engine, waiting).status) == ("sent", "pending")
+
+
+def test_a_run_that_gives_up_waits_for_its_send_though_a_commit_was_not_acknowledged(engine):
+    """A cron job whose database is away for longer than two leases still records what it sent meanwhile."""
+    (message_id,) = queue(engine, new_message())
+    is_sending, may_end, is_away, tries = threading.Event(), threading.Event(), threading.Event(), []
+
+    def send(_):
+        is_sending.set()
+        assert may_end.wait(PATIENCE_SECONDS)
+
+    with an_engine(engine.url, poolclass=NullPool) as hooked, heard(EXTENSION_FAILED) as cannot_extend:
+
+        @event.listens_for(hooked, "do_connect")
+        def token(*_):
+            if is_away.is_set():
+                tries.append(time.monotonic())
+                raise LookupError("no token")
+
+        @event.listens_for(hooked, "commit")
+        def cut_off(conn):
+            if is_sending.is_set() and not tries:
+                is_away.set()
+                terminate(engine, conn)
+
+        run = in_thread(process_message_queue, hooked, send, lease=timedelta(seconds=1), concurrency=2)
+        assert cannot_extend.wait(PATIENCE_SECONDS)
+        until(lambda: run.done() or tries[-1] > tries[0] + 4)  # More than two leases, and their waits.
+        assert not run.done()
+        is_away.clear()
+        may_end.set()
+        with pytest.raises(SQLAlchemyError):
+            run.result(PATIENCE_SECONDS)
+
+    assert row(engine, message_id).status == "sent"
 
 
 def test_a_hook_of_the_host_that_fails_is_no_end(engine):
