@@ -895,7 +895,9 @@ def _reads(plan: dict):
             {"lease", "pkey"},
             id="take over",
         ),
-        pytest.param(lambda session: claims.adopt(session.connection(), HOLDER, names=["x"]), {"lease"}, id="adopt"),
+        pytest.param(
+            lambda session: claims.adopt(session.connection(), HOLDER, names=["x"]), {"lease", "pkey"}, id="adopt"
+        ),
         pytest.param(
             lambda session: claims.is_work_waiting(session.connection(), (NOON, 7)), {"due", "lease"}, id="peek"
         ),
