@@ -207,6 +207,21 @@ def new_message(user_id: str = "user1", **fields) -> NewMessage:
     return NewMessage(**given | fields)
 
 
+@pytest.fixture
+def one_send_thread(monkeypatch):
+    """Let the system have one thread for sends, and no other one."""
+    start, started = threading.Thread.start, []
+
+    def start_one(thread):
+        if thread.name.startswith("engagement-send"):
+            if started:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+
+
 def outgoing(**fields) -> OutgoingMessage:
     """Return a message as a worker hands it to a transport."""
     given = {
