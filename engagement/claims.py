@@ -83,8 +83,8 @@ def take_over(connection: Connection, holder: Holder, *, limit: int, held: Itera
     values = {"limit": limit, "held": _pack(map(str, held)), "lease": holder.lease, "recoverer": holder.name}
     rows = connection.execute(statements.take_over_expired_leases(), values)
     return [
-        _claim(row, held_as, until, lost_workers=int(held_as.rpartition(statements.RECOVERY)[2]))
-        for *row, held_as in rows
+        _claim(row, claimed_by, until, lost_workers=int(claimed_by.rpartition(statements.RECOVERY)[2]))
+        for *row, claimed_by in rows
     ]
 
 
@@ -103,7 +103,7 @@ def extend(connection: Connection, lease: timedelta, held: Iterable[Claim]) -> d
     """
     until = _held_until(lease)
     by_id = {claim.message.id: claim for claim in held}
-    names = [claim.held_as for claim in by_id.values()]
+    names = [claim.claimed_by for claim in by_id.values()]
     values = {"held": _pack(map(str, by_id)), "names": _pack(names), "lease": lease}
     return {by_id[message_id]: until for message_id in connection.execute(statements.extend_leases(), values).scalars()}
 
@@ -152,7 +152,7 @@ _ID, _NEXT_ATTEMPT_AT, _STATUS = 0, 11, 12
 _place: Callable[[Sequence[Any]], Position] = itemgetter(_NEXT_ATTEMPT_AT, _ID)
 
 
-def _claim(row: Sequence[Any], held_as: str, held_until: float, *, lost_workers: int = 0) -> Claim:
+def _claim(row: Sequence[Any], claimed_by: str, held_until: float, *, lost_workers: int = 0) -> Claim:
     """Return what a row of `statements.OUTGOING` says."""
     message_id, idempotency_key, user_id, message_type, message_key, params_json, *rest = row
     destination, destination_jid, scheduled_for, attempt, retry_count, next_attempt_at, _, trace_context, _ = rest
@@ -177,7 +177,7 @@ def _claim(row: Sequence[Any], held_as: str, held_until: float, *, lost_workers:
     return Claim(
         message,
         (next_attempt_at, message_id),
-        held_as,
+        claimed_by,
         held_until,
         lost_workers=lost_workers,
         trace_context=trace_context,

@@ -89,13 +89,13 @@ Position = tuple[datetime, int]
 class Claim:
     """A message in hand.
 
-    `place` is where it stood in the queue, `held_as` the name on its lease (`claimed_by`), and `held_until` when that
+    `place` is where it stood in the queue, `claimed_by` the name on its lease, and `held_until` when that
     runs out, by `clock`.
     """
 
     message: OutgoingMessage
     place: Position
-    held_as: str
+    claimed_by: str
     held_until: float
     lost_workers: int = 0
     """How many workers were lost with it, before this one took it over: then the question is what became of it."""

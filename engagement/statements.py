@@ -347,9 +347,7 @@ def take_over_expired_leases() -> Executable:
     so_far = cast(func.substring(C.claimed_by, literal_column(f"'{RECOVERY}([0-9]+)$'")), Integer)
     lost_workers = func.coalesce(so_far, _number(0)) + _number(1)
     name = func.concat(bindparam("recoverer", type_=Text), literal_column(f"'{RECOVERY}'"), lost_workers)
-    return _leased(C.id == any_(func.array(lost.scalar_subquery())), name).returning(
-        *OUTGOING, _durably(), C.claimed_by
-    )
+    return _leased(lost, name).returning(*OUTGOING, _durably(), C.claimed_by)
 
 
 @cache
@@ -361,13 +359,13 @@ def adopt_unacknowledged() -> Executable:
     unacknowledged = C.claimed_by == any_(bindparam("names", type_=ARRAY(Text)))
     # Behind this, what is known waits to be committed: what somebody has locked is adopted a round later.
     mine = select(C.id).where(C.status == SENDING, unacknowledged).with_for_update(**_UNLOCKED)
-    return _leased(C.id == any_(func.array(mine.scalar_subquery())), bindparam("worker", type_=Text)).returning(
-        *OUTGOING, _durably()
-    )
+    return _leased(mine, bindparam("worker", type_=Text)).returning(*OUTGOING, _durably())
 
 
-def _leased(condition: ColumnElement[bool], name: ColumnElement[str]) -> Update:
-    return update(QUEUE).where(condition).values(lease_expires_at=_LEASE, claimed_by=name)
+def _leased(locked: Select[Any], name: ColumnElement[str]) -> Update:
+    """Give a lease under `name` to the messages whose ids `locked` selects."""
+    ids = func.array(locked.correlate(None).scalar_subquery())
+    return update(QUEUE).where(C.id == any_(ids)).values(lease_expires_at=_LEASE, claimed_by=name)
 
 
 @cache
@@ -384,12 +382,7 @@ def extend_leases() -> Executable:
         .where(C.id == given.c.id, C.claimed_by == given.c.name, C.status == SENDING)
         .with_for_update(of=QUEUE, **_UNLOCKED)
     )
-    return (
-        update(QUEUE)
-        .where(C.id == any_(func.array(mine.correlate(None).scalar_subquery())))
-        .values(lease_expires_at=_LEASE)
-        .returning(C.id, _durably())
-    )
+    return _leased(mine, C.claimed_by).returning(C.id, _durably())
 
 
 @cache

@@ -343,7 +343,7 @@ class _Calls:
 def _claim(message: OutgoingMessage, *, lost_workers: int = 0) -> Claim:
     an_hour = 3600
     return Claim(
-        message=message, place=START, held_as="contract", held_until=clock() + an_hour, lost_workers=lost_workers
+        message=message, place=START, claimed_by="contract", held_until=clock() + an_hour, lost_workers=lost_workers
     )
 
 

@@ -503,7 +503,7 @@ def test_an_extension_of_what_was_settled_changes_nothing(engine):
 
     with engine.begin() as connection:
         assert claims.extend(connection, LATER, [taken]) == {}
-        assert claims.adopt(connection, Holder("another", LATER), names=[taken.held_as]) == []
+        assert claims.adopt(connection, Holder("another", LATER), names=[taken.claimed_by]) == []
     assert row(engine, message_id) == before
 
 
@@ -531,7 +531,7 @@ def test_a_row_that_only_refers_to_a_message_is_in_no_ones_way(engine):
         with engine.begin() as host, engine.begin() as connection:
             host.execute(text("INSERT INTO host_note VALUES (:id)"), {"id": message_id})
             assert claims.extend(connection, LATER, [held]).keys() == {held}
-            assert len(claims.adopt(connection, Holder("again", LATER), names=[held.held_as])) == 1
+            assert len(claims.adopt(connection, Holder("again", LATER), names=[held.claimed_by])) == 1
     finally:
         execute(engine, "DROP TABLE host_note")
 
@@ -543,7 +543,7 @@ def test_an_adoption_waits_for_nobody(engine):
     with Session(engine) as host, engine.begin() as connection:
         assert not EngagementMessageRepository(host).cancel_message(first).is_cancelled
         connection.execute(text("SET LOCAL lock_timeout = '10s'"))  # Else a failure would hang.
-        adopted = claims.adopt(connection, Holder("again", LATER), names=[held[0].held_as])
+        adopted = claims.adopt(connection, Holder("again", LATER), names=[held[0].claimed_by])
 
     assert [claim.message.id for claim in adopted] == [second]
 
@@ -1214,18 +1214,9 @@ def test_a_stop_is_heard_while_a_send_that_was_given_up_goes_on(engine):
     may_end.set()
 
 
-def test_what_could_not_begin_in_time_is_not_in_doubt(engine, monkeypatch):
+@pytest.mark.usefixtures("one_send_thread")
+def test_what_could_not_begin_in_time_is_not_in_doubt(engine):
     """There are fewer threads than were asked for: what waits for one has provably not left."""
-    start, started = threading.Thread.start, []
-
-    def start_one(thread):
-        if thread.name.startswith("engagement-send"):
-            if started:
-                raise RuntimeError("can't start new thread")
-            started.append(thread)
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", start_one)
     hanging, waiting = queue(engine, new_message("hanging"), new_message("waiting"))
     may_end = threading.Event()
     transport = Transport(lambda _: may_end.wait(PATIENCE_SECONDS) and None)

@@ -445,19 +445,9 @@ def test_a_lease_that_runs_out_between_two_tries_is_a_doubt(sender):
     assert sent == [1]
 
 
-def test_a_system_without_another_thread_makes_sends_wait(sender, monkeypatch, caplog):
+@pytest.mark.usefixtures("one_send_thread")
+def test_a_system_without_another_thread_makes_sends_wait(sender, caplog):
     """They are made by the threads that there are."""
-    start = threading.Thread.start
-    started = []
-
-    def start_one(thread):
-        if thread.name.startswith("engagement-send"):
-            if started:
-                raise RuntimeError("can't start new thread")
-            started.append(thread)
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", start_one)
     one = sender(lambda _: None, concurrency=5)
     one.start([claim(number) for number in range(5)])
 
