@@ -58,6 +58,10 @@ LONGEST_RESTART_SECONDS = 60.0
 """But it is put off for no longer: that one took long may also have been a lock, or a machine that slept."""
 LOST = 0.0
 """A lease that ran out long ago, by `clock`."""
+EXTEND_AGAIN_SECONDS = 1.0
+"""How soon leases that could not be extended are tried again."""
+STOP_SECONDS = 1.0
+"""How soon a stop is heard while nothing is in hand, and an answer of the transport is waited for."""
 READY_SECONDS = 1.0
 BEGIN_POLL_SECONDS = 0.005
 """How soon a paced worker looks again whether the send that it handed over has begun."""
@@ -318,7 +322,7 @@ class Delivery:
             return
         if self._in_hand or self._readiness is not None or self._is_ending():
             # With nothing in hand a stop ends the run, and is not to wait for a poll.
-            self._collect(self._pause() if self._in_hand else min(self._pause(), 1.0))
+            self._collect(self._pause() if self._in_hand else min(self._pause(), STOP_SECONDS))
         elif self._is_paced:
             self._stop.wait(max(0.0, self._start_at - clock()))
         else:
@@ -432,14 +436,17 @@ class Delivery:
         except SQLAlchemyError as error:
             if not is_transient(error):
                 self._failure = self._failure or error  # What is in hand is finished before it is raised.
-            self._extend_at = clock() + min(self._lease / 3, 1.0)
+            self._extend_again()
             logger.warning("engagement.leases_not_extended error=%s", describe(error))
             return
         # Now that it is committed, and no sooner: a send must not begin under a lease that the database does not know.
         for claim in held:
             claim.held_until = extended.get(claim, LOST)
-        if len(extended) < len(held):  # Some may only be locked for a moment.
-            self._extend_at = clock() + min(self._lease / 3, 1.0)
+        if len(extended) < len(held):
+            self._extend_again()  # Some may only be locked for a moment.
+
+    def _extend_again(self) -> None:
+        self._extend_at = clock() + min(self._lease / 3, EXTEND_AGAIN_SECONDS)
 
     # The database
 

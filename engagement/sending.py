@@ -242,13 +242,15 @@ class Sender:
         return told + [outcome] * (messages - len(told))
 
     def _meaning(self, error: BaseException, read: _Read) -> Outcome:
+        if read is _read_look_up:
+            return _worker_lost(error)  # Whatever it is, it says nothing of the send.
         if isinstance(error, LeaseRanOut):
             return Postpone(EARLIEST, "the lease ran out before the send")  # Until now, by the database's clock.
         if isinstance(error, MayHaveLeft):
             return InDoubt(str(error))
         if isinstance(error, CancelledError) or not isinstance(error, Exception):
             return InDoubt(f"{type(error).__name__} in the transport")  # It was torn down, which proves nothing.
-        return _worker_lost(error) if read is _read_look_up else self._checked_classify(error)
+        return self._checked_classify(error)
 
     def _checked_classify(self, error: Exception) -> Outcome:
         try:
@@ -376,7 +378,7 @@ def _read_look_up(answer: Any, _: int) -> list[Outcome]:
     return [answer if isinstance(answer, Sent | NotSent) else _worker_lost()]
 
 
-def _worker_lost(error: Exception | None = None) -> InDoubt:
+def _worker_lost(error: BaseException | None = None) -> InDoubt:
     besides = "" if error is None else f"; look_up raised {type(error).__name__}"
     return InDoubt(f"its worker was lost between claim and settle{besides}")
 

@@ -1230,6 +1230,21 @@ def test_what_could_not_begin_in_time_is_not_in_doubt(engine):
     assert row(engine, waiting).retry_count == 0
 
 
+@pytest.mark.usefixtures("one_send_thread")
+def test_a_look_up_that_could_not_begin_in_time_leaves_its_message_in_doubt(engine):
+    """That nobody could ask what became of it does not say that it was not sent."""
+    ids = queue(engine, new_message("first"), new_message("second"))
+    lose(engine, *ids)
+    may_end = threading.Event()
+    transport = Transport(look_up=lambda _: may_end.wait(PATIENCE_SECONDS) and None)
+
+    with Running(engine, transport, concurrency=2, send_timeout=timedelta(seconds=0.2)):
+        until(lambda: [row(engine, message_id).status for message_id in ids] == ["in_doubt", "in_doubt"])
+        may_end.set()
+
+    assert transport.sends == []
+
+
 @pytest.mark.parametrize("sent_first", [0, 1])
 def test_a_batch_that_breaks_while_its_outcomes_are_read_keeps_those_that_were(engine, sent_first):
     """`send_many` may be a generator: what it raises on the way speaks of the messages that it had not come to."""

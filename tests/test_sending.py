@@ -157,6 +157,18 @@ def test_nothing_is_sent_after_it_was_given_up(sender, kind):
     assert sent == []
 
 
+def test_a_look_up_that_does_not_happen_says_nothing_of_the_send(sender):
+    """Whatever keeps it from being made, its message may have been sent, and is not given back as unsent."""
+    transport = SimpleNamespace(send=lambda _: None, look_up=lambda _: pytest.fail("it was given up"))
+    one = sender(transport, concurrency=1)
+    given_up = claim(1)
+    given_up.lost_workers, given_up.is_overdue = 1, True
+
+    one.start([given_up])
+
+    assert isinstance(one.answers.get(timeout=PATIENCE)[1], InDoubt)
+
+
 def test_nothing_begins_after_the_end(sender):
     """What still waits for a thread when its worker ends is never sent: nobody would record it."""
     began, go_on, sent, threads = threading.Event(), threading.Event(), [], []
