@@ -522,6 +522,32 @@ def test_an_extension_waits_for_nobody(engine):
     assert sorted(claim.message.id for claim in extended) == [ids[0], ids[2]]
 
 
+def test_what_was_locked_at_an_extension_is_extended_soon(engine):
+    """And not a third of a lease later: two unlucky moments, and the lease of a healthy send would be over."""
+    queue(engine, new_message())
+    is_sending, may_end, extensions = threading.Event(), threading.Event(), []
+
+    def send(_):
+        is_sending.set()
+        assert may_end.wait(PATIENCE_SECONDS)
+
+    with an_engine(engine.url) as watched, Running(watched, send, lease=timedelta(seconds=15)):
+
+        @event.listens_for(watched, "after_cursor_execute")
+        def note(_conn, _cursor, _statement, parameters, *_):
+            if is_extension(parameters):
+                extensions.append(time.monotonic())
+
+        assert is_sending.wait(PATIENCE_SECONDS)
+        with engine.begin() as host:
+            host.execute(text("SELECT FROM engagement_message_queue FOR UPDATE"))
+            until(lambda: len(extensions) > 2)
+        may_end.set()
+
+    # A third of the lease is five seconds, and a busy machine still far from that.
+    assert extensions[2] - extensions[0] < 8
+
+
 def test_a_row_that_only_refers_to_a_message_is_in_no_ones_way(engine):
     """A host may have a foreign key to the queue, and a transaction open that has inserted such a row."""
     (message_id,) = queue(engine, new_message())
