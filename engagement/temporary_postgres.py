@@ -121,7 +121,7 @@ def temporary_postgres(*, settings: Mapping[str, str] = {}, prefer_wheel: bool =
         _make_room(place, user)
         binaries = _within_reach(binaries, place, user)
         options = _launch_options(place, group, user)
-        # It holds the pipe, so that the keeper waits for it: killed half-way, it leaves shared memory behind.
+        # It holds the pipe, so that the keeper waits for it.
         _initdb(binaries, place, options | {"pass_fds": (pipe.fileno(),)})
         server = TemporaryPostgres(place, _server_command(binaries, place, settings), options)
         try:
@@ -267,10 +267,12 @@ def _initdb(binaries: Path, place: Path, options: dict[str, Any]) -> None:
     command = [f"{binaries}/initdb", "-D", f"{place}/data", "--username=engagement", "--auth=trust"]
     command += ["--encoding=UTF8", "--no-locale", "--no-sync", "--no-instructions"]
     log = place / "log"
-    with log.open("ab") as output:
-        done = subprocess.run(command, stdout=output, check=False, **options)
-    if done.returncode != 0:
-        raise RuntimeError(f"initdb failed with status {done.returncode}. Its output ends:\n{_tail(log)}")
+    # Not `subprocess.run`, which kills it on Ctrl-C: a server that gets half a line of its script panics, and leaves
+    # shared memory behind.
+    with log.open("ab") as output, subprocess.Popen(command, stdout=output, **options) as initdb:
+        status = initdb.wait()
+    if status != 0:
+        raise RuntimeError(f"initdb failed with status {status}. Its output ends:\n{_tail(log)}")
 
 
 def _server_command(binaries: Path, place: Path, settings: Mapping[str, str]) -> list[str]:
