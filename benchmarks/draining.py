@@ -34,7 +34,7 @@ def drain(setup: Setup) -> Iterator[str]:
             *_limits(db, floor, size),
             Contender(batches.name, partial(_drained, batches, size), floor.name, 0.9),
             Contender(threads.name, partial(_drained, threads, size), floor.name, 0.45),
-            *(Contender(peer.name, partial(_drained, peer, size // 10), floor.name) for peer in others),
+            *(Contender(peer.name, partial(_drained, peer, size), floor.name) for peer in others),
         ]
         yield compare(f"drain {size:,}", contenders, rounds=setup.rounds, warm_up=not setup.small).table()
         floor, ours = Floor(db, batch=1), Ours(db)

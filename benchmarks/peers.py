@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any
 
 import psycopg
@@ -21,8 +21,8 @@ def peers(setup: Setup) -> Iterator[list[Queue]]:
     if not setup.peers:
         yield []
         return
-    with database(setup.url) as db:
-        yield [Procrastinate(conninfo(db.url)), PgQueuer(conninfo(db.url))]
+    with database(setup.url) as db, closing(PgQueuer(conninfo(db.url))) as pgqueuer:
+        yield [Procrastinate(conninfo(db.url)), pgqueuer]
 
 
 class Procrastinate:
@@ -96,6 +96,7 @@ class PgQueuer:
         from pgqueuer.queries import Queries
 
         self._url = url
+        self._leaving = ExitStack()
 
         async def install() -> None:
             async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
@@ -105,6 +106,7 @@ class PgQueuer:
 
     def empty(self) -> None:
         """Remove everything."""
+        self.close()
         with psycopg.connect(self._url) as connection:
             connection.execute("TRUNCATE pgqueuer, pgqueuer_log, pgqueuer_statistics CASCADE")
 
@@ -148,23 +150,36 @@ class PgQueuer:
         return enqueue
 
     def drain(self) -> Timed:
-        """Run a queue manager until the queue is empty."""
+        """Run a queue manager until all is settled. It leaves before the next round: it waits for seconds then."""
         from pgqueuer.db import PsycopgDriver
         from pgqueuer.qm import QueueManager
         from pgqueuer.queries import Queries
         from pgqueuer.types import QueueExecutionMode
 
-        async def work() -> None:
-            async with await psycopg.AsyncConnection.connect(self._url, autocommit=True) as connection:
-                manager = QueueManager(Queries(PsycopgDriver(connection)))
+        async def until_settled() -> None:
+            connection = await psycopg.AsyncConnection.connect(self._url, autocommit=True)
+            manager = QueueManager(Queries(PsycopgDriver(connection)))
 
-                @manager.entrypoint("goodbye")
-                async def goodbye(job: Any) -> None:
-                    """Send nothing."""
+            @manager.entrypoint("goodbye")
+            async def goodbye(job: Any) -> None:
+                """Send nothing."""
 
-                await manager.run(batch_size=1000, mode=QueueExecutionMode.drain)
+            async def run() -> None:
+                async with connection:
+                    await manager.run(batch_size=1000, mode=QueueExecutionMode.drain)
 
-        return lambda: asyncio.run(work())
+            # It shuts down when its table is empty.
+            running, waiting = asyncio.create_task(run()), asyncio.create_task(manager.shutdown.wait())
+            await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
+            if running.done():
+                await running
+
+        runner = self._leaving.enter_context(asyncio.Runner())
+        return lambda: runner.run(until_settled())
+
+    def close(self) -> None:
+        """Leave what was drained."""
+        self._leaving.close()
 
 
 def _arguments(row: Given) -> dict[str, Any]:
