@@ -21,6 +21,8 @@ from engagement.demo.day import Day
 from engagement.temporary_postgres import temporary_postgres
 
 WIDTH_WHEN_PIPED = 110
+SEND_AGAIN_SECONDS = 0.5
+"""After how long a lost signal is sent again: while Python still says that it is lost, it would be lost once more."""
 
 
 def run_demo() -> None:
@@ -52,7 +54,7 @@ def _unwinding_on_signals() -> Iterator[None]:
         if number is None:
             sys.__unraisablehook__(lost)
         else:
-            threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+            threading.Timer(SEND_AGAIN_SECONDS, os.kill, (os.getpid(), number)).start()
 
     wanted = {signal.SIGTERM: leave, signal.SIGINT: signal.default_int_handler}
     before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
