@@ -447,6 +447,7 @@ with Session(engine) as session, session.begin():
         user_id="u", message_type="goodbye", message_key="k", destination="individual",
         destination_jid="5511999999999@s.whatsapp.net")
 assert process_message_queue(engine, lambda _: None).succeeded == 1
+engine.dispose()
 """
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
