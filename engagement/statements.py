@@ -263,7 +263,8 @@ OUTGOING = (
 )
 _LEASE = NOW + bindparam("lease", type_=Interval)
 # As an UPDATE of no key locks: a row of the host's that only refers to the message is in nobody's way.
-_UNLOCKED: dict[str, Any] = {"skip_locked": True, "key_share": True}
+_LOCKED: dict[str, Any] = {"key_share": True}
+_LOCKED_UNLESS_BY_OTHERS: dict[str, Any] = {**_LOCKED, "skip_locked": True}
 RECOVERY = "/recovery/"
 """Comes after the name of who took a message over, and before how many workers were lost with it."""
 _WEAK_COMMITS = ("off", "local", "remote_write")
@@ -299,7 +300,7 @@ def claim(*, one_per_destination: bool) -> Executable:
         )
         .order_by(C.next_attempt_at, C.id)
         .limit(_unseen(_limit))
-        .with_for_update(skip_locked=True)
+        .with_for_update(**_LOCKED_UNLESS_BY_OTHERS)
         .subquery("due")
     )
     chosen = _first_of_each_destination(due) if one_per_destination else select(due.c.ctid)
@@ -342,7 +343,7 @@ def take_over_expired_leases() -> Executable:
         .where(C.status == SENDING, C.lease_expires_at <= NOW, C.id != _each_of("held", BigInteger()))
         .order_by(C.lease_expires_at)
         .limit(_unseen(_limit))
-        .with_for_update(skip_locked=True)
+        .with_for_update(**_LOCKED_UNLESS_BY_OTHERS)
     )
     so_far = cast(func.substring(C.claimed_by, literal_column(f"'{RECOVERY}([0-9]+)$'")), Integer)
     lost_workers = func.coalesce(so_far, _number(0)) + _number(1)
@@ -358,7 +359,7 @@ def adopt_unacknowledged() -> Executable:
     """
     unacknowledged = C.claimed_by == any_(bindparam("names", type_=ARRAY(Text)))
     # Behind this, what is known waits to be committed: what somebody has locked is adopted a round later.
-    mine = select(C.id).where(C.status == SENDING, unacknowledged).with_for_update(**_UNLOCKED)
+    mine = select(C.id).where(C.status == SENDING, unacknowledged).with_for_update(**_LOCKED_UNLESS_BY_OTHERS)
     return _leased(mine, bindparam("worker", type_=Text)).returning(*OUTGOING, _durably())
 
 
@@ -380,7 +381,7 @@ def extend_leases() -> Executable:
     mine = (
         select(C.id)
         .where(C.id == given.c.id, C.claimed_by == given.c.name, C.status == SENDING)
-        .with_for_update(of=QUEUE, **_UNLOCKED)
+        .with_for_update(of=QUEUE, **_LOCKED_UNLESS_BY_OTHERS)
     )
     return _leased(mine, C.claimed_by).returning(C.id, _durably())
 
@@ -516,7 +517,7 @@ _id = C.id == bindparam("message_id", type_=BigInteger)
 def cancel_if_pending() -> Executable:
     """Cancel a message and return (its status before, its status if it was changed); nothing if it does not exist."""
     # Locked first, so that the answer speaks of the same moment as the change.
-    found = select(C.id, C.status, C.has_doubt).where(_id).with_for_update().cte("found")
+    found = select(C.id, C.status, C.has_doubt).where(_id).with_for_update(**_LOCKED).cte("found")
     cancelled = (
         update(QUEUE)
         .where(C.id == found.c.id, found.c.status == PENDING)
@@ -557,7 +558,7 @@ def cancel_pending_of_user(*, of_one_type: bool) -> Executable:
 def _locked(*wanted: ColumnElement[bool]) -> Any:
     # In one order everywhere, or two statements over the same rows would deadlock.
     columns = (C.id, C.status, C.has_doubt, C.lease_expires_at, C.sent_at)
-    return select(*columns).where(*wanted).order_by(C.id).with_for_update().cte("locked")
+    return select(*columns).where(*wanted).order_by(C.id).with_for_update(**_LOCKED).cte("locked")
 
 
 @cache
@@ -660,7 +661,7 @@ def prune_finished() -> Executable:
         .where(is_prunable, is_older)
         .order_by(C.next_attempt_at)
         .limit(_limit)
-        .with_for_update(skip_locked=True)
+        .with_for_update(**_LOCKED_UNLESS_BY_OTHERS)
     )
     return (
         update(QUEUE).where(C.id == any_(func.array(old.scalar_subquery()))).values(_blanked("pruned")).returning(C.id)

@@ -121,7 +121,7 @@ def temporary_postgres(*, settings: Mapping[str, str] = {}, prefer_wheel: bool =
         _make_room(place, user)
         binaries = _within_reach(binaries, place, user)
         options = _launch_options(place, group, user)
-        # It holds the pipe, so that the keeper waits for it.
+        # It holds the pipe, so that the keeper too lets it finish.
         _initdb(binaries, place, options | {"pass_fds": (pipe.fileno(),)})
         server = TemporaryPostgres(place, _server_command(binaries, place, settings), options)
         try:

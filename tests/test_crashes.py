@@ -550,18 +550,47 @@ def test_what_was_locked_at_an_extension_is_extended_soon(engine, monkeypatch):
     assert extensions[0] == 0
 
 
-def test_a_row_that_only_refers_to_a_message_is_in_no_ones_way(engine):
-    """A host may have a foreign key to the queue, and a transaction open that has inserted such a row."""
-    (message_id,) = queue(engine, new_message())
-    (held,) = lose(engine, message_id)
+@contextmanager
+def referred_to(engine):
+    """A host may have a foreign key to the queue, and a transaction open that has inserted such rows."""
     execute(engine, "CREATE TABLE host_note (message_id bigint REFERENCES engagement_message_queue)")
     try:
-        with engine.begin() as host, engine.begin() as connection:
-            host.execute(text("INSERT INTO host_note VALUES (:id)"), {"id": message_id})
-            assert claims.extend(connection, LATER, [held]).keys() == {held}
-            assert len(claims.adopt(connection, Holder("again", LATER), names=[held.claimed_by])) == 1
+        with engine.begin() as host:
+            host.execute(text("INSERT INTO host_note SELECT id FROM engagement_message_queue"))
+            yield
     finally:
         execute(engine, "DROP TABLE host_note")
+
+
+def test_what_only_refers_to_a_message_is_in_no_workers_way(engine):
+    """It would be left out by each claim and each recovery until the host's transaction ends."""
+    (lost,) = queue(engine, new_message("lost"))
+    (held,) = lose(engine, lost)
+    (due,) = queue(engine, new_message("due"))
+    another = Holder("another", LATER)
+    with referred_to(engine), engine.begin() as connection:
+        assert claims.extend(connection, timedelta(0), [held]).keys() == {held}
+        (taken,) = claims.take_over(connection, another, limit=1, held=[])
+        (adopted,) = claims.adopt(connection, another, names=[taken.claimed_by])
+        (claimed,) = claims.claim(
+            connection, another, limit=1, after=claims.START, busy=[], one_per_destination=True
+        ).claims
+
+    assert (adopted.message.id, claimed.message.id) == (lost, due)
+
+
+def test_what_only_refers_to_a_message_is_in_nobodys_way_who_changes_it(engine):
+    """Who cancels, forgets or prunes would wait until the host's transaction ends, or leave the message out."""
+    queue(engine, new_message("finished"))
+    process_message_queue(engine, lambda _: None)
+    one, _, _ = queue(engine, *(new_message(user) for user in ("one", "all", "forgotten")))
+    with referred_to(engine), Session(engine) as session:
+        session.execute(text("SET LOCAL lock_timeout = '10s'"))  # Else a failure would hang.
+        repository = EngagementMessageRepository(session)
+        assert repository.prune_messages(older_than=timedelta(0)) == 1
+        assert repository.cancel_message(one).is_cancelled
+        assert repository.cancel_pending_messages("all") == 1
+        assert repository.forget_user("forgotten").cancelled == 1
 
 
 def test_an_adoption_waits_for_nobody(engine):
