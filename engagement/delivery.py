@@ -422,8 +422,7 @@ class Delivery:
                     continue
                 self._decide(claim, InDoubt(f"no answer within {timeout:g} s"))
                 claim.is_overdue = True
-                if not claim.handle.done():
-                    self._overdue.add(claim)
+                self._overdue.add(claim)
 
     def _extend_leases(self) -> None:
         self._extend_at = clock() + self._lease / 3

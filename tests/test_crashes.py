@@ -522,10 +522,12 @@ def test_an_extension_waits_for_nobody(engine):
     assert sorted(claim.message.id for claim in extended) == [ids[0], ids[2]]
 
 
-def test_what_was_locked_at_an_extension_is_extended_soon(engine, monkeypatch):
+@pytest.mark.parametrize("lock", ["SELECT FROM engagement_message_queue FOR UPDATE", "LOCK engagement_message_queue"])
+def test_what_could_not_be_extended_is_extended_soon(engine, monkeypatch, lock):
     """And not a third of a lease later: two unlucky moments, and the lease of a healthy send would be over."""
     queue(engine, new_message())
-    is_sending, may_end, later, extensions = threading.Event(), threading.Event(), [0], []
+    is_sending, may_end, failed, extended = (threading.Event() for _ in range(4))
+    later = [0]
     monkeypatch.setattr(delivery, "clock", lambda: clock() + later[0])
 
     def send(_):
@@ -534,20 +536,27 @@ def test_what_was_locked_at_an_extension_is_extended_soon(engine, monkeypatch):
 
     with an_engine(engine.url) as watched, Running(watched, send, lease=LATER, concurrency=2):
 
+        @event.listens_for(watched, "begin")
+        def hurry(connection):
+            connection.exec_driver_sql("SET LOCAL lock_timeout = '100ms'")
+
         @event.listens_for(watched, "after_cursor_execute")
         def note(_conn, cursor, _statement, parameters, *_):
             if is_extension(parameters):
-                extensions.append(cursor.rowcount)
+                (extended if cursor.rowcount else failed).set()
+
+        @event.listens_for(watched, "handle_error")
+        def note_error(context):
+            if is_extension(context.parameters or {}):
+                failed.set()
 
         assert is_sending.wait(PATIENCE_SECONDS)
         with engine.begin() as host:
-            host.execute(text("SELECT FROM engagement_message_queue FOR UPDATE"))
+            host.execute(text(lock))
             later[0] = LATER.total_seconds() / 3
-            until(lambda: extensions)
-        until(lambda: 1 in extensions)
+            assert failed.wait(PATIENCE_SECONDS)
+        assert extended.wait(PATIENCE_SECONDS)
         may_end.set()
-
-    assert extensions[0] == 0
 
 
 @contextmanager
