@@ -37,6 +37,7 @@ from engagement import (
     sending,
 )
 from engagement.claims import Holder
+from engagement.database_errors import is_undone
 from engagement.messages import delivery_id
 from engagement.models import MessageStatus
 from engagement.outcomes import Verdict, decide
@@ -1420,6 +1421,23 @@ DROP FUNCTION IF EXISTS pg_temp_break;
 def _break_when(engine):
     yield lambda when: execute(engine, BREAK.format(when=when))
     execute(engine, MEND)
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("SELECT 1 / 0", True),
+        ("SET LOCAL statement_timeout = 1; SELECT pg_sleep(60)", True),
+        # It may come after the commit, which then waited for a standby.
+        ("SELECT pg_terminate_backend(pg_backend_pid())", False),
+    ],
+)
+def test_only_a_server_that_goes_on_has_undone_a_transaction(engine, statement, expected):
+    """A claim of which this is not known is looked for again, and adopted if it is there."""
+    with pytest.raises(DBAPIError) as caught, engine.begin() as connection:
+        connection.execute(text(statement))
+
+    assert is_undone(caught.value) is expected
 
 
 def test_an_extension_that_says_that_a_claim_was_lost_is_believed(engine):
