@@ -146,13 +146,21 @@ def timeline(message: EngagementMessage, *, reveal: bool = False) -> list[Moment
 def _recorded(entry: Any, message: EngagementMessage, *, reveal: bool) -> tuple[datetime, Moment]:
     """Return an entry of a history and its place, also if somebody wrote it by hand."""
     try:
-        at, reason = datetime.fromisoformat(entry["at"]), entry.get("reason")
-        detail = None if reason is None else str(reason) if reveal else masked(str(reason), message)
+        at, detail = datetime.fromisoformat(entry["at"]), _detail(entry)
+        detail = detail if reveal or detail is None else masked(detail, message)
         # A word that is not ours may be anything, also personal.
         event = entry["event"] if entry["event"] in _EVENTS else NOT_KEPT
         return at.astimezone(UTC), Moment(at, event, int(entry["attempt"]), detail)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         return message.created_at, Moment(None, NOT_KEPT, None, "an entry of its history cannot be read")
+
+
+def _detail(entry: Mapping[str, Any]) -> str | None:
+    """Return what was decided, by whom, and why: `not sent, by ana: asked the provider`; None of what is not kept."""
+    sent, by, reason = entry.get("sent"), entry.get("by"), entry.get("reason")
+    decided = "sent" if sent is True else "not sent" if sent is False else None
+    decision = ", ".join(filter(None, (decided, by and f"by {by}")))
+    return ": ".join(filter(None, (decision, reason and str(reason)))) or None
 
 
 def _lost_attempts(

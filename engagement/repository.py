@@ -50,6 +50,8 @@ class EngagementMessageRepository:
     All input is checked before the database is touched and raises `InvalidMessage` (a `ValueError`), so that bad
     input never poisons the transaction. Errors of the database pass through, without the values of the statement.
 
+    Changes keep `reason` and `by` in the message's history: why, and the name of who decided it (`by="ana"`).
+
     `schema` names the schema of the table if it is not on the connection's search path.
     """
 
@@ -144,12 +146,12 @@ class EngagementMessageRepository:
 
     # Changing
 
-    def cancel_message(self, message_id: int, reason: str | None = None) -> Cancellation:
+    def cancel_message(self, message_id: int, reason: str | None = None, *, by: str | None = None) -> Cancellation:
         """Cancel a pending message. Never says cancelled of a message that is or may have been sent.
 
         A pending message that an idempotent transport may have sent before becomes in doubt, and is not sent again.
         """
-        values = {"message_id": checked_id(message_id), "reason": clean_reason(reason)}
+        values = {"message_id": checked_id(message_id), **_decision(by, reason)}
         found = self._execute(statements.cancel_if_pending(), values).one_or_none()
         if found is None:
             return Cancellation("not_found", None)
@@ -158,10 +160,12 @@ class EngagementMessageRepository:
             return Cancellation("cancelled", now)
         return Cancellation("already_cancelled" if before == MessageStatus.CANCELLED else "too_late", now or before)
 
-    def cancel_pending_messages(self, user_id: str, message_type: str | None = None, reason: str | None = None) -> int:
+    def cancel_pending_messages(
+        self, user_id: str, message_type: str | None = None, reason: str | None = None, *, by: str | None = None
+    ) -> int:
         """Cancel what is pending for the user, of one type or of all, and return how many messages that were."""
         statement = statements.cancel_pending_of_user(of_one_type=message_type is not None)
-        values = {"of_user": checked_text("user_id", user_id), "reason": clean_reason(reason)}
+        values = {"of_user": checked_text("user_id", user_id), **_decision(by, reason)}
         if message_type is not None:
             values["of_type"] = checked_text("message_type", message_type)
         return sum(status == MessageStatus.CANCELLED for status in self._execute(statement, values).scalars())
@@ -171,20 +175,24 @@ class EngagementMessageRepository:
         values = {"message_id": checked_id(message_id), "moment": checked_moment("scheduled_for", scheduled_for)}
         return self._changed(statements.reschedule_if_pending(), values)
 
-    def retry_message(self, message_id: int) -> bool:
+    def retry_message(self, message_id: int, *, by: str | None = None) -> bool:
         """Make a failed or expired message due again, under the same key and with all its retries.
 
         An expiry that has passed is lifted. False if it is neither, or was forgotten or pruned.
         """
-        return self._changed(statements.retry_if_ended(), {"message_id": checked_id(message_id)})
+        return self._changed(
+            statements.retry_if_ended(), {"message_id": checked_id(message_id), "by": clean_reason(by)}
+        )
 
-    def resolve_message(self, message_id: int, sent: bool, reason: str | None = None) -> bool:
+    def resolve_message(self, message_id: int, sent: bool, reason: str | None = None, *, by: str | None = None) -> bool:
         """Say what became of a message in doubt: `sent`, or not, and then it is due again. False if not in doubt.
 
-        Say `sent=False` only if you know it: it sends the message. `sent_at` becomes when the doubt was recorded: the
-        send was not later.
+        Say `sent=False` only if you know it: it sends the message. Anything but True and False is refused. `sent_at`
+        becomes when the doubt was recorded: the send was not later.
         """
-        values = {"message_id": checked_id(message_id), "reason": clean_reason(reason)}
+        if not isinstance(sent, bool):
+            raise InvalidMessage("sent", f"must be True or False, not {type(sent).__name__}")
+        values = {"message_id": checked_id(message_id), **_decision(by, reason)}
         return self._changed(statements.resolve_if_in_doubt(sent=sent), values)
 
     def forget_user(self, user_id: str) -> Forgotten:
@@ -263,27 +271,33 @@ class AsyncEngagementMessageRepository:
         """Count the messages in each status, and tell how long the oldest due one has been waiting."""
         return await self._run(EngagementMessageRepository.count_by_status)
 
-    async def cancel_message(self, message_id: int, reason: str | None = None) -> Cancellation:
+    async def cancel_message(
+        self, message_id: int, reason: str | None = None, *, by: str | None = None
+    ) -> Cancellation:
         """Cancel a pending message."""
-        return await self._run(EngagementMessageRepository.cancel_message, message_id, reason)
+        return await self._run(EngagementMessageRepository.cancel_message, message_id, reason, by=by)
 
     async def cancel_pending_messages(
-        self, user_id: str, message_type: str | None = None, reason: str | None = None
+        self, user_id: str, message_type: str | None = None, reason: str | None = None, *, by: str | None = None
     ) -> int:
         """Cancel what is pending for the user, and return how many messages that were."""
-        return await self._run(EngagementMessageRepository.cancel_pending_messages, user_id, message_type, reason)
+        return await self._run(
+            EngagementMessageRepository.cancel_pending_messages, user_id, message_type, reason, by=by
+        )
 
     async def reschedule_message(self, message_id: int, scheduled_for: datetime) -> bool:
         """Move a pending message to another time."""
         return await self._run(EngagementMessageRepository.reschedule_message, message_id, scheduled_for)
 
-    async def retry_message(self, message_id: int) -> bool:
+    async def retry_message(self, message_id: int, *, by: str | None = None) -> bool:
         """Make a failed or expired message due again."""
-        return await self._run(EngagementMessageRepository.retry_message, message_id)
+        return await self._run(EngagementMessageRepository.retry_message, message_id, by=by)
 
-    async def resolve_message(self, message_id: int, sent: bool, reason: str | None = None) -> bool:
+    async def resolve_message(
+        self, message_id: int, sent: bool, reason: str | None = None, *, by: str | None = None
+    ) -> bool:
         """Say what became of a message in doubt."""
-        return await self._run(EngagementMessageRepository.resolve_message, message_id, sent, reason)
+        return await self._run(EngagementMessageRepository.resolve_message, message_id, sent, reason, by=by)
 
     async def forget_user(self, user_id: str) -> Forgotten:
         """Cancel what is pending for the user, and blank what is personal everywhere."""
@@ -351,6 +365,10 @@ def _packed(chunk: list[NewMessage]) -> dict[str, str]:
         "expires_at": join([_moment_text(message.expires_at) for message in chunk]),
         "idempotency_key": join([message.key for message in chunk]),
     }
+
+
+def _decision(by: str | None, reason: str | None) -> dict[str, str | None]:
+    return {"by": clean_reason(by), "reason": clean_reason(reason)}
 
 
 def _in_utc(moment: datetime | None) -> datetime | None:

@@ -35,6 +35,7 @@ from sqlalchemy import (
     case,
     cast,
     column,
+    false,
     func,
     insert,
     literal_column,
@@ -99,17 +100,16 @@ def _unless_in_doubt(status: ColumnElement[Any], has_doubt: ColumnElement[bool])
     return case((and_(has_doubt, status.in_([FAILED, CANCELLED, EXPIRED])), IN_DOUBT), else_=status)
 
 
-def _history_with(event: ColumnElement[Any], reason: ColumnElement[Any]) -> ColumnElement[Any]:
+def _history_with(event: ColumnElement[Any], reason: ColumnElement[Any], **more: ColumnElement[Any]) -> Any:
     """Append an entry; past the limit, the oldest but the first makes room."""
     is_full = func.jsonb_array_length(C.history) >= _number(HISTORY_ENTRIES)
     kept = case((is_full, C.history.op("-")(_number(1))), else_=C.history)
-    return kept.op("||")(func.jsonb_build_array(_entry(event, reason)))
+    return kept.op("||")(func.jsonb_build_array(_entry(event, reason, **more)))
 
 
-def _entry(event: ColumnElement[Any], reason: ColumnElement[Any]) -> ColumnElement[Any]:
-    return func.jsonb_build_object(
-        _word("at"), NOW, _word("attempt"), C.attempt, _word("event"), event, _word("reason"), reason
-    )
+def _entry(event: ColumnElement[Any], reason: ColumnElement[Any], **more: ColumnElement[Any]) -> ColumnElement[Any]:
+    facts = {"at": NOW, "attempt": C.attempt, "event": event, "reason": reason, **more}
+    return func.jsonb_build_object(*(part for name, value in facts.items() for part in (_word(name), value)))
 
 
 def _text(name: str) -> ColumnElement[Any]:
@@ -397,7 +397,7 @@ def settle_if_claimed() -> Executable:
     given = _verdicts().c
     has_doubt = func.coalesce(given.has_doubt, C.has_doubt)
     wanted = case((and_(given.status == PENDING, _is_forgotten), CANCELLED), else_=given.status)
-    event = case((and_(given.status == SENT, C.status != SENDING), _word("resolved")), else_=given.event)
+    resolves = and_(given.status == SENT, C.status != SENDING)
     reason = case((_is_forgotten, null()), else_=given.reason)
     is_late_but_sent = and_(given.status == SENT, C.status != SENT)
     return (
@@ -411,7 +411,11 @@ def settle_if_claimed() -> Executable:
             next_attempt_at=case((given.status == PENDING, _next_attempt(given)), else_=C.next_attempt_at),
             provider_message_id=case((_is_forgotten, null()), else_=given.provider_message_id),
             error_message=case((_is_forgotten, null()), else_=func.coalesce(reason, C.error_message)),
-            history=case((event != SENT, _history_with(event, reason)), else_=C.history),
+            history=case(
+                (resolves, _history_with(_word("resolved"), reason, sent=true())),
+                (given.event != SENT, _history_with(given.event, reason)),
+                else_=C.history,
+            ),
         )
         .where(
             C.id == given.id,
@@ -528,7 +532,7 @@ def cancel_if_pending() -> Executable:
             # what the row was before we waited for it.
             lease_expires_at=null(),
             sent_at=null(),
-            history=_history_with(_word("cancelled"), _text("reason")),
+            history=_history_with(_word("cancelled"), _text("reason"), by=_text("by")),
         )
         .returning(C.id, C.status)
         .cte("cancelled")
@@ -549,7 +553,7 @@ def cancel_pending_of_user(*, of_one_type: bool) -> Executable:
         .values(
             status=_unless_in_doubt(CANCELLED, pending.c.has_doubt),
             has_doubt=pending.c.has_doubt,
-            history=_history_with(_word("cancelled"), _text("reason")),
+            history=_history_with(_word("cancelled"), _text("reason"), by=_text("by")),
         )
         .returning(C.status)
     )
@@ -601,7 +605,7 @@ def retry_if_ended() -> Executable:
             retry_count=0,
             next_attempt_at=NOW,
             expires_at=case((C.expires_at > NOW, C.expires_at)),
-            history=_history_with(_word("retried"), null()),
+            history=_history_with(_word("retried"), null(), by=_text("by")),
         )
         .returning(C.id)
     )
@@ -614,7 +618,7 @@ def resolve_if_in_doubt(*, sent: bool) -> Executable:
     It was sent before the doubt was recorded, and not when somebody found out.
     """
     resolved = update(QUEUE).where(_id, C.status == IN_DOUBT).returning(C.id)
-    history = _history_with(_word("resolved"), _text("reason"))
+    history = _history_with(_word("resolved"), _text("reason"), sent=true() if sent else false(), by=_text("by"))
     if sent:
         return resolved.values(status=SENT, has_doubt=False, sent_at=func.coalesce(_doubted_at(), NOW), history=history)
     return resolved.where(C.destination_jid.is_not(None)).values(

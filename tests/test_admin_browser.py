@@ -4,11 +4,11 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
+from admin_page import admin_of, put, put_secrets
 from conftest import new_message, queue, row
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService, Keys
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.support.wait import WebDriverWait
-from test_admin import admin_of, put, put_secrets
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+from admin_page import fields_of, put, said, send
 from conftest import new_message, queue, row
 from shell import PATIENCE, ROOT, killed_at_the_end, program, url_of
-from test_admin import fields_of, put, said, send
 
 from engagement.admin.serving import is_loopback
 

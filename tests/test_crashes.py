@@ -437,6 +437,7 @@ def test_a_frozen_worker_that_has_sent_resolves_the_doubt(scene):
 
     assert scene.status(message_id) == "sent"
     assert events_of(scene.engine, message_id) == ["in_doubt", "resolved"]
+    assert row(scene.engine, message_id).history[-1]["sent"] is True
     assert len(scene.ledger.entries()) == 1
 
 

@@ -149,8 +149,36 @@ def test_a_doubt_that_somebody_resolved_names_no_worker_for_it(engine):
     assert told(engine)[2:] == [
         ("in_doubt", 1, "no answer"),
         ("sent", 1, "at the latest, as was found out later"),
-        ("resolved", 1, "seen in the chat"),
+        ("resolved", 1, "sent: seen in the chat"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("sent", "by", "reason", "detail"),
+    [
+        (True, "ana", "seen in the chat", "sent, by ana: seen in the chat"),
+        (False, "ana", None, "not sent, by ana"),
+        (False, "+55 11 98765-4321", "asked ana@example.org", "not sent, by ***: asked ***"),
+    ],
+)
+def test_what_was_decided_and_by_whom_is_told(engine, sent, by, reason, detail):
+    """A decision is told with who took it, as far as that was said and is no address or number."""
+    queue(engine, new_message())
+    deliver(engine, InDoubt("no answer"))
+    act(engine, "resolve_message", 1, sent=sent, reason=reason, by=by)
+
+    assert ("resolved", 1, detail) in told(engine)
+
+
+@pytest.mark.parametrize("entry", ["{}", '{"sent": "no", "by": ["ana"]}', '{"sent": null, "by": null}'])
+def test_what_a_history_does_not_say_is_not_made_up(engine, entry):
+    """An entry from before, or by another hand, says nothing of what was decided."""
+    queue(engine, new_message())
+    at = '{"at": "2026-01-01T00:00:00+00:00", "attempt": 1, "event": "resolved"}'
+    update(engine, f"history = jsonb_build_array('{at}'::jsonb || '{entry}'::jsonb)")
+
+    (detail,) = (detail for what, _, detail in told(engine) if what == "resolved")
+    assert "sent" not in (detail or "")
 
 
 @pytest.mark.parametrize(

@@ -336,13 +336,55 @@ def test_only_a_doubt_is_resolved(engine, status, sent):
     if not is_resolved:
         assert found == before
         return
-    assert [(entry["event"], entry["reason"]) for entry in found.history] == [("resolved", "asked Ana")]
+    (entry,) = found.history
+    assert (entry["event"], entry["sent"], entry["reason"], entry["by"]) == ("resolved", sent, "asked Ana", None)
     if sent:
         assert (found.status, found.attempt) == ("sent", 2)
         assert datetime.now(UTC) - found.sent_at < timedelta(minutes=1)
     else:
         assert (found.status, found.attempt, found.retry_count) == ("pending", 2, 0)
         assert datetime.now(UTC) - found.next_attempt_at < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize("sent", [None, 0, 1, "sent", "no", ""])
+def test_what_is_neither_yes_nor_no_resolves_nothing(engine, sent):
+    """Only True and False say what became of a message: what was not said, or said otherwise, is not "not sent"."""
+    message_id = queued_as(engine, "in_doubt")
+    before = row(engine, message_id)
+
+    with pytest.raises(InvalidMessage, match="sent: must be True or False"):
+        call(engine, "resolve_message", message_id, sent)
+
+    assert row(engine, message_id) == before
+
+
+@pytest.mark.parametrize(
+    ("status", "method", "more", "event"),
+    [
+        ("in_doubt", "resolve_message", {"sent": True}, {"event": "resolved", "sent": True, "reason": None}),
+        ("in_doubt", "resolve_message", {"sent": False}, {"event": "resolved", "sent": False, "reason": None}),
+        ("pending", "cancel_message", {"reason": "came back"}, {"event": "cancelled", "reason": "came back"}),
+        ("failed", "retry_message", {}, {"event": "retried", "reason": None}),
+    ],
+)
+def test_a_decision_is_kept_with_who_took_it(engine, status, method, more, event):
+    """The history says what was decided and by whom, on one line as it can be stored."""
+    message_id = queued_as(engine, status)
+
+    call(engine, method, message_id, by="Ana\x00\nSouza", **more)
+
+    (entry,) = row(engine, message_id).history
+    assert entry == {"at": entry["at"], "attempt": entry["attempt"], "by": "Ana Souza", **event}
+
+
+def test_who_cancels_all_of_a_user_is_kept(engine):
+    """Many messages are cancelled by somebody, too."""
+    message_id = queued_as(engine, "pending", "a")
+
+    assert call(engine, "cancel_pending_messages", "a", reason="left", by="ana") == 1
+
+    (entry,) = row(engine, message_id).history
+    assert (entry["event"], entry["reason"], entry["by"]) == ("cancelled", "left", "ana")
 
 
 def test_a_forgotten_doubt_can_only_be_resolved_as_sent(engine):

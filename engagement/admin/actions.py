@@ -34,6 +34,8 @@ class Given:
 
     reason: str | None
     moment: datetime | None
+    by: str
+    """Who filled it in, as `authentication` says."""
 
 
 Perform = Callable[[EngagementMessageRepository, int, Given], Answer]
@@ -53,7 +55,7 @@ class Action:
 
 
 def _cancel(repository: EngagementMessageRepository, message_id: int, given: Given) -> Answer:
-    cancellation = repository.cancel_message(message_id, given.reason)
+    cancellation = repository.cancel_message(message_id, given.reason, by=given.by)
     status = _words(cancellation.status)
     sentences = {
         "cancelled": "Cancelled. It is not sent.",
@@ -65,8 +67,8 @@ def _cancel(repository: EngagementMessageRepository, message_id: int, given: Giv
     return Answer(word, sentences[word], is_done=cancellation.is_cancelled)
 
 
-def _retry(repository: EngagementMessageRepository, message_id: int, _: Given) -> Answer:
-    done = repository.retry_message(message_id)
+def _retry(repository: EngagementMessageRepository, message_id: int, given: Given) -> Answer:
+    done = repository.retry_message(message_id, by=given.by)
     return _answer(repository, message_id, "retried", "Due again, with all its retries.", done=done)
 
 
@@ -75,7 +77,7 @@ def _resolve(*, sent: bool) -> Perform:
     sentence = "Resolved: it was sent." if sent else "Resolved: it was not sent, and is due again."
 
     def perform(repository: EngagementMessageRepository, message_id: int, given: Given) -> Answer:
-        done = repository.resolve_message(message_id, sent, given.reason)
+        done = repository.resolve_message(message_id, sent, given.reason, by=given.by)
         return _answer(repository, message_id, word, sentence, done=done)
 
     return perform
@@ -170,10 +172,17 @@ def actions_for(message: EngagementMessage) -> list[Action]:
 
 
 def act(
-    session: Session, action: Action, message_id: int, form: Mapping[str, object], *, tz: tzinfo, schema: str | None
+    session: Session,
+    action: Action,
+    message_id: int,
+    form: Mapping[str, object],
+    *,
+    by: str,
+    tz: tzinfo,
+    schema: str | None,
 ) -> Answer:
     """Do it, unless the message was claimed again since the person looked: what they know speaks of that attempt."""
-    given = Given(reason=str(form.get("reason") or "") or None, moment=_moment(form.get("moment"), tz))
+    given = Given(reason=str(form.get("reason") or "") or None, moment=_moment(form.get("moment"), tz), by=by)
     attempt = select(EngagementMessage.attempt).where(EngagementMessage.id == checked_id(message_id)).with_for_update()
     now = session.execute(attempt, execution_options=in_schema(schema)).scalar_one_or_none()
     if now is not None and not form.get("attempt"):

@@ -265,10 +265,10 @@ class MessagesPage(Page):
     async def act(self, request: Request) -> Response:
         """Do it, and tell what came of it on the message's page."""
         action, message_id, form = _action(request), _message_id(request), await request.form()
-        queue = self.shown.queue
+        queue, by = self.shown.queue, request.state.operator
         try:
             answer = await queue.run(
-                lambda session: act(session, action, message_id, form, tz=self.shown.tz, schema=queue.schema),
+                lambda session: act(session, action, message_id, form, by=by, tz=self.shown.tz, schema=queue.schema),
                 if_too_long="Nothing was done. Try again.",
             )
         except InvalidMessage as error:
