@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from engagement.cli.acting import ask, dry_run_option, in_number, show_dry_run, told_if_ended_early, yes_option
 from engagement.cli.connecting import Database, on_database
+from engagement.cli.group import command
 from engagement.cli.parameters import age_to_prune
 from engagement.cli.problems import needs_attention
 from engagement.cli.showing import examples, in_words, json_option, progress, show
@@ -18,7 +19,7 @@ from engagement.inspection import count_messages, count_prunable
 BATCH = 2_000
 
 
-@click.command(
+@command(
     "forget-user", epilog=examples("engagement forget-user user123 --dry-run", "engagement forget-user user123 --yes")
 )
 @click.argument("user_id", metavar="USER")
@@ -48,7 +49,7 @@ def forget_user(database: Database, user_id: str, *, dry_run: bool, yes: bool, a
         raise needs_attention()
 
 
-@click.command(
+@command(
     epilog=examples("engagement prune --older-than 90d --dry-run", "engagement prune --older-than 90d --yes --json")
 )
 @click.option(

@@ -8,6 +8,7 @@ import click
 
 from engagement.cli.acting import Act, Request, act_on, on_messages
 from engagement.cli.connecting import Database, on_database
+from engagement.cli.group import command
 from engagement.cli.parameters import moment_ahead
 from engagement.cli.showing import examples
 from engagement.models import MessageStatus
@@ -19,7 +20,7 @@ BLANKED = "it was forgotten or pruned"
 reason_option = click.option("--reason", metavar="TEXT", help="Kept in the message's history; nothing personal.")
 
 
-@click.command(
+@command(
     epilog=examples(
         "engagement cancel 4711 --reason 'came back'",
         "engagement cancel --user user123 --dry-run",
@@ -44,7 +45,7 @@ def cancel(database: Database, request: Request, reason: str | None) -> None:
     act_on(database, request, act)
 
 
-@click.command(
+@command(
     epilog=examples(
         "engagement reschedule 4711 --to 2026-11-24T09:00-03:00",
         "engagement reschedule --type weekly_review --scheduled-until 2026-11-24T00:00Z --to 12h",
@@ -71,7 +72,7 @@ def reschedule(database: Database, request: Request, to: datetime) -> None:
     act_on(database, request, act)
 
 
-@click.command(
+@command(
     epilog=examples(
         "engagement retry 4711",
         "engagement retry --status failed --type weekly_review --dry-run",
@@ -97,7 +98,7 @@ def retry(database: Database, request: Request) -> None:
     act_on(database, request, act)
 
 
-@click.command(
+@command(
     epilog=examples(
         'engagement resolve 4711 --sent --reason "seen in the provider\'s log"',
         "engagement resolve --all --created-until 2d --sent --dry-run",

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from engagement.cli.connecting import Database, on_database
+from engagement.cli.group import command
 from engagement.cli.parameters import age_to_prune, duration, positive_duration, transport_named
 from engagement.cli.problems import needs_attention
 from engagement.cli.showing import examples, json_option, logging_to_stderr, show
@@ -70,7 +71,7 @@ def delivers(command: F) -> F:
     return command
 
 
-@click.command(
+@command(
     context_settings={"show_default": True},
     epilog=examples(
         "engagement process --transport engagement.transports.console:Console",
@@ -102,7 +103,7 @@ def process(
         raise needs_attention()
 
 
-@click.command(
+@command(
     context_settings={"show_default": True},
     epilog=examples(
         "engagement work --transport myapp.whatsapp:send",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -75,6 +76,24 @@ Exit status:
 \b
 Completion of commands and options, in ~/.bashrc (zsh and fish likewise):
   eval "$(_ENGAGEMENT_COMPLETE=bash_source engagement)\""""
+
+
+class Command(click.Command):
+    """A command that does nothing before it was given all that it requires."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        # click asks for it too, but from 8.3 on lets `required=True` pass beside `default=None`. The one option of
+        # three answers is such a one: without an answer, `resolve` sent the message again.
+        for parameter in self.params:
+            if parameter.required and ctx.params[str(parameter.name)] is None:
+                raise click.MissingParameter(ctx=ctx, param=parameter)
+        return super().invoke(ctx)
+
+
+def command(name: str | None = None, **how: Any) -> Callable[[Callable[..., Any]], Command]:
+    """Make a command of a function, as `click.command` does."""
+    return click.command(name, cls=Command, **how)
 
 
 class Commands(click.Group):

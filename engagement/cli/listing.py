@@ -9,6 +9,7 @@ import click
 
 from engagement.cli.choosing import filtered, find_message
 from engagement.cli.connecting import Database, on_database
+from engagement.cli.group import command
 from engagement.cli.problems import needs_attention
 from engagement.cli.showing import (
     examples,
@@ -51,7 +52,7 @@ FOR_PEOPLE = {
 """`due` is when a pending message is due, and when any other last was."""
 
 
-@click.command(
+@command(
     "list",
     epilog=examples(
         "engagement list --status failed --status in_doubt",
@@ -104,7 +105,7 @@ def list_(
         click.echo(f"There may be older ones. To see them, add: --before {facts[-1]['id']}", err=True)
 
 
-@click.command(
+@command(
     "show",
     epilog=examples(
         "engagement show 4711",

@@ -8,13 +8,14 @@ from datetime import timedelta
 import click
 
 from engagement.cli.connecting import Database, on_database
+from engagement.cli.group import command
 from engagement.cli.parameters import duration
 from engagement.cli.problems import needs_attention
 from engagement.cli.showing import examples, json_of, json_option, printable, show
 from engagement.inspection import overview
 
 
-@click.command(epilog=examples("engagement status", "watch -n 5 engagement status", "engagement status --json"))
+@command(epilog=examples("engagement status", "watch -n 5 engagement status", "engagement status --json"))
 @json_option
 @on_database
 def status(database: Database, *, as_json: bool) -> None:
@@ -47,7 +48,7 @@ def _seconds(length: timedelta | None) -> float | None:
     return None if length is None else round(length.total_seconds(), 1)
 
 
-@click.command(epilog=examples("engagement verify", "engagement verify --overdue 15m --json"))
+@command(epilog=examples("engagement verify", "engagement verify --overdue 15m --json"))
 @click.option(
     "--overdue",
     default="1h",

@@ -11,11 +11,12 @@ import click
 from engagement import migrations
 from engagement.cli.acting import ask, in_number
 from engagement.cli.connecting import Database, on_database
+from engagement.cli.group import command
 from engagement.cli.problems import DatabaseProblem, Problem
 from engagement.cli.showing import examples, json_option, show
 
 
-@click.command(
+@command(
     epilog=examples(
         "engagement upgrade", "engagement upgrade --schema messaging", "engagement upgrade --sql > upgrade.sql"
     )
@@ -42,7 +43,7 @@ def upgrade(database: Database, revision: str, *, sql: bool, row_level_security:
     click.echo(f"already at {now}" if now == before else f"upgraded to {now}")
 
 
-@click.command(epilog=examples("engagement downgrade eng_0001", "engagement downgrade base --yes"))
+@command(epilog=examples("engagement downgrade eng_0001", "engagement downgrade base --yes"))
 @click.argument("revision", default="base")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @on_database
@@ -68,7 +69,7 @@ def _ask_to_downgrade(database: Database, revision: str) -> None:
         ask(f"downgrade to {revision} with {in_number(messages)}")
 
 
-@click.command()
+@command()
 @json_option
 @on_database
 def current(database: Database, *, as_json: bool) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
+from engagement.cli.group import command
 from engagement.cli.problems import Problem, needs_attention
 from engagement.cli.showing import examples
 
 
-@click.command("lint-catalogues", epilog=examples("engagement lint-catalogues locales"))
+@command("lint-catalogues", epilog=examples("engagement lint-catalogues locales"))
 @click.argument("folder", type=click.Path(exists=True, file_okay=False))
 def lint_catalogues(folder: str) -> None:
     """Check that each key can be said in each locale.
@@ -27,7 +28,7 @@ def lint_catalogues(folder: str) -> None:
     click.echo("no problem found")
 
 
-@click.command()
+@command()
 def demo() -> None:
     """See the queue at work, on a database of its own.
 

@@ -11,13 +11,14 @@ import click
 from rich.console import Console
 
 from engagement.cli.connecting import Database, on_database
+from engagement.cli.group import command
 from engagement.cli.problems import needs_attention
 from engagement.cli.showing import examples, json_option, progress, show
 from engagement.jsonl import BadLine, read_messages
 from engagement.messages import NewMessage
 
 
-@click.command(epilog=examples("engagement queue messages.jsonl", "daily-job | engagement queue - --json"))
+@command(epilog=examples("engagement queue messages.jsonl", "daily-job | engagement queue - --json"))
 @click.argument("source", type=click.File("rb"), metavar="FILE.jsonl|-")
 @json_option
 @on_database

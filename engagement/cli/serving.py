@@ -8,6 +8,7 @@ from zoneinfo import ZoneInfo
 import click
 
 from engagement.cli.connecting import Database, on_database
+from engagement.cli.group import command
 from engagement.cli.problems import Problem
 from engagement.cli.showing import examples, logging_to_stderr
 
@@ -20,7 +21,7 @@ def zone_named(name: str) -> ZoneInfo:
         raise click.BadParameter("must be a time zone such as UTC or America/Sao_Paulo.") from None
 
 
-@click.command(
+@command(
     context_settings={"show_default": True},
     epilog=examples(
         "engagement admin", "engagement admin --reveal --tz America/Sao_Paulo", "engagement admin --port 0"
