@@ -61,25 +61,32 @@ if TYPE_CHECKING:
 HIDDEN = "***"
 SHORTEST_NUMBER = 4
 """Of so short an address the last two characters would tell too much."""
-_ADDRESS = r"\S+@\S+"
 _DATE = r"(?:19|20)\d\d-(?:0[1-9]|1[0-2])-[0-3]\d"
 _MOMENT = rf"{_DATE}(?:[T ][0-2]\d:[0-5]\d(?::[0-6]\d(?:\.\d{{1,6}})?)?(?:Z|[+-]\d\d:?\d\d)?)?(?!\d)"
 _UUID = r"\b[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}\b"
 _NUMBER = r"[+(]{0,3}\d(?:[ ().+/\u2010-\u2015-]*\d){6,}"
-_PERSONAL = rf"{_ADDRESS}|(?P<kept>{_MOMENT}|{_UUID})|{_NUMBER}"
+_PERSONAL = rf"(?P<kept>{_MOMENT}|{_UUID})|{_NUMBER}"
+_WORD = re.compile(r"\S+")
 
 
 def masked(text: str, message: EngagementMessage | None = None) -> str:
     """Return a provider's text without what looks like an address or a number of a person.
 
-    If it is of a `message`, also without that message's user, address and key.
+    If it is of a `message`, also without that message's user, address and key. It takes time in proportion to the text.
     """
-    pattern = _PERSONAL
-    if message is not None:
-        # A key or an address may hold a number; a user may be no more than a part of one.
-        own = [message.idempotency_key, message.destination_jid]
-        pattern = "|".join([*(re.escape(word) for word in own if word), _PERSONAL, re.escape(message.user_id)])
-    return re.sub(pattern, lambda found: found["kept"] or HIDDEN, text)
+    user, own = (None, []) if message is None else (message.user_id, [message.idempotency_key, message.destination_jid])
+    # A key or an address may hold a number; a user may be no more than a part of one.
+    for word in filter(None, own):
+        text = text.replace(word, HIDDEN)
+    # Only of a text that names the user: to compile a pattern takes longer than to search with it.
+    pattern = f"{_PERSONAL}|{re.escape(user)}" if user and user in text else _PERSONAL
+    text = re.sub(pattern, lambda found: HIDDEN if found["kept"] in {None, user} else found["kept"], text)
+    # Word by word: a pattern that looks for the @ of an address would do so from every character of a long word.
+    return _WORD.sub(_hidden_if_address, text)
+
+
+def _hidden_if_address(word: re.Match[str]) -> str:
+    return HIDDEN if "@" in word[0][1:-1] else word[0]
 
 
 def mask_address(jid: str | None) -> str | None:

@@ -1,6 +1,7 @@
 """What a person is shown: timelines that say what is unknown, pages, an overview and activity, and nothing personal."""
 
 import re
+import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -234,6 +235,8 @@ def test_reasons_are_masked_unless_revealed(engine):
         ("no account for 447700900101", "no account for ***"),
         ("no account for +55 (11) 99999-0000", "no account for ***"),
         ("447700900101@s.whatsapp.net is gone", "*** is gone"),
+        ("to:ana@example.org,447700900101", "***"),
+        ("119 876 4321@s.whatsapp.net, @ana or ana@", "*** @ana or ana@"),
         ("no (11) 99999-9999 here", "no *** here"),
         ("11 99999-9999", "***"),
         ("55 11 99999 9999", "***"),
@@ -249,6 +252,37 @@ def test_reasons_are_masked_unless_revealed(engine):
 def test_only_what_looks_personal_is_masked(reason, shown):
     """Numbers and addresses of people are masked; codes, statuses and times are what an operator needs."""
     assert masked(reason) == (reason if shown is None else shown)
+
+
+@pytest.mark.parametrize("user_id", ["01234567-1234-5123-8123-123456789012", "2026-03-01", "ana.maria", "447700900101"])
+def test_a_user_is_hidden_whatever_it_looks_like(engine, user_id):
+    """An id or a date is what an operator needs, unless it says who the person is."""
+    queue(engine, new_message(user_id))
+    deliver(engine, Refused(f"no {user_id} on 2026-03-02"))
+
+    assert told(engine)[-1] == ("refused", 1, "no *** on 2026-03-02")
+
+
+@pytest.mark.parametrize(
+    "part", ["x", "1", "-", "(", "@", "a@", "1 ", "1 2 3 4 5 6 x", "2026-01-", "01234567-", "\u2010", " "]
+)
+def test_masking_takes_time_in_proportion(engine, part):
+    """Twice as much of a provider's text takes twice as long, not four times, whatever it is made of."""
+    queue(engine, new_message("x" * 199 + "y", destination_jid="1" * 20 + "@lid", idempotency_key="x" * 511 + "y"))
+    with Session(engine) as session:
+        message = EngagementMessageRepository(session).get_message(1)
+
+    def seconds(length: int) -> float:
+        text = (part * length)[:length]
+
+        def once() -> float:
+            began = time.thread_time()
+            masked(text, message)
+            return time.thread_time() - began
+
+        return min(once() for _ in range(3))
+
+    assert seconds(40_000) < 3 * seconds(20_000) + 0.05
 
 
 def test_reasons_never_name_the_user_address_or_key_of_their_message(engine):
