@@ -47,7 +47,7 @@ from engagement.statements import (
     SENDING,
     SENT,
     C,
-    in_schema,
+    in_session,
     is_due,
     is_older,
     is_prunable,
@@ -253,14 +253,14 @@ def list_messages(
     is_upwards = after is not None and before is None
     page = chosen.order_by(C.id if is_upwards else C.id.desc()).limit(limit)
     # What the session loaded earlier may have been changed by a worker since.
-    found = session.scalars(page, execution_options=in_schema(schema) | {"populate_existing": True}).all()
+    found = session.scalars(page.execution_options(populate_existing=True), **in_session(schema)).all()
     return list(reversed(found)) if is_upwards else list(found)
 
 
 def count_messages(session: Session, *, schema: str | None = None, **filters: Unpack[Filters]) -> int:
     """Return how many messages fit. Indexed as `list_messages` is; otherwise it reads the whole table."""
     counted = select(func.count()).select_from(statements.QUEUE).where(*_conditions(filters))
-    return int(session.execute(counted, execution_options=in_schema(schema)).scalar_one())
+    return int(session.execute(counted, **in_session(schema)).scalar_one())
 
 
 def message_ids(
@@ -268,14 +268,14 @@ def message_ids(
 ) -> list[int]:
     """Return the ids of the next messages that fit after one and up to another, the oldest first."""
     chosen = select(C.id).where(*_conditions(filters), C.id > after, C.id <= up_to).order_by(C.id).limit(limit)
-    return list(session.execute(chosen, execution_options=in_schema(schema)).scalars())
+    return list(session.execute(chosen, **in_session(schema)).scalars())
 
 
 def count_prunable(session: Session, older_than: timedelta, *, schema: str | None = None) -> int:
     """Return how many messages `prune_messages` would blank. Read by its index."""
     counted = select(func.count()).select_from(statements.QUEUE).where(is_prunable, is_older)
     values = {"older_than": older_than}
-    return int(session.execute(counted, values, execution_options=in_schema(schema)).scalar_one())
+    return int(session.execute(counted, values, **in_session(schema)).scalar_one())
 
 
 LONGEST_PAGE = 10_000
@@ -341,16 +341,16 @@ def overview(session: Session, *, schema: str | None = None, count_up_to: int | 
     With `count_up_to`, a table that has more rows is not counted: what is finished is then estimated by the statistics,
     and all else is counted so far and no further. `pending_in_doubt` speaks of as many pending messages.
     """
-    options = in_schema(schema)
+    keywords = in_session(schema)
     queue = {"queue": qualified_name(schema)}
     values = {"over": RATE_OVER, "rows": RATE_ROWS, "most": count_up_to}
-    facts = session.execute(_queue_facts(), values, execution_options=options).one()
-    counts = {} if count_up_to is None else _count_roughly(session, queue | values, options)
+    facts = session.execute(_queue_facts(), values, **keywords).one()
+    counts = {} if count_up_to is None else _count_roughly(session, queue | values, keywords)
     is_rough = bool(counts)
     if not counts:
-        found = session.execute(statements.count_by_status(), execution_options=options)
+        found = session.execute(statements.count_by_status(), **keywords)
         counts = {word: count for word, count, _ in found}
-    table_facts = session.execute(_table_facts(), queue).one()
+    table_facts = session.execute(_table_facts(), queue, **keywords).one()
     return Overview(
         by_status=dict.fromkeys(MessageStatus, 0) | {MessageStatus(word): count for word, count in counts.items()},
         is_rough=is_rough,
@@ -365,11 +365,11 @@ def overview(session: Session, *, schema: str | None = None, count_up_to: int | 
     )
 
 
-def _count_roughly(session: Session, values: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, int]:
+def _count_roughly(session: Session, values: Mapping[str, Any], keywords: Mapping[str, Any]) -> dict[str, int]:
     """Return counts that read little; none if the table is small, or the planner has not looked at it."""
-    counts: dict[str, int] = {row.word: row.counted for row in session.execute(_estimates(), values)}
+    counts: dict[str, int] = {row.word: row.counted for row in session.execute(_estimates(), values, **keywords)}
     if counts:
-        for word, count in session.execute(_counts_of_unfinished(), values, execution_options=options):
+        for word, count in session.execute(_counts_of_unfinished(), values, **keywords):
             # Where counting was broken off, the estimate may know more.
             counts[word] = max(count, counts.get(word, 0)) if count == values["most"] else count
     return counts
@@ -490,12 +490,12 @@ def activity(session: Session, since: datetime, bucket: timedelta, *, schema: st
     checked_moment("since", since)
     if bucket <= timedelta(0):
         raise ValueError("bucket: must be more than nothing")
-    options = in_schema(schema)
+    keywords = in_session(schema)
     values = {"since": since, "bucket": bucket, "latest": LATEST_SEND}
-    now: datetime = session.execute(select(NOW)).scalar_one()
+    now: datetime = session.execute(select(NOW), **keywords).scalar_one()
     if (buckets := (now - since) // bucket + 1) > MOST_BUCKETS:
         raise ValueError(f"bucket: makes {buckets} buckets, more than {MOST_BUCKETS}")
-    rows = session.execute(_activity(), values, execution_options=options)
+    rows = session.execute(_activity(), values, **keywords)
     counts = {number: (due, sent) for number, due, sent in rows}
     return [Activity(since + number * bucket, *counts.get(number, (0, 0))) for number in range(buckets)]
 

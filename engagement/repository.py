@@ -52,12 +52,13 @@ class EngagementMessageRepository:
 
     Changes keep `reason` and `by` in the message's history: why, and the name of who decided it (`by="ana"`).
 
-    `schema` names the schema of the table if it is not on the connection's search path.
+    `schema` names the schema of the table if it is not on the connection's search path. A session with several engines
+    sends what is said here where it sends an UPDATE of `EngagementMessage`, and `get_…` where it sends a SELECT of it.
     """
 
     def __init__(self, session: Session, *, schema: str | None = None) -> None:
         self._session = session
-        self._options = statements.in_schema(schema)
+        self._keywords = statements.in_session(schema)
 
     # Queueing
 
@@ -221,7 +222,7 @@ class EngagementMessageRepository:
     # `Any`: SQLAlchemy 2.0 and 2.1 give the rows of a result different types.
     def _execute(self, statement: Executable, values: Mapping[str, Any] | None = None) -> Any:
         try:
-            return self._session.execute(statement, values, execution_options=self._options)
+            return self._session.execute(statement, values, **self._keywords)
         except StatementError as error:
             _hide_values(error)
             raise

@@ -73,6 +73,16 @@ def in_schema(schema: str | None) -> dict[str, Any]:
     return {} if schema is None else {"schema_translate_map": {None: schema}}
 
 
+# A statement of tables has no mapper, by which a session with several engines chooses (`Session.binds`). Of one that
+# reads from a replica, all go where an UPDATE goes: a replica may lack the row that an INSERT has just met.
+_BY_THE_ENGINE_OF_UPDATES: dict[str, Any] = {"mapper": EngagementMessage.__mapper__, "clause": update(QUEUE)}
+
+
+def in_session(schema: str | None) -> dict[str, Any]:
+    """Return the keywords with which a session executes a statement: `in_schema`, and by the engine of our table."""
+    return {"execution_options": in_schema(schema), "bind_arguments": _BY_THE_ENGINE_OF_UPDATES}
+
+
 HISTORY_ENTRIES = 100
 """How many entries of a message's history are kept: the first, and the latest. It may be postponed for years."""
 

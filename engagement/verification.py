@@ -36,7 +36,7 @@ from sqlalchemy import (
 
 from engagement.messages import JID_FORMS
 from engagement.models import EARLIEST, LATEST, TABLE_NAME, MessageStatus, qualified_name
-from engagement.statements import NOW, PENDING, QUEUE, SENDING, C, in_schema
+from engagement.statements import NOW, PENDING, QUEUE, SENDING, C, in_session
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -80,7 +80,7 @@ def verify(
         ids = session.execute(
             promise.messages_that_break_it(),
             {"overdue": overdue, "at_most": limit},
-            execution_options=in_schema(schema),
+            **in_session(schema),
         ).scalars()
         found += [Violation(promise.name, message_id, promise.problem) for message_id in ids]
     return found
@@ -196,7 +196,8 @@ def _has_unreadable_moment() -> ColumnElement[bool]:
 
 
 def _missing_guards(session: Session, schema: str | None) -> Iterator[Violation]:
-    in_force = {(kind, name) for kind, name in session.execute(_guards_in_force(), {"queue": qualified_name(schema)})}
+    found = session.execute(_guards_in_force(), {"queue": qualified_name(schema)}, **in_session(schema))
+    in_force = {(kind, name) for kind, name in found}
     for kind, name in _guards():
         if (kind, name) not in in_force:
             yield Violation("guards_in_force", None, f"the {kind} {name} is missing or not valid")
