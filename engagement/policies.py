@@ -21,7 +21,7 @@ from engagement.database_errors import connect, is_transient
 from engagement.messages import InvalidMessage, OutgoingMessage, checked_destination, checked_jid
 from engagement.models import EARLIEST, Destination, MessageStatus
 from engagement.outcomes import NotSent, Outcome, Postpone, Refused, Sent, Withdraw
-from engagement.sending import Transport, checked_lease
+from engagement.sending import LeaseRanOut, MayHaveLeft, Transport, checked_lease
 
 A_MINUTE = timedelta(minutes=1)
 
@@ -37,7 +37,7 @@ class Gate:
     loop. A transport that has only `send_many` is refused: a batch that fails is answered as a whole, and that would
     call in doubt what was held back. One that has both is used message by message.
 
-    Whatever `check` raises is `NotSent`, and only its type is kept: its text may be about a person.
+    Whatever `check` raises is `NotSent`, be it `SystemExit`. Only its type is kept: its text may be about a person.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -71,7 +71,9 @@ class Gate:
         name = type(self).__name__
         try:
             answer = self.check(message)
-        except Exception as error:  # noqa: BLE001 - whatever a host's function raises, nothing has left
+        except (LeaseRanOut, MayHaveLeft):
+            raise
+        except BaseException as error:  # noqa: BLE001 - whatever a host's function raises, nothing has left
             return NotSent(f"{name} raised {type(error).__name__}")
         if isinstance(answer, OutgoingMessage | Outcome):
             return answer

@@ -29,6 +29,8 @@ from engagement import (
     process_message_queue,
 )
 from engagement.policies import Consent, FrequencyCap, Gate, QuietHours, Route, local_window, quiet_until
+from engagement.transports.webhook import Webhook
+from engagement.words import FluentRenderer, Rendered
 
 PATIENCE = 20
 NEW_YORK, LONDON, LORD_HOWE = ZoneInfo("America/New_York"), ZoneInfo("Europe/London"), ZoneInfo("Australia/Lord_Howe")
@@ -175,6 +177,34 @@ def test_a_question_that_fails_is_not_sent(engine, make):
     assert far.sent == []
     assert (found.status, found.retry_count, found.history[-1]["event"]) == ("pending", 1, "not_sent")
     assert "5511" not in found.error_message
+
+
+@pytest.mark.parametrize("ends", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Consent,
+        Route,
+        lambda far, ask: QuietHours(far, ask, **NIGHT),
+        lambda far, ask: Consent(Route(far, ask), lambda _: True),
+        lambda far, ask: Rendered(far, FluentRenderer(), ask),
+        lambda _, ask: Webhook(url="http://127.0.0.1:9/", render=ask).send,
+    ],
+)
+def test_what_ends_a_process_is_no_doubt_in_a_question(engine, make, ends):
+    """`sys.exit()` in what is asked before the send: nothing has left, so it is tried again."""
+    (message_id,) = queue(engine, new_message())
+    far = Far()
+    far.ready = lambda: True
+
+    def ask(_message):
+        raise ends
+
+    process_message_queue(engine, make(far, ask))
+
+    found = row(engine, message_id)
+    assert (far.sent, found.status, found.retry_count, found.history[-1]["event"]) == ([], "pending", 1, "not_sent")
+    assert ends.__name__ in found.error_message
 
 
 def test_a_policy_of_ones_own_that_forgets_to_answer_sends_nothing():

@@ -23,7 +23,7 @@ def words_of(render: Render[Words], message: OutgoingMessage) -> Words | Refused
         return Refused(f"no words: {error}")  # Its text never holds params.
     except (LookupError, ValueError) as error:
         return Refused(f"the message has no words: {type(error).__name__}")
-    except Exception as error:  # noqa: BLE001 - whatever it was, nothing was sent
+    except BaseException as error:  # noqa: BLE001 - whatever it was, `SystemExit` too, nothing was sent
         return NotSent(f"render raised {type(error).__name__}")
 
 
