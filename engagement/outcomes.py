@@ -208,7 +208,7 @@ def classify_exception(error: BaseException, *, strict: bool = False) -> Outcome
     reason = f"{type(error).__name__}: {error}"
     if not isinstance(error, Exception):
         return InDoubt(reason)
-    chain = list(_causes(error))
+    chain = list(causes(error))
     for cause in chain:
         if _is_before_the_send(cause):
             return NotSent(reason)
@@ -226,7 +226,8 @@ def _is_before_the_send(error: BaseException) -> bool:
     )
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Return the error and what it came from, each once."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
+from traceback import walk_tb
 from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
@@ -20,8 +21,8 @@ from engagement import statements
 from engagement.database_errors import connect, is_transient
 from engagement.messages import InvalidMessage, OutgoingMessage, checked_destination, checked_jid
 from engagement.models import EARLIEST, Destination, MessageStatus
-from engagement.outcomes import NotSent, Outcome, Postpone, Refused, Sent, Withdraw
-from engagement.sending import LeaseRanOut, MayHaveLeft, Transport, checked_lease
+from engagement.outcomes import NotSent, Outcome, Postpone, Refused, Sent, Withdraw, causes
+from engagement.sending import LeaseRanOut, MayHaveLeft, Transport, checked_lease, logger
 
 A_MINUTE = timedelta(minutes=1)
 
@@ -37,7 +38,8 @@ class Gate:
     loop. A transport that has only `send_many` is refused: a batch that fails is answered as a whole, and that would
     call in doubt what was held back. One that has both is used message by message.
 
-    Whatever `check` raises is `NotSent`, be it `SystemExit`. Only its type is kept: its text may be about a person.
+    Whatever `check` raises is `NotSent`, be it `SystemExit`. Only its type is kept: its text may be about a person. A
+    time zone that this machine cannot find is `Postpone`.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -74,7 +76,7 @@ class Gate:
         except (LeaseRanOut, MayHaveLeft):
             raise
         except BaseException as error:  # noqa: BLE001 - whatever a host's function raises, nothing has left
-            return NotSent(f"{name} raised {type(error).__name__}")
+            return for_want_of_a_zone(error, message) or NotSent(f"{name} raised {type(error).__name__}")
         if isinstance(answer, OutgoingMessage | Outcome):
             return answer
         return NotSent(f"{name} answered {type(answer).__name__}")
@@ -287,6 +289,22 @@ def local_window(now: datetime, tz: tzinfo, per: Literal["day", "week"], resume_
     today = now.astimezone(tz).date()
     first, days = (today, 1) if per == "day" else (today - timedelta(days=today.weekday()), 7)
     return _earlier(first, time.min, tz), _later(first + timedelta(days=days), resume_at, tz)
+
+
+def for_want_of_a_zone(error: BaseException, message: OutgoingMessage) -> Postpone | None:
+    """Return when to ask again if `error` comes from a look-up of a time zone; None if it does not.
+
+    The machine has no time-zone database, or one that lacks the name, or the person's zone is empty: no fault of the
+    message. So it costs no retry, and is asked ever more rarely, an hour apart at last.
+    """
+    traces = (frame for cause in causes(error) for frame, _ in walk_tb(cause.__traceback__))
+    if not any(frame.f_globals.get("__name__", "").partition(".")[0] in _ZONE_LIBRARIES for frame in traces):
+        return None
+    logger.warning("engagement.no_time_zone message_id=%s error=%s", message.id, type(error).__name__)
+    return Postpone(datetime.now(UTC) + A_MINUTE * 2 ** min(message.attempt - 1, 6), "a time zone could not be found")
+
+
+_ZONE_LIBRARIES = frozenset({"zoneinfo", "pytz"})
 
 
 def plain_function(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

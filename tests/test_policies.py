@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import sys
 import threading
+import zoneinfo
 from collections import Counter
 from dataclasses import replace
 from datetime import UTC, date, datetime, time, timedelta, timezone
@@ -29,8 +31,9 @@ from engagement import (
     process_message_queue,
 )
 from engagement.policies import Consent, FrequencyCap, Gate, QuietHours, Route, local_window, quiet_until
+from engagement.transports.rendering import words_of
 from engagement.transports.webhook import Webhook
-from engagement.words import FluentRenderer, Rendered
+from engagement.words import FluentRenderer, Rendered, speaking
 
 PATIENCE = 20
 NEW_YORK, LONDON, LORD_HOWE = ZoneInfo("America/New_York"), ZoneInfo("Europe/London"), ZoneInfo("Australia/Lord_Howe")
@@ -160,7 +163,6 @@ def test_an_async_transport_is_asked_in_a_thread_and_awaited_in_the_loop(engine)
         lambda far: Consent(far, fails),
         lambda far: Route(far, fails),
         lambda far: QuietHours(far, fails, **NIGHT),
-        lambda far: QuietHours(far, lambda _: "Mars/Olympus", **NIGHT),
         lambda far: Consent(far, lambda _: 1),
         lambda far: Consent(far, lambda _: None),
         lambda far: Route(far, lambda _: (JID,)),
@@ -446,6 +448,69 @@ def test_quiet_hours_that_mean_nothing_are_refused_at_once(window):
     """A window that is empty or the whole day, or has a zone of its own, is a mistake."""
     with pytest.raises(ValueError, match=r"^(start|end): "):
         QuietHours(print, lambda _: "UTC", **window)
+
+
+# Time zones
+
+
+@pytest.fixture(name="without_zones")
+def _without_zones(monkeypatch):
+    """A machine that has no time-zone database: neither the system's nor Python's."""
+    monkeypatch.setitem(sys.modules, "tzdata", None)
+    zoneinfo.reset_tzpath(to=[])
+    ZoneInfo.clear_cache()
+    yield
+    zoneinfo.reset_tzpath()
+    ZoneInfo.clear_cache()
+
+
+def asks_quiet_hours(far, zone):
+    return QuietHours(far, lambda _: zone, **NIGHT)
+
+
+def asks_by_itself(far, zone):
+    return QuietHours(far, lambda _: ZoneInfo(zone), **NIGHT)
+
+
+def asks_for_consent(far, zone):
+    return Consent(far, lambda _: bool(ZoneInfo(zone)))
+
+
+def asks_for_words(far, zone):
+    render = speaking(lambda key, params, locale: locale, lambda _: str(ZoneInfo(zone)))
+    return lambda message: words_of(lambda of: render(of) and far.send(of), message)
+
+
+@pytest.mark.parametrize(
+    ("make", "zone"),
+    [(asks_quiet_hours, zone) for zone in ("Europe/London", "US/Pacific-New", "", None, "America")]
+    + [(make, zone) for make in (asks_by_itself, asks_for_consent, asks_for_words) for zone in ("Europe/London", "")],
+)
+def test_a_zone_that_the_machine_lacks_costs_no_retry(engine, without_zones, make, zone):
+    """No database, a name that is gone, or none at all: the message is asked about again, ever more rarely."""
+    (message_id,) = queue(engine, new_message())
+    far, waits = Far(), []
+    far.ready = lambda: True
+
+    for _ in range(4):
+        process_message_queue(engine, make(far, zone), max_retries=3)
+        found = row(engine, message_id)
+        waits.append(round((found.next_attempt_at - datetime.now(UTC)) / timedelta(minutes=1)))
+        execute(engine, "UPDATE engagement_message_queue SET next_attempt_at = now()")
+
+    assert (far.sent, found.status, found.retry_count, found.history[-1]["event"]) == ([], "pending", 0, "postponed")
+    assert "time zone" in found.history[-1]["reason"]
+    assert waits == [1, 2, 4, 8]
+
+
+def test_a_cap_without_a_zone_costs_no_retry(engine, without_zones):
+    """The frequency cap asks for a zone as quiet hours do."""
+    (message_id,) = queue(engine, new_message())
+
+    process_message_queue(engine, FrequencyCap(fails, engine, lambda _: "Europe/London", limit=1, per="day"))
+
+    found = row(engine, message_id)
+    assert (found.status, found.retry_count, found.history[-1]["event"]) == ("pending", 0, "postponed")
 
 
 # Frequency cap

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any, Self
 
 from engagement.messages import OutgoingMessage
-from engagement.outcomes import LONGEST_DELAY, NotSent, Outcome, Refused, Sent
+from engagement.outcomes import LONGEST_DELAY, Outcome, Refused, Sent
 from engagement.transports.client import PROBE_TIMEOUT, Finding, Prepared, ProviderClient
 from engagement.transports.cloud_codes import Code, code_of
 from engagement.transports.http import Answer, what_it_proves
@@ -122,13 +122,13 @@ class WhatsAppCloud:
             return False
         return not self._client.is_suspect or self._is_healthy()
 
-    def prepare(self, message: OutgoingMessage) -> Prepared | Refused | NotSent:
+    def prepare(self, message: OutgoingMessage) -> Prepared | Outcome:
         """Return the request that `send` makes, or why there is none."""
         number = re.fullmatch(r"([1-9][0-9]{6,14})@s\.whatsapp\.net", message.destination_jid)
         if number is None:
             return Refused("the Cloud API sends to phone numbers only, not to a @lid or a group")
         words = words_of(self._render, message)
-        if isinstance(words, Refused | NotSent):
+        if isinstance(words, Outcome):
             return words
         content = _content(words)
         if isinstance(content, Refused):

@@ -14,7 +14,7 @@ from typing import Any, Self
 from urllib.parse import quote
 
 from engagement.messages import OutgoingMessage
-from engagement.outcomes import NotSent, Outcome, Refused, Sent
+from engagement.outcomes import Outcome, Sent
 from engagement.tally import logger
 from engagement.transports.client import PROBE_TIMEOUT, Finding, Prepared, ProviderClient
 from engagement.transports.dialects import DIALECTS, EVOLUTION, Dialect, value_at
@@ -117,10 +117,10 @@ class WhatsAppGateway:
         state = self._ask("GET", self._dialect.state_path)
         return state is not None and self._dialect.is_connected(state) and self._takes_ids()
 
-    def prepare(self, message: OutgoingMessage) -> Prepared | Refused | NotSent:
+    def prepare(self, message: OutgoingMessage) -> Prepared | Outcome:
         """Return the request that `send` makes, or why there is none."""
         text = words_of(self._render, message)
-        if isinstance(text, Refused | NotSent):
+        if isinstance(text, Outcome):
             return text
         refusal = refusal_of(text, most_characters=LONGEST_TEXT)
         if refusal is not None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from engagement.messages import OutgoingMessage
-from engagement.outcomes import NotSent, Refused
+from engagement.outcomes import NotSent, Outcome, Refused
+from engagement.policies import for_want_of_a_zone
 from engagement.words import NoWords
 
 Words = TypeVar("Words", bound=object)
@@ -15,15 +16,17 @@ Render = Callable[[OutgoingMessage], Words]
 """Turns a message into what is said. A `LookupError` or `ValueError` means that it cannot be said: `Refused`."""
 
 
-def words_of(render: Render[Words], message: OutgoingMessage) -> Words | Refused | NotSent:
+def words_of(render: Render[Words], message: OutgoingMessage) -> Words | Outcome:
     """Return what `render` says, or the outcome that its error means. The text of the error may be params: dropped."""
     try:
         return render(message)
     except NoWords as error:
         return Refused(f"no words: {error}")  # Its text never holds params.
-    except (LookupError, ValueError) as error:
-        return Refused(f"the message has no words: {type(error).__name__}")
     except BaseException as error:  # noqa: BLE001 - whatever it was, `SystemExit` too, nothing was sent
+        if (later := for_want_of_a_zone(error, message)) is not None:
+            return later
+        if isinstance(error, LookupError | ValueError):
+            return Refused(f"the message has no words: {type(error).__name__}")
         return NotSent(f"render raised {type(error).__name__}")
 
 

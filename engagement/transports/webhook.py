@@ -15,7 +15,7 @@ from typing import Any, Self
 import httpx
 
 from engagement.messages import OutgoingMessage
-from engagement.outcomes import NotSent, Outcome, Refused, Sent
+from engagement.outcomes import Outcome, Sent
 from engagement.transports.client import PROBE_TIMEOUT, Prepared, ProviderClient
 from engagement.transports.http import Answer, Silence
 from engagement.transports.rendering import Render, as_json, refusal_of, words_of
@@ -100,7 +100,7 @@ class Webhook:
             return False
         return not self._client.is_suspect or self._answers()
 
-    def prepare(self, message: OutgoingMessage) -> Prepared | Refused | NotSent:
+    def prepare(self, message: OutgoingMessage) -> Prepared | Outcome:
         """Return the request that `send` makes, or why there is none."""
         payload: dict[str, Any] = {
             "delivery_id": str(message.delivery_id),
@@ -115,7 +115,7 @@ class Webhook:
         }
         if self._render is not None:
             text = words_of(self._render, message)
-            if isinstance(text, Refused | NotSent):
+            if isinstance(text, Outcome):
                 return text
             refusal = refusal_of(text, most_characters=LONGEST_TEXT)
             if refusal is not None:
