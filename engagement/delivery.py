@@ -554,4 +554,7 @@ def _is_true(answer: Future[Any]) -> bool:
     if error is not None:
         logger.warning("engagement.ready_failed error=%s", type(error).__name__)
         return False
-    return bool(answer.result())
+    said = answer.result()
+    if not isinstance(said, bool):  # Most of what is no answer is true to Python.
+        logger.warning("engagement.ready_failed error=TypeError answered=%s", type(said).__name__)
+    return said is True

@@ -37,7 +37,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
 from engagement import statements
-from engagement.messages import checked_id, checked_moment, checked_text, key_hash
+from engagement.messages import checked_flag, checked_id, checked_moment, checked_text, key_hash
 from engagement.models import EngagementMessage, MessageStatus, qualified_name
 from engagement.statements import (
     FAILED,
@@ -128,6 +128,7 @@ def timeline(message: EngagementMessage, *, reveal: bool = False) -> list[Moment
     Providers' reasons are `masked` unless `reveal`. A history holds what went other than well: neither when a message
     was claimed nor that it was rescheduled is recorded.
     """
+    reveal = checked_flag("reveal", reveal)
     history = [_recorded(entry, message, reveal=reveal) for entry in message.history]
     known = [
         (message.created_at, Moment(message.created_at, "queued", None, None)),

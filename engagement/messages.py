@@ -84,6 +84,16 @@ def checked_moment(name: str, value: object) -> datetime:
     return value
 
 
+def checked_flag(name: str, value: object) -> bool:
+    """Return `value` if it is True or False, or raise `TypeError`: what guards something believes no other yes.
+
+    "no" is true to Python, and so are a method that nobody called and what an `async def` returns.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: must be True or False, not {type(value).__name__}")
+    return value
+
+
 def checked_id(value: object) -> int:
     """Return `value` if it can be the id of a message, or raise `InvalidMessage`."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**63:

@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engagement import statements
 from engagement.database_errors import connect, is_transient
-from engagement.messages import InvalidMessage, OutgoingMessage, checked_destination, checked_jid
+from engagement.messages import InvalidMessage, OutgoingMessage, checked_destination, checked_flag, checked_jid
 from engagement.models import EARLIEST, Destination, MessageStatus
 from engagement.outcomes import NotSent, Outcome, Postpone, Refused, Sent, Withdraw, causes
 from engagement.sending import LeaseRanOut, MayHaveLeft, Transport, checked_lease, logger
@@ -55,7 +55,7 @@ class Gate:
     @property
     def idempotent(self) -> bool:
         """Whether the same delivery id twice has one effect."""
-        return bool(getattr(self._transport, "idempotent", False))
+        return checked_flag("idempotent", getattr(self._transport, "idempotent", False))
 
     def send(self, message: OutgoingMessage) -> Any:
         """Send what passes the check; else return the outcome that the check decided."""
@@ -102,7 +102,7 @@ class Route(Gate):
     ) -> None:
         super().__init__(transport)
         self._where = plain_function("where", where)
-        self._across_addresses = across_addresses
+        self._across_addresses = checked_flag("across_addresses", across_addresses)
         self._look_up: Callable[[OutgoingMessage], Any] | None = getattr(transport, "look_up", None)
         if self._look_up is not None:
             self.look_up = self._look_up_where_it_goes_now

@@ -23,7 +23,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from engagement import observing
-from engagement.messages import OutgoingMessage
+from engagement.messages import OutgoingMessage, checked_flag
 from engagement.models import EARLIEST
 from engagement.outcomes import Classify, InDoubt, NotSent, Outcome, Postpone, Sent, as_outcome
 
@@ -181,7 +181,7 @@ class Sender:
         if not callable(send_many or send):
             raise TypeError("transport: must be a function, or an object with send or send_many")
         self.answers: SimpleQueue[tuple[Claim, Outcome] | None] = SimpleQueue()
-        self.idempotent = bool(getattr(transport, "idempotent", False))
+        self.idempotent = checked_flag("idempotent", getattr(transport, "idempotent", False))
         self.sends_many = send_many is not None
         self._classify = classify
         self._loop = _EventLoop()

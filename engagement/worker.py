@@ -13,6 +13,7 @@ from sqlalchemy import Engine
 
 from engagement.delivery import Delivery
 from engagement.housekeeping import Housekeeping
+from engagement.messages import checked_flag
 from engagement.outcomes import Backoff, Classify, classify_exception, exponential_backoff
 from engagement.repository import LONGEST_AGE
 from engagement.sending import Transport
@@ -119,7 +120,7 @@ class Worker:
         self.min_interval = min_interval.total_seconds()
         self.send_timeout = None if send_timeout is None else send_timeout.total_seconds()
         self.backoff = backoff
-        self.classify: Classify = classify or partial(classify_exception, strict=strict)
+        self.classify: Classify = classify or partial(classify_exception, strict=checked_flag("strict", strict))
         self.worker_name = worker_name or f"{socket.gethostname()}:{os.getpid()}"
         self.poll_interval = poll_interval.total_seconds()
         self.schema = schema

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from datetime import UTC, timedelta, tzinfo
 from importlib.resources import files
 
 from sqlalchemy import Engine
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette_admin import BaseAdmin
 from starlette_admin.theme import BaseTheme, IconSet
 
 from engagement.admin.database import Queue
-from engagement.admin.guards import Authenticated, Authentication, SameOrigin
+from engagement.admin.guards import Authenticated, Authentication, May, Permission, SameOrigin
 from engagement.admin.pages import MessagesPage, OverviewPage, Shown, path_for
 
 MOUNT = "engagement"
@@ -38,7 +36,7 @@ def create_admin(
     engine: Engine,
     *,
     authentication: Authentication,
-    may_reveal: bool | Callable[[Request], bool] = False,
+    may_reveal: May = False,
     tz: tzinfo = UTC,
     schema: str | None = None,
     secret_key: str | None = None,
@@ -51,13 +49,14 @@ def create_admin(
     not empty is somebody: what is no answer at all, such as a number, is a `TypeError`, and nobody comes in. `anyone`
     lets everybody in, which has to be said.
 
-    What is personal is masked. `may_reveal` says to whom it may be shown, once they ask. Times are shown and read in
-    `tz`. A page whose query takes longer than `patience` says so instead. Where several processes serve the page, give
-    all the same `secret_key`: it signs the tokens of the forms.
+    What is personal is masked. `may_reveal` says to whom it may be shown, once they ask: True, False, or a function of
+    the request that returns one of them and may be async; whatever else it returns is a `TypeError`, and nothing is
+    shown. Times are shown and read in `tz`. A page whose query takes longer than `patience` says so instead. Where
+    several processes serve the page, give all the same `secret_key`: it signs the tokens of the forms.
     """
     if not callable(authentication):
         raise TypeError("authentication: must say who asks. To let everybody in, give engagement.admin.anyone")
-    shown = Shown(Queue(engine, schema, patience), tz, may_reveal if callable(may_reveal) else lambda _: may_reveal)
+    shown = Shown(Queue(engine, schema, patience), tz, Permission("may_reveal", may_reveal))
     admin = BaseAdmin(
         title="Engagement",
         base_url="",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from inspect import isawaitable
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,16 +14,39 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from engagement.messages import checked_flag
+
 Authentication = Callable[[Request], str | Response | Awaitable[str | Response | None] | None]
 """Says who asks, as a name for the log; or answers itself, as with a redirect to a login; None keeps the door shut.
 
 Anything else is a mistake, as of a host that returns the credentials before it has checked them: nobody comes in.
 """
 
+May = bool | Callable[[Request], bool | Awaitable[bool]]
+"""Says whether who asks may do something; it may be async."""
+
 
 def anyone(request: Request) -> str:  # noqa: ARG001 - an `Authentication`
     """Let everybody in: for an app that is protected as a whole, by a proxy or a network."""
     return "anyone"
+
+
+@dataclass(frozen=True, slots=True)
+class Permission:
+    """What `may` says to a request. Anything but True and False is a `TypeError`, and the page fails."""
+
+    name: str
+    may: May
+
+    def __post_init__(self) -> None:
+        """Refuse at once what can never be an answer."""
+        if not callable(self.may):
+            checked_flag(self.name, self.may)
+
+    async def __call__(self, request: Request) -> bool:
+        """Ask."""
+        answer = self.may(request) if callable(self.may) else self.may
+        return checked_flag(self.name, await answer if isawaitable(answer) else answer)
 
 
 class Authenticated:

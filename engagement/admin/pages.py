@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, tzinfo
@@ -22,6 +22,7 @@ from engagement import inspection
 from engagement.admin.actions import ACTIONS, Action, act, actions_for
 from engagement.admin.chart import chart_of
 from engagement.admin.database import Queue
+from engagement.admin.guards import Permission
 from engagement.messages import InvalidMessage, delivery_id, id_typed, key_hash
 from engagement.models import EngagementMessage, MessageStatus
 from engagement.repository import EngagementMessageRepository
@@ -61,11 +62,11 @@ class Shown:
 
     queue: Queue
     tz: tzinfo
-    may_reveal: Callable[[Request], bool]
+    may_reveal: Permission
 
-    def reveals(self, request: Request) -> bool:
+    async def reveals(self, request: Request) -> bool:
         """Tell whether this page shows what is personal: it was asked for, and is allowed."""
-        return request.query_params.get("reveal") == "1" and self.may_reveal(request)
+        return request.query_params.get("reveal") == "1" and await self.may_reveal(request)
 
     def words(self) -> dict[str, Any]:
         """Return what templates call to put values in words."""
@@ -123,12 +124,12 @@ class Page(CustomView):
         super().__init__()
         self.shown = shown
 
-    def render(self, request: Request, name: str, **context: Any) -> Response:
+    async def render(self, request: Request, name: str, **context: Any) -> Response:
         """Return the page `name`."""
         assert self.templates is not None
         context |= {
-            "may_reveal": self.shown.may_reveal(request),
-            "reveal": self.shown.reveals(request),
+            "may_reveal": await self.shown.may_reveal(request),
+            "reveal": await self.shown.reveals(request),
             "flashed_messages": get_flashed_messages(request),
         }
         return self.templates.TemplateResponse(request, name, context)
@@ -156,7 +157,7 @@ class OverviewPage(Page):
             activity = await queue.run(lambda session: inspection.activity(session, since, bucket, schema=queue.schema))
         except HTTPException:
             activity = None  # The counts are worth showing without it.
-        return self.render(
+        return await self.render(
             request,
             "overview.html",
             overview=overview,
@@ -204,9 +205,9 @@ class MessagesPage(Page):
         page = found[-PAGE:] if after is not None and before is None else found[:PAGE]
         there_is_more = len(found) > PAGE
         goes_up = after is not None and before is None
-        if page and self.shown.reveals(request):
+        if page and await self.shown.reveals(request):
             _log(request, "reveal", "revealed", *(message.id for message in page))
-        return self.render(
+        return await self.render(
             request,
             "messages.html",
             messages=page,
@@ -242,10 +243,10 @@ class MessagesPage(Page):
     async def message(self, request: Request) -> Response:
         """Show one message: what it is, its timeline, and what can be done."""
         message = await self._message(request)
-        reveals = self.shown.reveals(request)
+        reveals = await self.shown.reveals(request)
         if reveals:
             _log(request, "reveal", "revealed", message.id)
-        return self.render(
+        return await self.render(
             request,
             "message.html",
             message=message,
@@ -259,7 +260,7 @@ class MessagesPage(Page):
         """Ask whether to do it."""
         action = _action(request)
         message = await self._message(request)
-        return self._question(request, message, action)
+        return await self._question(request, message, action)
 
     @route("/{message_id}/{action}", methods=["POST"], name="act")
     async def act(self, request: Request) -> Response:
@@ -273,7 +274,7 @@ class MessagesPage(Page):
             )
         except InvalidMessage as error:
             message = await self._message(request)
-            page = self._question(request, message, action, f"The time {error.problem}.")
+            page = await self._question(request, message, action, f"The time {error.problem}.")
             page.status_code = 422
             return page
         except HTTPException:
@@ -284,11 +285,11 @@ class MessagesPage(Page):
         name, parameters = ("messages", {}) if answer.word == "not_found" else ("message", {"message_id": message_id})
         return RedirectResponse(path_for(request, name, **parameters), 303)
 
-    def _question(
+    async def _question(
         self, request: Request, message: EngagementMessage, action: Action, problem: str | None = None
     ) -> Response:
         fits = action in actions_for(message)
-        return self.render(request, "ask.html", message=message, action=action, fits=fits, problem=problem)
+        return await self.render(request, "ask.html", message=message, action=action, fits=fits, problem=problem)
 
     async def _message(self, request: Request) -> EngagementMessage:
         message_id, schema = _message_id(request), self.shown.queue.schema

@@ -7,7 +7,7 @@ import sys
 import threading
 from typing import Protocol
 
-from engagement.messages import OutgoingMessage
+from engagement.messages import OutgoingMessage, checked_flag
 from engagement.outcomes import Outcome, Sent
 from engagement.transports.rendering import Render, words_of
 
@@ -33,7 +33,7 @@ class Console:
         self, stream: Stream | None = None, *, reveal: bool = False, render: Render[str] | None = None
     ) -> None:
         self._stream = stream
-        self._reveal = reveal
+        self._reveal = checked_flag("reveal", reveal)
         self._render = render
         self._lock = threading.Lock()
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Self
 from urllib.parse import quote
 
-from engagement.messages import OutgoingMessage
+from engagement.messages import OutgoingMessage, checked_flag
 from engagement.outcomes import Outcome, Sent
 from engagement.tally import logger
 from engagement.transports.client import PROBE_TIMEOUT, Finding, Prepared, ProviderClient
@@ -66,9 +66,9 @@ class WhatsAppGateway:
         connections: int = 100,
         verify: ssl.SSLContext | bool = True,
     ) -> None:
+        self.idempotent = checked_flag("idempotent", idempotent)
         if idempotent and not dialect.takes_message_id:
             raise ValueError(f"idempotent: {dialect.name} takes no message id, so nothing could tell a repeat")
-        self.idempotent = idempotent
         self._dialect = dialect
         self._render = render
         self._session = session

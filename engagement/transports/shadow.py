@@ -40,10 +40,10 @@ class Shadow:
         found: Callable[[OutgoingMessage], Any] | None = getattr(self._transport, "look_up", None)
         return found
 
-    def ready(self) -> bool:
-        """Ask the transport."""
+    def ready(self) -> Any:
+        """Ask the transport; what is to be awaited is handed on."""
         ask = getattr(self._transport, "ready", None)
-        return True if ask is None else bool(ask())
+        return True if ask is None else ask()
 
     def send(self, message: OutgoingMessage) -> Postpone:
         """Prepare the message, and put it off."""

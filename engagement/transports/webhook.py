@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import httpx
 
-from engagement.messages import OutgoingMessage
+from engagement.messages import OutgoingMessage, checked_flag
 from engagement.outcomes import Outcome, Sent
 from engagement.transports.client import PROBE_TIMEOUT, Prepared, ProviderClient
 from engagement.transports.http import Answer, Silence
@@ -58,7 +58,7 @@ class Webhook:
         connections: int = 100,
         verify: ssl.SSLContext | bool = True,
     ) -> None:
-        self.idempotent = idempotent
+        self.idempotent = checked_flag("idempotent", idempotent)
         self._url = url
         self._render = render
         self._key = None if secret is None else signing_key(secret)
