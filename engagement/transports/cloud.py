@@ -17,8 +17,9 @@ from typing import Any, Self
 from engagement.messages import OutgoingMessage
 from engagement.outcomes import LONGEST_DELAY, Outcome, Refused, Sent
 from engagement.transports.client import PROBE_TIMEOUT, Finding, Prepared, ProviderClient
-from engagement.transports.cloud_codes import Code, code_of
-from engagement.transports.http import Answer, what_it_proves
+from engagement.transports.cloud_codes import finding_of
+from engagement.transports.dialects import value_at
+from engagement.transports.http import Answer
 from engagement.transports.rendering import Render, as_json, refusal_of, words_of
 from engagement.transports.settings import Settings, required
 
@@ -177,20 +178,12 @@ def _content(words: object) -> dict[str, Any] | Refused:
 
 def _read(answer: Answer) -> Sent | Finding | None:
     data = answer.json if isinstance(answer.json, dict) else {}
-    if answer.is_success:
-        try:
-            provider_id = data["messages"][0]["id"]
-        except (LookupError, TypeError):
-            return None
-        return Sent(provider_id) if isinstance(provider_id, str) and provider_id else None
     error = data.get("error")
-    if not isinstance(error, dict) or not isinstance(given := error.get("code"), int):
-        return None
-    code = code_of(given, error.get("type")) or Code(given, "not listed", what_it_proves(answer))
-    trace = error.get("fbtrace_id")
-    is_trace = isinstance(trace, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", trace)
-    reason = f"Cloud API: {given}, {code.means} (HTTP {answer.status}{f', trace {trace}' if is_trace else ''})"
-    return Finding(code.proof, reason, _time_to_regain_access(answer) or code.wait)
+    provider_id = value_at(data, "messages", 0, "id")
+    if not answer.is_success or provider_id is None:
+        return finding_of("Cloud API", error, answer, _time_to_regain_access(answer))
+    is_taken = error is None and isinstance(provider_id, str) and re.fullmatch(r"wamid\.\S{1,250}", provider_id)
+    return Sent(provider_id) if is_taken else None
 
 
 def _time_to_regain_access(answer: Answer) -> timedelta | None:

@@ -1,15 +1,17 @@
 """Meta's error codes, and what each proves.
 
 From "Error codes" (support/error-codes) of Meta's WhatsApp Business Platform documentation, read as of 2026-09-11; all
-that can answer a message are here. Meta asks to go by the code and not by the HTTP status.
+that can answer a message are here. Meta asks to go by the code and not by the HTTP status; see `Code.proof_with`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
-from engagement.transports.http import Proof
+from engagement.transports.client import Finding
+from engagement.transports.http import Answer, Proof, what_it_proves
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,26 +26,42 @@ class Code:
     """The last code of a range."""
     section: str = "other"
     """Where Meta's "Error codes" page lists it."""
+    status: int = 400
+    """The HTTP status that the page gives it, if that is a server error."""
+    is_lasting: bool = False
+    """Whether it names a state of the sender that a person has to mend. Nothing is sent in that state, so that it is
+    proof with any status. All else may be a service that has failed after another one has acted: with a 5xx, of which
+    "temporary" is no denial (code 2 with HTTP 500 was seen to have posted: arsduo/koala#699), it is in doubt."""
 
     def __contains__(self, code: object) -> bool:
         return isinstance(code, int) and self.code <= code <= (self.last or self.code)
+
+    def proof_with(self, status: int) -> Proof:
+        """Return what it proves with an HTTP status. Behind a success, the one that Meta documents is assumed."""
+        given = self.status if status < 300 else status  # noqa: PLR2004
+        return self.proof if given < 500 or self.is_lasting else Proof.IN_DOUBT  # noqa: PLR2004
 
 
 _ACCOUNT = timedelta(minutes=15)
 """What a person has to mend is tried again this often, by a message."""
 
+
+def _lasting(code: int, means: str, *, last: int = 0, section: str = "other", status: int = 400) -> Code:
+    return Code(code, means, Proof.STOPPED, _ACCOUNT, last, section, status, is_lasting=True)
+
+
 # `STOPPED` is what is wrong with the sender and not with the message: a token, an account, a payment, a limit of the
 # whole account that lasts. Such a message is postponed, not failed: after three failures it would be lost, and with it
 # the whole queue, to one expired token. `WAIT` are the short limits, where a failure counts, as for any other provider.
 CODES = (
-    Code(0, "the app user could not be authenticated", Proof.STOPPED, _ACCOUNT, section="authorization"),
-    Code(3, "capability or permissions issue", Proof.STOPPED, _ACCOUNT, section="authorization"),
-    Code(10, "permission not granted or removed", Proof.STOPPED, _ACCOUNT, section="authorization"),
-    Code(190, "the access token has expired", Proof.STOPPED, _ACCOUNT, section="authorization"),
-    Code(200, "no token, or no permission", Proof.STOPPED, _ACCOUNT, last=299, section="authorization"),
-    Code(368, "the account is restricted for a policy violation", Proof.STOPPED, _ACCOUNT, section="integrity"),
+    _lasting(0, "the app user could not be authenticated", section="authorization"),
+    _lasting(3, "capability or permissions issue", section="authorization", status=500),
+    _lasting(10, "permission not granted or removed", section="authorization"),
+    _lasting(190, "the access token has expired", section="authorization"),
+    _lasting(200, "no token, or no permission", last=299, section="authorization"),
+    _lasting(368, "the account is restricted for a policy violation", section="integrity"),
     Code(130497, "the account may not message users in this country", Proof.REFUSED, section="integrity"),
-    Code(131031, "the account is locked", Proof.STOPPED, _ACCOUNT, section="integrity"),
+    _lasting(131031, "the account is locked", section="integrity"),
     Code(4, "the app's call rate limit", Proof.WAIT, timedelta(minutes=1), section="throttling"),
     Code(80007, "the account's rate limit", Proof.WAIT, timedelta(minutes=1), section="throttling"),
     Code(130429, "the message throughput is reached", Proof.WAIT, timedelta(seconds=2), section="throttling"),
@@ -51,27 +69,27 @@ CODES = (
     Code(131056, "too many messages to the same recipient", Proof.NOT_SENT, timedelta(minutes=1), section="throttling"),
     Code(131064, "messaging limit after template violations", Proof.STOPPED, _ACCOUNT, section="throttling"),
     Code(1, "invalid request or possible server error", Proof.IN_DOUBT),
-    Code(2, "temporary downtime or overload", Proof.WAIT, timedelta(seconds=30)),
-    Code(33, "the business phone number has been deleted", Proof.STOPPED, _ACCOUNT),
+    Code(2, "temporary downtime or overload", Proof.WAIT, timedelta(seconds=30), status=503),
+    _lasting(33, "the business phone number has been deleted"),
     Code(100, "invalid parameter", Proof.REFUSED),
     Code(130403, "this business has blocked the user", Proof.REFUSED),
     Code(130472, "not sent as part of an experiment", Proof.REFUSED),
-    Code(131000, "unknown error", Proof.IN_DOUBT),
-    Code(131005, "permission not granted or removed", Proof.STOPPED, _ACCOUNT),
+    Code(131000, "unknown error", Proof.IN_DOUBT, status=500),
+    _lasting(131005, "permission not granted or removed"),
     Code(131008, "a required parameter is missing", Proof.REFUSED),
     Code(131009, "a parameter value is invalid", Proof.REFUSED),
-    Code(131016, "a service is temporarily unavailable", Proof.WAIT, timedelta(seconds=30)),
+    Code(131016, "a service is temporarily unavailable", Proof.WAIT, timedelta(seconds=30), status=500),
     Code(131021, "sender and recipient are the same", Proof.REFUSED),
     Code(131026, "undeliverable: no WhatsApp number, old version or terms not accepted", Proof.REFUSED),
-    Code(131037, "the sender's display name is not approved", Proof.STOPPED, _ACCOUNT),
-    Code(131042, "payment issue of the account", Proof.STOPPED, _ACCOUNT),
-    Code(131045, "the sender's phone number is not registered", Proof.STOPPED, _ACCOUNT),
+    _lasting(131037, "the sender's display name is not approved"),
+    _lasting(131042, "payment issue of the account"),
+    _lasting(131045, "the sender's phone number is not registered", status=500),
     Code(131047, "more than 24 hours since the recipient wrote: needs a template", Proof.REFUSED),
     Code(131049, "not delivered, to maintain healthy ecosystem engagement", Proof.REFUSED),
     Code(131050, "the recipient has stopped marketing messages", Proof.REFUSED),
     Code(131051, "unsupported message type", Proof.REFUSED),
     Code(131053, "the media could not be uploaded", Proof.REFUSED),
-    Code(131057, "the account is in maintenance mode", Proof.STOPPED, timedelta(minutes=1)),
+    Code(131057, "the account is in maintenance mode", Proof.STOPPED, timedelta(minutes=1), status=500),
     Code(131063, "marketing templates are disabled for the account", Proof.REFUSED),
     Code(132000, "wrong number of template parameters", Proof.REFUSED),
     Code(132001, "no such approved template in this language", Proof.REFUSED),
@@ -82,14 +100,14 @@ CODES = (
     Code(132016, "the template is disabled for low quality", Proof.REFUSED),
     Code(132068, "the flow is blocked", Proof.REFUSED),
     Code(132069, "the flow is throttled: 10 messages an hour", Proof.NOT_SENT, timedelta(hours=1)),
-    Code(133004, "the server is temporarily unavailable", Proof.WAIT, timedelta(seconds=30)),
-    Code(133010, "the sender's phone number is not registered", Proof.STOPPED, _ACCOUNT),
+    Code(133004, "the server is temporarily unavailable", Proof.WAIT, timedelta(seconds=30), status=503),
+    _lasting(133010, "the sender's phone number is not registered"),
     Code(134011, "payments terms are not accepted", Proof.REFUSED),
     Code(135000, "unknown error with the request parameters", Proof.IN_DOUBT),
 )
 
 # What else answers with code 100 is a phone number id that is not there or not ours, which is no message's fault.
-_WRONG_NODE = Code(100, "there is no such phone number id for this token", Proof.STOPPED, _ACCOUNT)
+_WRONG_NODE = _lasting(100, "there is no such phone number id for this token")
 
 
 def code_of(given: int, kind: object) -> Code | None:
@@ -97,3 +115,18 @@ def code_of(given: int, kind: object) -> Code | None:
     if given == _WRONG_NODE.code and kind == "GraphMethodException":
         return _WRONG_NODE
     return next((code for code in CODES if given in code), None)
+
+
+def finding_of(provider: str, error: Any, answer: Answer, wait: timedelta | None = None) -> Finding | None:
+    """Return what Meta's error object in an answer proves, or None if it is none; `wait` comes before the code's own.
+
+    Behind a success it must have a `type` too: `{"code": 200}` is what many an envelope says of itself.
+    """
+    if not isinstance(error, dict) or type(given := error.get("code")) is not int:
+        return None
+    kind = error.get("type")
+    if answer.is_success and not isinstance(kind, str):
+        return None
+    code = code_of(given, kind) or Code(given, "not listed", what_it_proves(answer))
+    reason = f"{provider}: {given}, {code.means} (HTTP {answer.status})"
+    return Finding(code.proof_with(answer.status), reason, wait or code.wait)

@@ -3,8 +3,8 @@
 What they take and answer was read in their sources, at these versions:
 
 - Evolution API 2.3.7 and 2.4.0-rc2 (evolution-foundation/evolution-api, `main` and `develop` of 2026-05): in `src`,
-  `api/routes/sendMessage.router.ts`, `api/dto/sendMessage.dto.ts`, `main.ts`, `licensing/runtime.ts` and
-  `api/integrations/channel/whatsapp/whatsapp.baileys.service.ts`;
+  `api/routes/sendMessage.router.ts`, `api/dto/sendMessage.dto.ts`, `main.ts`, `licensing/runtime.ts`, and in
+  `api/integrations/channel` `whatsapp/whatsapp.baileys.service.ts` and `meta/whatsapp.business.service.ts`;
 - WAHA 2024.10 (devlikeapro/waha): `src/api/chatting.controller.ts`, `src/core/abc/manager.abc.ts`,
   `src/nestjs/AllExceptionsFilter.ts`; and `src/structures/chatting.dto.ts` of 2025, which still takes no message id;
 - wuzapi of 2025-05 (asternic/wuzapi): `handlers.go`, `API.md`; whatsmeow of 2026-08 (tulir/whatsmeow): `send.go`;
@@ -50,10 +50,9 @@ class Dialect:
     send_path: str
     payload: Callable[[str, OutgoingMessage, str, str], Mapping[str, Any]]
     """From session, message, text and message id to the JSON that is posted."""
-    success: int
-    """The status with which the gateway, and hardly anything else, says that the message was sent: proof by itself."""
     provider_id: Callable[[Any], str | None]
-    """From the JSON of a success to WhatsApp's message id."""
+    """From the JSON of a success to WhatsApp's message id. None, which is in doubt, if it does not say that the message
+    was taken: a success status alone may be a proxy's, or be given to an error."""
     error_text: Callable[[Any], str]
     """From the JSON of a failure to the words in it that say what happened."""
     words: tuple[Words, ...]
@@ -67,6 +66,8 @@ class Dialect:
     """The first version that takes one, if that has to be asked for at the gateway's root."""
     find_path: str | None = None
     """Where a message can be looked up by its id, if anywhere."""
+    meta_error: Callable[[Any], Any] = lambda _: None
+    """From the JSON of a success to Meta's error object in it, if the gateway passes one on like that."""
 
 
 def value_at(data: Any, *path: str | int) -> Any:
@@ -81,6 +82,25 @@ def value_at(data: Any, *path: str | int) -> Any:
 
 def _first_text(*candidates: Any) -> str | None:
     return next((text for text in candidates if isinstance(text, str) and text), None)
+
+
+# WhatsApp's own ids (WAHA's engines may put "true", the chat and the author around them), and those of Meta and of
+# Evolution API's own channel.
+_MESSAGE_ID = re.compile(
+    r"(?:true_[^_\s]{1,80}_)?[0-9A-F]{4,64}(?:_\S{1,80})?"
+    r"|wamid\.[A-Za-z0-9+/=_-]{1,250}"
+    r"|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+)
+
+
+def _id_in(data: Any, *candidates: Any) -> str | None:
+    """Return the first candidate that is a message id, unless the answer takes it back."""
+    if value_at(data, "error") is not None or value_at(data, "exception") is not None:
+        return None
+    # Baileys' states begin with 0, ERROR; -1 is the one of whatsapp-web.js.
+    if value_at(data, "status") in ("ERROR", 0) or value_at(data, "ack") == -1:
+        return None
+    return next((text for text in candidates if isinstance(text, str) and _MESSAGE_ID.fullmatch(text)), None)
 
 
 def _evolution_error(data: Any) -> str:
@@ -104,8 +124,7 @@ EVOLUTION = Dialect(
         "text": text,
         "messageId": message_id,
     },
-    success=201,
-    provider_id=lambda data: _first_text(value_at(data, "key", "id")),
+    provider_id=lambda data: _id_in(data, value_at(data, "key", "id")),
     error_text=_evolution_error,
     words=(
         Words(400, "exists: false", Proof.REFUSED, "the number is not on WhatsApp; checked before the send"),
@@ -120,6 +139,8 @@ EVOLUTION = Dialect(
     takes_message_id=True,
     first_with_message_id=(2, 4),
     find_path="/chat/findMessages/{session}",
+    # An instance of type WHATSAPP-BUSINESS answers 201 with it (meta/whatsapp.business.service.ts, post).
+    meta_error=lambda data: value_at(data, "error") or data,
 )
 
 WAHA = Dialect(
@@ -132,9 +153,8 @@ WAHA = Dialect(
         "chatId": re.sub(r"@s\.whatsapp\.net\Z", "@c.us", message.destination_jid),
         "text": text,
     },
-    success=201,
-    provider_id=lambda data: _first_text(
-        value_at(data, "id"), value_at(data, "id", "_serialized"), value_at(data, "key", "id")
+    provider_id=lambda data: _id_in(
+        data, value_at(data, "id"), value_at(data, "id", "_serialized"), value_at(data, "key", "id")
     ),
     error_text=lambda data: _first_text(value_at(data, "error"), value_at(data, "exception", "message")) or "",
     words=(
@@ -157,8 +177,7 @@ WUZAPI = Dialect(
     key_header="token",
     send_path="/chat/send/text",
     payload=lambda _, message, text, message_id: {"Phone": message.destination_jid, "Body": text, "Id": message_id},
-    success=200,
-    provider_id=lambda data: _first_text(value_at(data, "data", "Id")),
+    provider_id=lambda data: _id_in(data, value_at(data, "data", "Id")) if value_at(data, "success") is True else None,
     error_text=lambda data: _first_text(value_at(data, "error")) or "",
     words=(
         Words(500, "No session", Proof.STOPPED, "the session is not started; checked before the send"),

@@ -17,6 +17,7 @@ from engagement.messages import OutgoingMessage, checked_flag
 from engagement.outcomes import Outcome, Sent
 from engagement.tally import logger
 from engagement.transports.client import PROBE_TIMEOUT, Finding, Prepared, ProviderClient
+from engagement.transports.cloud_codes import finding_of
 from engagement.transports.dialects import DIALECTS, EVOLUTION, Dialect, value_at
 from engagement.transports.http import Answer
 from engagement.transports.rendering import Render, as_json, refusal_of, words_of
@@ -158,16 +159,14 @@ class WhatsAppGateway:
     def _read(self, answer: Answer) -> Sent | Finding | None:
         if answer.is_success:
             provider_id = self._dialect.provider_id(answer.json)
-            return Sent(provider_id) if provider_id or self._proves_itself(answer) else None
+            if provider_id:
+                return Sent(provider_id)
+            return finding_of(self._dialect.name, self._dialect.meta_error(answer.json), answer)
         said = self._dialect.error_text(answer.json)
         for words in self._dialect.words:
             if words.match(answer.status, said):
                 return Finding(words.proof, f"{self._dialect.name}: {words.because} (HTTP {answer.status})")
         return None
-
-    def _proves_itself(self, answer: Answer) -> bool:
-        # A 201 is rare enough to be the gateway's own; any page of a proxy is a 200.
-        return answer.status == self._dialect.success == 201  # noqa: PLR2004
 
     def _takes_ids(self) -> bool:
         """Whether the gateway is known to take message ids, if that matters; once yes, always yes."""

@@ -286,12 +286,92 @@ def test_a_wrong_key_or_session_stops_the_sender(name):
         assert isinstance(gateway(server, session="none").send(outgoing()), Postpone)
 
 
-def test_a_201_is_proof_even_if_its_body_breaks_off():
-    """Evolution API and WAHA say 201 only after the send; wuzapi's 200 needs its words."""
+TAKEN = {
+    "evolution": {"key": {"id": MESSAGE_ID, "fromMe": True}, "status": "PENDING"},
+    "waha": {"id": f"true_{NUMBER}@c.us_{MESSAGE_ID}"},
+    "wuzapi": {"code": 200, "data": {"Details": "Sent", "Id": MESSAGE_ID}, "success": True},
+}
+
+
+def believed(name, status, body):
+    """Return what is made of an answer of this gateway."""
+    with serving(lambda _: Reply(status, body)) as server:
+        return gateway(server, DIALECTS[name]).send(outgoing())
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_a_success_that_breaks_off_is_in_doubt(name):
+    """Half a body does not say that the message was taken: it may be the beginning of an error."""
     half = b"HTTP/1.1 201 Created\r\nContent-Length: 500\r\n\r\n{"
-    for dialect, proof in ((EVOLUTION, Sent()), (WAHA, Sent()), (WUZAPI, InDoubt("wuzapi: HTTP 201"))):
-        with serving(lambda _: loopback.saying(half, then=loopback.reset)) as server:
-            assert gateway(server, dialect).send(outgoing()) == proof
+    with serving(lambda _: loopback.saying(half, then=loopback.reset)) as server:
+        dialect = DIALECTS[name]
+        assert gateway(server, dialect).send(outgoing()) == InDoubt(f"{dialect.name}: HTTP 201")
+
+
+META_ERROR = {"message": "(#131047) Re-engagement message", "type": "OAuthException", "code": 131047}
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize(
+    "body",
+    [
+        "",
+        "null",
+        {},
+        {"error": "no"},
+        {"key": {"id": ""}},
+        {"key": {"id": "undefined"}},
+        {"key": {"id": MESSAGE_ID}, "status": "ERROR", "id": MESSAGE_ID, "data": {"Id": MESSAGE_ID}},
+        {"key": {"id": MESSAGE_ID}, "id": MESSAGE_ID, "data": {"Id": MESSAGE_ID}, "success": True, "error": "Boom"},
+        {"key": {"id": MESSAGE_ID}, "id": MESSAGE_ID, "data": {"Id": MESSAGE_ID}, "success": True, "exception": {}},
+        {"id": "req-77", "statusCode": 500},
+        {"id": {"_serialized": "null"}},
+        {"data": {"Details": "Failed", "Id": ""}, "success": True},
+        {"data": {"Id": MESSAGE_ID}, "success": False},
+        {"code": 200, "message": "success"},
+        {"message": "no", "code": "131047"},
+        {"message": "no", "type": "x", "code": True},
+        [META_ERROR],
+    ],
+)
+def test_a_201_that_does_not_say_that_the_message_was_taken_is_in_doubt(name, body):
+    """A success status is believed with its body only: an id of WhatsApp's form where it belongs, and no error."""
+    assert believed(name, 201, body) == InDoubt(f"{DIALECTS[name].name}: HTTP 201")
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("status", [200, 201])
+def test_a_success_with_an_id_is_sent(name, status):
+    """The body says it, whichever success status comes with it."""
+    assert isinstance(believed(name, status, TAKEN[name]), Sent)
+
+
+@pytest.mark.parametrize(
+    ("codes", "outcome"),
+    [
+        ((131047, 131026, 132001), Refused),
+        ((190, 131031), Postpone),
+        ((130429, 131056), NotSent),
+        ((2, 131016, 133004, 131000, 1, 999999), InDoubt),
+    ],
+)
+@pytest.mark.parametrize("status", [200, 201])
+def test_an_error_of_meta_s_in_a_success_is_read_by_its_code(codes, outcome, status):
+    """An Evolution API of type WHATSAPP-BUSINESS answers 201 with Meta's error object, whose own status is lost."""
+    for code in codes:
+        error = META_ERROR | {"message": f"(#{code}) to {NUMBER}", "code": code, "fbtrace_id": "AbC"}
+        found = believed("evolution", status, error)
+
+        assert type(found) is outcome
+        assert NUMBER not in found.reason
+        assert type(believed("evolution", status, {"error": error})) is outcome
+
+
+def test_a_business_instance_s_own_id_is_one(evolution):
+    """Meta's message ids are taken as such too."""
+    evolution.override = Reply(201, {"key": {"fromMe": True, "id": "wamid.HBgNNTUxMTk4NzY1NDMyMRUCABEYEjNF=="}})
+
+    assert gateway(evolution.server).send(outgoing()) == Sent("wamid.HBgNNTUxMTk4NzY1NDMyMRUCABEYEjNF==")
 
 
 @pytest.mark.parametrize("dialect", [EVOLUTION, WAHA, WUZAPI])
