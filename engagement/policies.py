@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
+from time import monotonic, sleep
 from traceback import walk_tb
 from typing import Any, Literal
 from zoneinfo import ZoneInfo
@@ -25,6 +26,9 @@ from engagement.outcomes import NotSent, Outcome, Postpone, Refused, Sent, Withd
 from engagement.sending import LeaseRanOut, MayHaveLeft, Transport, checked_lease, logger
 
 A_MINUTE = timedelta(minutes=1)
+LONGEST_WAIT_SECONDS = 2.0
+"""How long the first in line for a frequency cap waits for those behind it, with a place in hand."""
+LOOK_AGAIN_SECONDS = 0.02
 
 TimeZoneOf = Callable[[OutgoingMessage], tzinfo | str]
 """The person's time zone: a `tzinfo`, or its name, such as `America/Sao_Paulo`."""
@@ -210,8 +214,9 @@ class FrequencyCap(Gate):
     """Sends a person at most `limit` messages in each of their days, or weeks from Monday on, as the database counts.
 
     What was sent or may have been, in this day or week, counts, and so does what is being sent at this moment. A
-    message above the limit is postponed to `resume_at`, local time, of the next day or Monday. If only messages that
-    are being sent stand in its way, it is asked again after seconds, since they may yet fail.
+    message above the limit is postponed to `resume_at`, local time, of the next day or Monday. If messages that are
+    being sent stand in its way, the first in line waits here for a moment, until the others have stepped back; who
+    steps back is asked again after seconds to a minute, since the others may yet fail.
 
     The limit holds with any number of workers, without a lock and without a transaction during the send: a message's
     claim is committed before it is counted here. So of any two messages of a person the one that counts later sees the
@@ -254,16 +259,25 @@ class FrequencyCap(Gate):
         if self._types is not None and message.message_type not in self._types:
             return message
         tz = _zone(self._tz_of(message))
+        began = monotonic()
         try:
-            with connect(self._engine) as connection:
-                return self._count(connection, message, tz)
+            while True:
+                waited = monotonic() - began
+                with connect(self._engine) as connection:
+                    answer = self._count(connection, message, tz, waited)
+                if answer is not None:
+                    return answer
+                sleep(LOOK_AGAIN_SECONDS)
         except SQLAlchemyError as error:
             if not is_transient(error):
                 raise
             # A lost database is no failure of the message.
             return Postpone(datetime.now(UTC) + A_MINUTE, "the database did not answer the frequency cap")
 
-    def _count(self, connection: Connection, message: OutgoingMessage, tz: tzinfo) -> OutgoingMessage | Outcome:
+    def _count(
+        self, connection: Connection, message: OutgoingMessage, tz: tzinfo, waited: float
+    ) -> OutgoingMessage | Outcome | None:
+        """Return the message, or why not; None to look again."""
         claim = connection.execute(statements.claim_of_message(), {"message_id": message.id}).one_or_none()
         if claim is None or (claim.status, claim.attempt) != (MessageStatus.SENDING, message.attempt):
             # It is no longer counted by others, so it must not leave.
@@ -276,11 +290,14 @@ class FrequencyCap(Gate):
         counted = connection.execute(counting, values).one()
         if counted.left >= self._limit:
             return Postpone(resumes_at, f"{self._limit} per {self._per} reached")
-        if counted.left + counted.ahead + counted.behind < self._limit:
+        in_line = counted.left + counted.ahead
+        if in_line + counted.behind < self._limit:
             return message
-        # Two that see each other both step back. The older comes again first, and finds the other one pending.
-        is_first = counted.left + counted.ahead < self._limit
-        wait = min(timedelta(seconds=2 ** min(message.attempt, 6)), A_MINUTE) if is_first else A_MINUTE
+        # Who is behind too many steps back at once; who is not, waits for that. A younger one may have passed already:
+        # so nobody waits for long, and who is further back waits less, or two would wait for each other.
+        if waited < LONGEST_WAIT_SECONDS * (1 - in_line / self._limit):
+            return None
+        wait = min(timedelta(seconds=2 ** min(message.attempt, 6)), A_MINUTE) if in_line < self._limit else A_MINUTE
         return Postpone(claim.now + wait, "other messages to this person are being sent")
 
 

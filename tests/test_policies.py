@@ -8,10 +8,11 @@ import zoneinfo
 from collections import Counter
 from dataclasses import replace
 from datetime import UTC, date, datetime, time, timedelta, timezone
+from time import sleep
 from zoneinfo import ZoneInfo
 
 import pytest
-from conftest import execute, new_message, outgoing, queue, row
+from conftest import execute, in_thread, new_message, outgoing, queue, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, event
@@ -662,38 +663,69 @@ def test_a_cap_for_some_types_neither_holds_nor_counts_the_others(engine, noon):
         cap(print, engine, noon, message_types="reminder")
 
 
-def test_two_that_meet_both_step_back_and_one_of_them_comes_first(engine, noon):
-    """Two workers that are about to send to one person do not both send, and neither message is lost for the day."""
-    older, younger = queue(engine, *user_messages("one", "two"))
-    both_are_claimed, both_have_counted = (threading.Barrier(2, timeout=PATIENCE) for _ in range(2))
+def runs_at_once(engine, send, noon, *, runs, limit):
+    """Start so many runs that each have a message in hand when the cap is first asked, and wait for their end."""
+    all_have_claimed, asked = threading.Barrier(runs, timeout=PATIENCE), threading.local()
+
+    def tz_of(_message):
+        if not hasattr(asked, "once"):
+            asked.once = all_have_claimed.wait()
+        return noon
+
+    capped = FrequencyCap(send, engine, tz_of, limit=limit, per="day")
+    for run in [in_thread(process_message_queue, engine, capped) for _ in range(runs)]:
+        run.result(PATIENCE)
+
+
+@pytest.mark.parametrize("order", ["oldest first", "youngest first"])
+@pytest.mark.parametrize(
+    ("runs", "limit", "send_seconds"), [(2, 1, 0), (3, 1, 0.2), (3, 2, 0), (3, 2, 0.2), (3, 3, 0), (6, 3, 0.2)]
+)
+def test_runs_that_begin_at_once_reach_the_cap(engine, noon, order, runs, limit, send_seconds):  # noqa: PLR0917
+    """Ten messages of one person are due: so many as may are sent in the first round, and not one more."""
+    ids = queue(engine, *user_messages(*"abcdefghij"))
+    if order == "youngest first":
+        execute(engine, "UPDATE engagement_message_queue SET next_attempt_at = now() - id * interval '1 s'")
     sent = []
 
     def send(message):
-        both_are_claimed.wait()
-        outcome = cap(sent.append, engine, noon).send(message)
-        both_have_counted.wait()  # Or the slower one would find the other already settled, and rightly pass.
-        return outcome
+        sleep(send_seconds)
+        sent.append(message.id)
 
-    def process():
-        process_message_queue(engine, send, limit=1)
+    runs_at_once(engine, send, noon, runs=runs, limit=limit)
 
-    threads = [threading.Thread(target=process) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    assert len(sent) == limit
+    assert {row(engine, message_id).status for message_id in set(ids) - set(sent)} == {"pending"}
 
-    first, second = row(engine, older), row(engine, younger)
-    assert sent == []
-    assert first.history[-1]["reason"] == "other messages to this person are being sent"
-    assert first.next_attempt_at < second.next_attempt_at <= datetime.now(UTC) + timedelta(minutes=1, seconds=5)
 
-    for _ in (first, second):
-        make_due(engine)
-        process_message_queue(engine, cap(sent.append, engine, noon))
+def test_of_two_that_meet_the_older_is_sent(engine, noon):
+    """Two workers that are about to send to one person do not both send, and the second message waits for its turn."""
+    older, younger = queue(engine, *user_messages("one", "two"))
+    sent = []
 
-    assert [message.id for message in sent] == [older]
+    runs_at_once(engine, lambda message: sent.append(message.id), noon, runs=2, limit=1)
+
+    assert sent == [older]
+    waits = row(engine, younger)
+    assert waits.history[-1]["reason"] == "other messages to this person are being sent"
+    assert waits.next_attempt_at <= datetime.now(UTC) + timedelta(minutes=1, seconds=5)
+
+    make_due(engine)
+    process_message_queue(engine, cap(fails, engine, noon))
+
     assert row(engine, younger).next_attempt_at > datetime.now(UTC) + timedelta(hours=12)
+
+
+def test_two_older_ones_do_not_wait_for_each_other_while_a_younger_one_is_being_sent(engine, noon):
+    """Of two places the younger has one: of the two older ones the second steps back, and the first has the other."""
+    first, second, younger = queue(engine, *user_messages("one", "two", "three"))
+    put(engine, younger, "sending")
+    sent = []
+
+    runs_at_once(engine, lambda message: sent.append(message.id), noon, runs=2, limit=2)
+
+    assert sent == [first]
+    assert row(engine, second).status == "pending"
 
 
 def test_an_older_message_does_not_pass_a_younger_one_that_is_being_sent(engine, noon):
