@@ -226,7 +226,7 @@ class ProviderClient:
                 self.note_trouble(wait)
                 return NotSent(reason, wait)
             case Proof.IN_DOUBT:
-                self.note_trouble()
+                self.note_trouble(wait)
                 return InDoubt(reason)
             case Proof.STOPPED:
                 wait = max(wait or FIRST_STOP, FIRST_STOP)

@@ -15,11 +15,11 @@ from datetime import timedelta
 from typing import Any, Self
 
 from engagement.messages import OutgoingMessage
-from engagement.outcomes import LONGEST_DELAY, Outcome, Refused, Sent
+from engagement.outcomes import Outcome, Refused, Sent
 from engagement.transports.client import PROBE_TIMEOUT, Finding, Prepared, ProviderClient
 from engagement.transports.cloud_codes import finding_of
 from engagement.transports.dialects import value_at
-from engagement.transports.http import Answer
+from engagement.transports.http import Answer, bounded
 from engagement.transports.rendering import Render, as_json, refusal_of, words_of
 from engagement.transports.settings import Settings, required
 
@@ -191,7 +191,7 @@ def _time_to_regain_access(answer: Answer) -> timedelta | None:
     usage = answer.headers.get("x-business-use-case-usage", "")
     minutes = [int(given) for given in re.findall(r'"estimated_time_to_regain_access"\s*:\s*([0-9]{1,6})\b', usage)]
     longest = timedelta(minutes=max(minutes, default=0))
-    return min(longest, LONGEST_DELAY) or None
+    return bounded(longest) or None
 
 
 def _is_blocked(data: Any) -> bool:

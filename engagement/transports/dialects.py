@@ -133,7 +133,7 @@ EVOLUTION = Dialect(
         Words(500, "Connection Closed", Proof.WAIT, "likewise, while the number was checked"),
         Words(503, "LICENSE_REQUIRED", Proof.STOPPED, "the gateway is not activated; said before any route"),
     ),
-    statuses={400: Proof.IN_DOUBT, 408: Proof.IN_DOUBT},
+    statuses={400: Proof.IN_DOUBT},
     state_path="/instance/connectionState/{session}",
     is_connected=lambda data: value_at(data, "instance", "state") == "open",
     takes_message_id=True,
@@ -166,7 +166,8 @@ WAHA = Dialect(
         ),
         Words(500, "Connection Closed", Proof.WAIT, "Baileys' socket was closed before it was written to"),
     ),
-    statuses={408: Proof.IN_DOUBT},
+    # All its own speak of the session or of the edition (UnprocessableEntityException).
+    statuses={422: Proof.STOPPED},
     state_path="/api/sessions/{session}",
     is_connected=lambda data: value_at(data, "status") == "WORKING",
     takes_message_id=False,
@@ -194,7 +195,7 @@ WUZAPI = Dialect(
             "the session is not logged in; checked before the send (ErrNotLoggedIn)",
         ),
     ),
-    statuses={408: Proof.IN_DOUBT},
+    statuses={},
     state_path="/session/status",
     is_connected=lambda data: (
         value_at(data, "data", "Connected") is True and value_at(data, "data", "LoggedIn") is True

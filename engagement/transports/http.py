@@ -12,7 +12,9 @@ from typing import Any
 
 import httpx
 
-from engagement.outcomes import LONGEST_DELAY
+LONGEST_WAIT = timedelta(days=1)
+"""What a far side may ask for at most: a longer wait is cut, and the message asks again. The year 9999 would park it
+where nobody looks."""
 
 
 class Proof(StrEnum):
@@ -55,14 +57,14 @@ class Answer:
 
     @property
     def retry_after(self) -> timedelta | None:
-        """What Retry-After asks for; a date in it is read by the server's own clock if the answer tells it."""
+        """What Retry-After asks for, at most `LONGEST_WAIT`; a date is read by the server's own clock if told."""
         given = self.headers.get("retry-after", "").strip()
         if re.fullmatch(r"[0-9]{1,10}", given):
-            return _bounded(timedelta(seconds=int(given)))
+            return bounded(timedelta(seconds=int(given)))
         until = _http_date(given)
         if until is None:
             return None
-        return _bounded(until - (_http_date(self.headers.get("date", "")) or datetime.now(UTC)))
+        return bounded(until - (_http_date(self.headers.get("date", "")) or datetime.now(UTC)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,28 +87,26 @@ been written, and no answer came |
     | 2xx | in doubt | it succeeded, but not in the provider's words: the page of a proxy, half an answer |
     | 300, 302, 303, 304 | in doubt | what redirects like this may have acted before (RFC 9110, 15.4.4) |
     | 301, 307, 308 | not sent, stopped | the address has moved (RFC 9110, 15.4.2, 15.4.8, 15.4.9); it is not followed |
-    | 401, 402, 403, 407 | not sent, stopped | the sender is not allowed to |
-    | 404, 405, 406, 410, 411, 415, 421, 426 | not sent, stopped | the address or what is spoken there is wrong, for \
-every message alike |
-    | 408 | not sent | the server did not get the whole request (RFC 9110, 15.5.9) |
-    | 409 | in doubt | it conflicts with what is there: perhaps the same message, still being sent |
+    | 401, 402, 403, 407, 451 | not sent, stopped | the sender is not allowed to |
+    | 404, 405, 410, 411, 414, 415, 421, 426, 428, 431 | not sent, stopped | the address, the headers or what is \
+spoken there is wrong, for every message alike |
+    | 408 | in doubt | it means that the request did not come in time (RFC 9110, 15.5.9), but gateways say it of their \
+own far side |
+    | 409, 423 | in doubt | it conflicts with what is there: perhaps the same message, still being sent |
     | 425 | not sent | the server would not risk it yet (RFC 8470, 5.2) |
     | 429 | not sent, wait | too many requests (RFC 6585, 4), with Retry-After or without |
-    | 400, 413, 414, 422, 431, 451 | refused | the request was understood, and is wrong as it is |
-    | every other 4xx | refused | the error is the client's (RFC 9110, 15.5) |
-    | 503 with Retry-After | not sent, wait | the server asks to come back (RFC 9110, 15.6.4) |
-    | 503 without Retry-After | in doubt | proxies say it too when what is behind them hung up in the middle |
+    | 400, 413, 422 | refused | the request was understood, and is wrong as it is |
+    | every other 4xx | in doubt | it is assigned to nothing that denies a send: 499, 444 and 460 are a proxy's word \
+that the client has left, 406 and 424 may come after the act |
     | 501, 505, 511 | not sent, stopped | the server, or a login page before it, does not do this at all |
-    | every other 5xx | in doubt | it may have failed after it had acted; for 502 and 504 see 503 |
+    | every other 5xx | in doubt | it may have failed after it had acted, also 503 with Retry-After: a proxy says it \
+when what is behind it hung up in the middle (Varnish's builtin.vcl) |
 
     Nothing is `refused` or `not sent` that could have left. What a provider documents otherwise comes before this.
     """
     if isinstance(failure, Silence):
         return Proof.WAIT if issubclass(failure.error, _NO_CONNECTION) else Proof.IN_DOUBT
-    if failure.status == httpx.codes.SERVICE_UNAVAILABLE and failure.retry_after is not None:
-        return Proof.WAIT
-    is_client_error = 400 <= failure.status < 500  # noqa: PLR2004
-    return _BY_STATUS.get(failure.status, Proof.REFUSED if is_client_error else Proof.IN_DOUBT)
+    return _BY_STATUS.get(failure.status, Proof.IN_DOUBT)
 
 
 _NO_CONNECTION = (
@@ -118,10 +118,10 @@ _NO_CONNECTION = (
 )
 _BY_STATUS = (
     dict.fromkeys((301, 307, 308), Proof.STOPPED)
-    | dict.fromkeys((401, 402, 403, 407), Proof.STOPPED)
-    | dict.fromkeys((404, 405, 406, 410, 411, 415, 421, 426), Proof.STOPPED)
-    | dict.fromkeys((408, 425), Proof.NOT_SENT)
-    | {409: Proof.IN_DOUBT, 429: Proof.WAIT}
+    | dict.fromkeys((401, 402, 403, 407, 451), Proof.STOPPED)
+    | dict.fromkeys((404, 405, 410, 411, 414, 415, 421, 426, 428, 431), Proof.STOPPED)
+    | dict.fromkeys((400, 413, 422), Proof.REFUSED)
+    | {425: Proof.NOT_SENT, 429: Proof.WAIT}
     | dict.fromkeys((501, 505, 511), Proof.STOPPED)
 )
 
@@ -134,5 +134,6 @@ def _http_date(text: str) -> datetime | None:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def _bounded(delay: timedelta) -> timedelta:
-    return min(max(delay, timedelta(0)), LONGEST_DELAY)
+def bounded(wait: timedelta) -> timedelta:
+    """Return a far side's hint, cut to what it may ask for."""
+    return min(max(wait, timedelta(0)), LONGEST_WAIT)

@@ -224,6 +224,8 @@ def test_a_wrong_phone_number_id_stops_the_sender(meta):
         ),
         ({"X-Business-Use-Case-Usage": '{"1022":[{"estimated_time_to_regain_access":0}]}'}, 60),
         ({"X-Business-Use-Case-Usage": "{broken"}, 60),
+        ({"X-Business-Use-Case-Usage": '{"1022":[{"estimated_time_to_regain_access":999999}]}'}, 86_400),
+        ({"Retry-After": "9999999999"}, 86_400),
     ],
 )
 def test_a_rate_limit_waits_as_long_as_meta_asks(meta, headers, seconds):

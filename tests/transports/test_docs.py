@@ -9,7 +9,7 @@ import pytest
 from engagement.transports import cloud, gateway, settings, webhook
 from engagement.transports.cloud_codes import CODES
 from engagement.transports.dialects import DIALECTS
-from engagement.transports.http import what_it_proves
+from engagement.transports.http import Proof, what_it_proves
 
 DOCS = Path(__file__).parents[2] / "docs" / "transports.md"
 
@@ -17,6 +17,12 @@ DOCS = Path(__file__).parents[2] / "docs" / "transports.md"
 def http_table() -> str:
     lines = inspect.cleandoc(what_it_proves.__doc__).splitlines()
     return "\n".join(line for line in lines if line.startswith("|"))
+
+
+_OTHERWISE = {
+    Proof.IN_DOUBT: "what else it means there is not known",
+    Proof.STOPPED: "it always speaks of the session there",
+}
 
 
 def gateways_table() -> str:
@@ -27,7 +33,7 @@ def gateways_table() -> str:
             for words in dialect.words
         ]
         rows += [
-            f"| {dialect.name} | {status}, anything else | {proof} | what else it means there is not known |"
+            f"| {dialect.name} | {status}, anything else | {proof} | {_OTHERWISE[proof]} |"
             for status, proof in dialect.statuses.items()
         ]
     return "\n".join(rows)

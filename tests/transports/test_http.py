@@ -63,11 +63,9 @@ RETRY_AFTER = httpx.Headers({"retry-after": "3"})
 
 @pytest.mark.parametrize(("failure", "proof"), [row for row in rows() if row[0].startswith(("3", "4", "5"))])
 def test_each_status_in_the_table_proves_what_it_says(failure, proof):
-    """A status of the table proves what its row says, with Retry-After or without, unless its row tells them apart."""
-    headers = [RETRY_AFTER] if "with Retry-After" in failure else [httpx.Headers()]
-    headers = [RETRY_AFTER, httpx.Headers()] if "Retry-After" not in failure else headers
+    """A status of the table proves what its row says, with Retry-After or without."""
     for status in named_in(failure):
-        for given in headers:
+        for given in (RETRY_AFTER, httpx.Headers()):
             assert what_it_proves(Answer(status, given)) is proof, status
 
 
@@ -102,7 +100,19 @@ def test_only_refusals_that_cannot_have_left_are_final():
     harmless = {Proof.NOT_SENT, Proof.WAIT, Proof.STOPPED, Proof.REFUSED}
 
     assert {status for status in range(200, 300) if what_it_proves(Answer(status)) in harmless} == set()
-    assert {status for status in range(500, 600) if what_it_proves(Answer(status)) in harmless} == {501, 505, 511}
+    for headers in (httpx.Headers(), RETRY_AFTER):
+        proven = {status for status in range(500, 600) if what_it_proves(Answer(status, headers)) in harmless}
+        assert proven == {501, 505, 511}
+
+
+def test_only_a_4xx_that_denies_the_act_is_believed():
+    """A 4xx that is assigned to nothing, or may come after the act, proves nothing: neither refused nor not sent."""
+    doubtful = {status for status in range(400, 500) if what_it_proves(Answer(status)) is Proof.IN_DOUBT}
+
+    assert {406, 408, 409, 412, 416, 417, 418, 419, 420, 423, 424, 430, 440, 444, 449, 460, 463, 494, 499} <= doubtful
+    assert len(doubtful) == 100 - 20
+    refused = {status for status in range(400, 500) if what_it_proves(Answer(status)) is Proof.REFUSED}
+    assert refused == {400, 413, 422}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +120,9 @@ def test_only_refusals_that_cannot_have_left_are_final():
     [
         ("0", timedelta(0)),
         ("120", timedelta(minutes=2)),
-        ("9999999999", timedelta(days=366)),
+        ("86400", timedelta(days=1)),
+        ("86401", timedelta(days=1)),
+        ("9999999999", timedelta(days=1)),
         ("-1", None),
         ("1.5", None),
         ("٣", None),
@@ -119,7 +131,7 @@ def test_only_refusals_that_cannot_have_left_are_final():
     ],
 )
 def test_retry_after_in_seconds(given, expected):
-    """Retry-After counts if it is a number of seconds, and never for longer than a message may wait."""
+    """Retry-After counts if it is a number of seconds, and never for longer than a day."""
     headers = httpx.Headers([(b"retry-after", given.encode())])
 
     assert Answer(503, headers).retry_after == expected
@@ -130,11 +142,13 @@ def test_retry_after_as_a_date():
     now = datetime(2026, 11, 24, 12, tzinfo=UTC)
     on_its_clock = {"retry-after": format_datetime(now + timedelta(seconds=90)), "date": format_datetime(now)}
     on_ours = {"retry-after": format_datetime(datetime.now(UTC) + timedelta(seconds=90))}
+    far = {"retry-after": "Fri, 31 Dec 9999 23:59:59 GMT"}
     past = {"retry-after": format_datetime(datetime.now(UTC) - timedelta(hours=1))}
 
     assert Answer(503, httpx.Headers(on_its_clock)).retry_after == timedelta(seconds=90)
     assert timedelta(seconds=80) < Answer(503, httpx.Headers(on_ours)).retry_after <= timedelta(seconds=90)
     assert Answer(503, httpx.Headers(past)).retry_after == timedelta(0)
+    assert Answer(503, httpx.Headers(far)).retry_after == timedelta(days=1)
 
 
 # Real failures. Each test also counts what arrived: nothing is retried.
@@ -364,12 +378,32 @@ def test_too_many_requests_wait_as_long_as_is_asked(headers, wait):
         assert one.seconds_paused
 
 
-def test_503_is_not_sent_only_with_retry_after():
-    """A 503 that asks to come back did nothing; another one may come from a proxy whose server hung up."""
-    with serving(lambda _: Reply(503, "", {"Retry-After": "7"})) as server:
-        assert deliver(client(server.url)) == NotSent("test: HTTP 503", timedelta(seconds=7))
-    with serving(lambda _: Reply(503)) as server:
-        assert deliver(client(server.url)) == InDoubt("test: HTTP 503")
+@pytest.mark.parametrize("headers", [{"Retry-After": "7"}, {}])
+def test_503_is_in_doubt_with_retry_after_too(headers):
+    """A proxy whose server hung up in the middle asks to come back too: temporary is not absent."""
+    with serving(lambda _: Reply(503, "", headers)) as server:
+        one = client(server.url)
+
+        assert deliver(one) == InDoubt("test: HTTP 503")
+        assert (one.seconds_paused > 6) is bool(headers)
+
+
+@pytest.mark.parametrize("status", [408, 409, 423, 424, 406, 444, 460, 499, 498])
+def test_a_proxy_that_tells_that_the_client_left_is_in_doubt(status):
+    """The origin may have acted: such a message is neither refused nor sent again by itself."""
+    with serving(lambda _: Reply(status)) as server:
+        assert deliver(client(server.url)) == InDoubt(f"test: HTTP {status}")
+
+
+@pytest.mark.parametrize("asked", ["9999999999", "Fri, 31 Dec 9999 23:59:59 GMT"])
+@pytest.mark.parametrize("status", [401, 429])
+def test_no_far_side_parks_a_message_for_more_than_a_day(status, asked):
+    """Whatever it asks for, as `NotSent` or as `Postpone`: after a day it is asked again."""
+    with serving(lambda _: Reply(status, "", {"Retry-After": asked})) as server:
+        outcome = deliver(client(server.url))
+
+    wait = outcome.retry_after if isinstance(outcome, NotSent) else outcome.until - datetime.now(UTC)
+    assert timedelta(hours=23) < wait <= timedelta(days=1)
 
 
 @pytest.mark.parametrize(("attempt", "minutes"), [(1, 1), (2, 2), (6, 32), (7, 60), (STOPPED_ATTEMPTS, 60)])
