@@ -55,7 +55,8 @@ Transport = SendFunction | SendingTransport | BatchTransport
 
 - `ready() -> bool`: False while nothing can be sent; nothing is claimed then. Asked at most once a second.
 - `idempotent: bool`: the same delivery id twice has one effect.
-- `look_up(message) -> Sent | NotSent | None`: what became of this delivery id; None if that is not known.
+- `look_up(message) -> Sent | NotSent | None`: what became of this delivery id; None if that is not known. `NotSent`
+  only if the far side takes nothing any more under this id: what is not found may come from a worker that is frozen.
 """
 
 
