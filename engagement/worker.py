@@ -15,9 +15,9 @@ from engagement.delivery import Delivery
 from engagement.housekeeping import Housekeeping
 from engagement.messages import checked_flag
 from engagement.outcomes import Backoff, Classify, classify_exception, exponential_backoff
+from engagement.own_transactions import for_own_transactions
 from engagement.repository import LONGEST_AGE
 from engagement.sending import Transport
-from engagement.statements import in_schema
 from engagement.tally import ProcessResult
 
 
@@ -110,9 +110,7 @@ class Worker:
         keeps_long_enough = prune_older_than is None or timedelta(0) <= prune_older_than <= LONGEST_AGE
         _check(keeps_long_enough, "prune_older_than", f"must be from zero to {LONGEST_AGE.days} days")
         _check(verify_every is None or verify_every > timedelta(0), "verify_every", "must be positive")
-        # Under a stricter isolation the claims of two workers would fail each other, and AUTOCOMMIT has no transaction
-        # to settle and claim in.
-        self.engine = engine.execution_options(isolation_level="READ COMMITTED", **in_schema(schema))
+        self.engine = for_own_transactions(engine, schema)
         self.transport = transport
         self.concurrency = concurrency
         self.lease = lease

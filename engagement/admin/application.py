@@ -16,6 +16,7 @@ from starlette_admin.theme import BaseTheme, IconSet
 from engagement.admin.database import Queue
 from engagement.admin.guards import Authenticated, Authentication, May, Permission, SameOrigin
 from engagement.admin.pages import MessagesPage, OverviewPage, Shown, path_for
+from engagement.own_transactions import for_own_transactions
 
 MOUNT = "engagement"
 PATIENCE = timedelta(seconds=5)
@@ -56,7 +57,8 @@ def create_admin(
     """
     if not callable(authentication):
         raise TypeError("authentication: must say who asks. To let everybody in, give engagement.admin.anyone")
-    shown = Shown(Queue(engine, schema, patience), tz, Permission("may_reveal", may_reveal))
+    queue = Queue(for_own_transactions(engine, schema), schema, patience)
+    shown = Shown(queue, tz, Permission("may_reveal", may_reveal))
     admin = BaseAdmin(
         title="Engagement",
         base_url="",

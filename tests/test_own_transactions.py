@@ -1,0 +1,105 @@
+"""What a worker, the command and the admin page do in transactions of their own, whatever the database has set."""
+
+import logging
+import threading
+from contextlib import ExitStack
+
+import pytest
+from conftest import in_thread, new_message, queue, row, until
+from sqlalchemy import create_engine
+from sqlalchemy.exc import InternalError
+from sqlalchemy.pool import NullPool
+
+from engagement import Sent, Worker, migrations, process_message_queue
+from engagement.own_transactions import for_own_transactions
+
+
+@pytest.fixture(name="database")
+def _database(empty_engine):
+    """A database of its own, migrated, and an engine on it that keeps no connection: its settings can be changed."""
+    engine = create_engine(empty_engine.url, poolclass=NullPool)
+    migrations.upgrade(engine)
+    return engine
+
+
+def set_for_new_connections(database, setting: str, value: str | None) -> None:
+    """Set what each connection that is made from now on begins with; None takes it back."""
+    name = database.dialect.identifier_preparer.quote(database.url.database)
+    how = f"RESET {setting}" if value is None else f"SET {setting} = {value}"
+    with database.begin() as connection:
+        connection.exec_driver_sql("SET TRANSACTION READ WRITE")
+        connection.exec_driver_sql(f"ALTER DATABASE {name} {how}")
+
+
+def filled(engine, connections: int):
+    """Return the engine with so many connections in its pool."""
+    with ExitStack() as stack:
+        for _ in range(connections):
+            stack.enter_context(engine.connect())
+    return engine
+
+
+@pytest.fixture(name="pooled")
+def _pooled(database):
+    engine = create_engine(database.url, pool_size=5)
+    yield engine
+    engine.dispose()
+
+
+# A connection is as its database was when it was made
+
+
+@pytest.mark.direct("the pooler's connections to the server are its own")
+def test_a_worker_that_connected_while_the_database_was_read_only_goes_on(database, pooled, caplog):
+    """All connections of that time are given up at once, not only the one that was in use, and the next one works."""
+    [message_id] = queue(database, new_message())
+    set_for_new_connections(database, "default_transaction_read_only", "on")
+    filled(pooled, 5)
+    stop = threading.Event()
+    with caplog.at_level(logging.WARNING, "engagement"):
+        worker = in_thread(Worker(pooled, lambda _: Sent()).run, stop)
+        until(lambda: "engagement.database_lost error=InternalError 25006" in caplog.text)
+        set_for_new_connections(database, "default_transaction_read_only", None)
+        until(lambda: row(database, message_id).status == "sent")
+        stop.set()
+
+    assert worker.result(20).succeeded == 1
+
+
+@pytest.mark.direct("the pooler's connections to the server are its own")
+def test_a_run_gives_up_a_connection_that_cannot_write(database, pooled):
+    """A cron job in a host's process says what it met; the next run has other connections."""
+    queue(database, new_message())
+    set_for_new_connections(database, "default_transaction_read_only", "on")
+    filled(pooled, 5)
+    set_for_new_connections(database, "default_transaction_read_only", None)
+
+    with pytest.raises(InternalError):
+        process_message_queue(pooled, lambda _: Sent())
+    assert process_message_queue(pooled, lambda _: Sent()).succeeded == 1
+
+
+@pytest.mark.direct("the pooler's connections to the server are its own")
+@pytest.mark.parametrize(
+    ("setting", "value", "provoke"),
+    [
+        ("statement_timeout", "1000", "SELECT pg_sleep(20)"),
+        ("search_path", "nowhere", "SELECT FROM engagement_message_queue"),
+        ("lock_timeout", "1", "LOCK engagement_message_queue"),
+    ],
+)
+def test_a_setting_that_failed_a_statement_is_not_met_again(database, pooled, setting, value, provoke):
+    """What a role or database is set to holds for a connection until its end: the setting is mended, and it is not."""
+    with database.begin() as connection:
+        default = connection.exec_driver_sql(f"SHOW {setting}").scalar_one()
+    set_for_new_connections(database, setting, value)
+    ours = for_own_transactions(filled(pooled, 1))
+    set_for_new_connections(database, setting, None)
+
+    with database.begin() as other:
+        other.exec_driver_sql("LOCK engagement_message_queue")
+        with pytest.raises(Exception), ours.begin() as connection:  # noqa: B017 - each has a class of its own
+            connection.exec_driver_sql(provoke)
+
+    with ours.begin() as connection, database.begin() as new:
+        assert [each.exec_driver_sql(f"SHOW {setting}").scalar_one() for each in (connection, new)] == [default] * 2
