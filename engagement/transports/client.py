@@ -216,7 +216,10 @@ class ProviderClient:
 
     def _outcome(self, finding: Finding, wait: timedelta | None, message: OutgoingMessage) -> Outcome:
         reason = finding.reason
-        match finding.proof:
+        proof = finding.proof
+        if proof is Proof.LATER and message.attempt > STOPPED_ATTEMPTS:
+            proof = Proof.NOT_SENT
+        match proof:
             case Proof.NOT_SENT:
                 return NotSent(reason, wait)
             case Proof.REFUSED:
@@ -228,13 +231,14 @@ class ProviderClient:
             case Proof.IN_DOUBT:
                 self.note_trouble(wait)
                 return InDoubt(reason)
-            case Proof.STOPPED:
+            case Proof.STOPPED | Proof.LATER:
                 wait = max(wait or FIRST_STOP, FIRST_STOP)
-                self.note_trouble(wait)
+                if proof is Proof.STOPPED:
+                    self.note_trouble(wait)
                 longer = min(FIRST_STOP * 2 ** min(message.attempt - 1, 10), LONGEST_STOP)
                 return Postpone(_from_now(max(wait, longer)), reason)
             case _:
-                assert_never(finding.proof)
+                assert_never(proof)
 
 
 class _DiscreetURL(httpx.URL):

@@ -1,7 +1,10 @@
 """Meta's error codes, and what each proves.
 
 From "Error codes" (support/error-codes) of Meta's WhatsApp Business Platform documentation, read as of 2026-09-11; all
-that can answer a message are here. Meta asks to go by the code and not by the HTTP status; see `Code.proof_with`.
+that can answer a message are here. 131044, 131062 and 132008 are from pywa (`errors.py` of 2026-08-12), which the table
+was compared with; the section "Graph API" is from that API's documentation, "Handling Errors" (guides/error-handling)
+and "Rate Limits" (overview/rate-limiting). Meta asks to go by the code and not by the HTTP status; see
+`Code.proof_with`.
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ class Code:
 
 _ACCOUNT = timedelta(minutes=15)
 """What a person has to mend is tried again this often, by a message."""
+_LIMIT = timedelta(minutes=1)
+"""Likewise a limit that passes, if the answer does not say when. Its windows are of an hour, so it costs no retry."""
 
 
 def _lasting(code: int, means: str, *, last: int = 0, section: str = "other", status: int = 400) -> Code:
@@ -51,8 +56,9 @@ def _lasting(code: int, means: str, *, last: int = 0, section: str = "other", st
 
 
 # `STOPPED` is what is wrong with the sender and not with the message: a token, an account, a payment, a limit of the
-# whole account that lasts. Such a message is postponed, not failed: after three failures it would be lost, and with it
-# the whole queue, to one expired token. `WAIT` are the short limits, where a failure counts, as for any other provider.
+# whole account or app that lasts. Such a message is postponed, not failed: after three failures it would be lost, and
+# with it the whole queue, to one expired token. `WAIT` are limits of seconds, where a failure counts, as for any other
+# provider. `LATER` is what speaks of the account, but not for every message.
 CODES = (
     _lasting(0, "the app user could not be authenticated", section="authorization"),
     _lasting(3, "capability or permissions issue", section="authorization", status=500),
@@ -60,10 +66,10 @@ CODES = (
     _lasting(190, "the access token has expired", section="authorization"),
     _lasting(200, "no token, or no permission", last=299, section="authorization"),
     _lasting(368, "the account is restricted for a policy violation", section="integrity"),
-    Code(130497, "the account may not message users in this country", Proof.REFUSED, section="integrity"),
+    Code(130497, "the account may not message users in this country", Proof.LATER, section="integrity"),
     _lasting(131031, "the account is locked", section="integrity"),
-    Code(4, "the app's call rate limit", Proof.WAIT, timedelta(minutes=1), section="throttling"),
-    Code(80007, "the account's rate limit", Proof.WAIT, timedelta(minutes=1), section="throttling"),
+    Code(4, "the app's call rate limit", Proof.STOPPED, _LIMIT, section="throttling"),
+    Code(80007, "the account's rate limit", Proof.STOPPED, _LIMIT, section="throttling"),
     Code(130429, "the message throughput is reached", Proof.WAIT, timedelta(seconds=2), section="throttling"),
     Code(131048, "spam rate limit of this phone number", Proof.STOPPED, _ACCOUNT, section="throttling"),
     Code(131056, "too many messages to the same recipient", Proof.NOT_SENT, timedelta(minutes=1), section="throttling"),
@@ -83,6 +89,7 @@ CODES = (
     Code(131026, "undeliverable: no WhatsApp number, old version or terms not accepted", Proof.REFUSED),
     _lasting(131037, "the sender's display name is not approved"),
     _lasting(131042, "payment issue of the account"),
+    _lasting(131044, "payment issue of the account"),
     _lasting(131045, "the sender's phone number is not registered", status=500),
     Code(131047, "more than 24 hours since the recipient wrote: needs a template", Proof.REFUSED),
     Code(131049, "not delivered, to maintain healthy ecosystem engagement", Proof.REFUSED),
@@ -90,11 +97,13 @@ CODES = (
     Code(131051, "unsupported message type", Proof.REFUSED),
     Code(131053, "the media could not be uploaded", Proof.REFUSED),
     Code(131057, "the account is in maintenance mode", Proof.STOPPED, timedelta(minutes=1), status=500),
-    Code(131063, "marketing templates are disabled for the account", Proof.REFUSED),
+    Code(131062, "a business-scoped user id cannot be sent this message: it needs the number", Proof.REFUSED),
+    Code(131063, "marketing templates are disabled for the account", Proof.LATER),
     Code(132000, "wrong number of template parameters", Proof.REFUSED),
     Code(132001, "no such approved template in this language", Proof.REFUSED),
     Code(132005, "the translated text is too long", Proof.REFUSED),
     Code(132007, "the template violates a policy", Proof.REFUSED),
+    Code(132008, "a template parameter's value is invalid", Proof.REFUSED),
     Code(132012, "template parameter in the wrong format", Proof.REFUSED),
     Code(132015, "the template is paused for low quality", Proof.REFUSED),
     Code(132016, "the template is disabled for low quality", Proof.REFUSED),
@@ -102,8 +111,15 @@ CODES = (
     Code(132069, "the flow is throttled: 10 messages an hour", Proof.NOT_SENT, timedelta(hours=1)),
     Code(133004, "the server is temporarily unavailable", Proof.WAIT, timedelta(seconds=30), status=503),
     _lasting(133010, "the sender's phone number is not registered"),
-    Code(134011, "payments terms are not accepted", Proof.REFUSED),
+    Code(134011, "payments terms are not accepted", Proof.LATER),
     Code(135000, "unknown error with the request parameters", Proof.IN_DOUBT),
+    Code(17, "the user's call rate limit", Proof.STOPPED, _LIMIT, section="Graph API"),
+    Code(32, "the page's call rate limit", Proof.STOPPED, _LIMIT, section="Graph API"),
+    _lasting(102, "the session is not valid", section="Graph API"),
+    Code(341, "the app's limit, by downtime or throttling", Proof.STOPPED, _LIMIT, section="Graph API"),
+    Code(613, "a custom rate limit", Proof.STOPPED, _LIMIT, section="Graph API"),
+    Code(80000, "rate limit of a business use case", Proof.STOPPED, _LIMIT, last=80006, section="Graph API"),
+    Code(80008, "rate limit of a business use case", Proof.STOPPED, _LIMIT, last=80014, section="Graph API"),
 )
 
 # What else answers with code 100 is a phone number id that is not there or not ours, which is no message's fault.
@@ -127,6 +143,12 @@ def finding_of(provider: str, error: Any, answer: Answer, wait: timedelta | None
     kind = error.get("type")
     if answer.is_success and not isinstance(kind, str):
         return None
-    code = code_of(given, kind) or Code(given, "not listed", what_it_proves(answer))
+    code = code_of(given, kind) or Code(given, "not listed", _unknown(answer))
     reason = f"{provider}: {given}, {code.means} (HTTP {answer.status})"
     return Finding(code.proof_with(answer.status), reason, wait or code.wait)
+
+
+def _unknown(answer: Answer) -> Proof:
+    """Return what a code proves that is not listed: it may be new, and speak of the app, so it is nobody's end."""
+    proof = what_it_proves(answer)
+    return Proof.LATER if proof is Proof.REFUSED else proof

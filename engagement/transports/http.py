@@ -27,6 +27,9 @@ class Proof(StrEnum):
     STOPPED = "not sent, stopped"
     """The sender is at fault, its key, account or address: `Postpone`, which costs the message no retry, and `ready()`
     is False for a while. With `NotSent`, one expired key would fail the whole queue."""
+    LATER = "not sent, later"
+    """It did not leave, and nobody can say whether the message or the sender is at fault: `Postpone`, longer each time,
+    which costs no retry and holds up nothing else. After two days it counts against the message."""
     REFUSED = "refused"
     """It did not leave and never will: `Refused`."""
     IN_DOUBT = "in doubt"

@@ -20,6 +20,7 @@ OUTCOMES = {
     Proof.NOT_SENT: NotSent,
     Proof.WAIT: NotSent,
     Proof.STOPPED: Postpone,
+    Proof.LATER: Postpone,
     Proof.REFUSED: Refused,
     Proof.IN_DOUBT: InDoubt,
 }
@@ -129,14 +130,16 @@ def test_each_code_proves_what_the_table_says_whatever_the_status(meta, code):
         if isinstance(outcome, NotSent):
             assert outcome.retry_after == code.wait
         if isinstance(outcome, Postpone):
-            assert outcome.until - before >= code.wait >= timedelta(minutes=1)
+            assert outcome.until - before >= (code.wait or timedelta(0))
+            assert outcome.until - before >= timedelta(minutes=1)
 
 
 def test_the_codes_of_the_issue_are_where_it_wants_them():
     """What was asked for by name: limits are not sent, dead ends are refused, and a doubt stays one."""
     proof = {code.code: code.proof for code in CODES}
 
-    assert {proof[code] for code in (130429, 80007, 4, 2, 131016)} == {Proof.WAIT}
+    assert {proof[code] for code in (130429, 2, 131016)} == {Proof.WAIT}
+    assert {proof[code] for code in (80007, 4)} == {Proof.STOPPED}
     assert proof[131056] is Proof.NOT_SENT
     assert {proof[code] for code in (190, 368, 131031, 131042, 131048)} == {Proof.STOPPED}
     assert {proof[code] for code in (131026, 131047, 131049, 131050, 130472, 131051, 132000, 132016)} == {Proof.REFUSED}
@@ -191,15 +194,47 @@ def test_no_code_has_two_readings():
 
 @pytest.mark.parametrize(
     ("code", "status", "outcome"),
-    [(131030, 400, Refused), (999999, 403, Postpone), (999999, 429, NotSent), (999999, 500, InDoubt)],
+    [
+        (131030, 400, Postpone),
+        (999999, 422, Postpone),
+        (999999, 403, Postpone),
+        (999999, 429, NotSent),
+        (999999, 409, InDoubt),
+        (999999, 500, InDoubt),
+        (999999, 501, InDoubt),
+    ],
 )
-def test_a_code_that_is_not_listed_goes_by_the_status(meta, code, status, outcome):
-    """An unknown code is named in the reason, and the status decides."""
+def test_a_code_that_is_not_listed_goes_by_the_status_and_is_never_final(meta, code, status, outcome):
+    """An unknown code is named in the reason, and the status decides; but where that refuses, the code may be new."""
     meta.fails_with = (code, status)
     found = cloud(meta.server).send(outgoing())
 
     assert type(found) is outcome
     assert found.reason.startswith(f"Cloud API: {code}, not listed (HTTP {status}")
+
+
+@pytest.mark.parametrize("code", [4, 17, 32, 102, 341, 613, 80000, 80007, 80008, 80014, 0, 190, 368, 131044])
+def test_what_speaks_of_the_app_or_the_sender_costs_no_message_a_retry(meta, code):
+    """Throttling, a session, a payment: however often it is answered, the message waits, and the sender pauses."""
+    meta.fails_with = (code, 400)
+    for attempt in (1, 3, 60):
+        one = cloud(meta.server)
+
+        assert isinstance(one.send(outgoing(attempt=attempt)), Postpone)
+        assert not one.ready()
+
+
+@pytest.mark.parametrize("code", [130497, 131030, 131063, 134011, 999999, -1, 2500])
+def test_a_code_that_may_be_the_message_s_or_the_sender_s_ends_neither(meta, code):
+    """Nobody else waits for it; the message does, up to an hour each time, and only after two days it pays."""
+    meta.fails_with = (code, 400)
+    one = cloud(meta.server)
+    assert one.ready()
+
+    outcomes = [one.send(outgoing(attempt=attempt)) for attempt in (1, 3, 50, 51)]
+    assert [type(outcome) for outcome in outcomes] == [Postpone, Postpone, Postpone, NotSent]
+    assert one.ready()
+    assert outcomes[2].until - datetime.now(UTC) > timedelta(minutes=59)
 
 
 def test_a_wrong_phone_number_id_stops_the_sender(meta):
@@ -214,7 +249,8 @@ def test_a_wrong_phone_number_id_stops_the_sender(meta):
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [
-        ({"Retry-After": "17"}, 17),
+        ({"Retry-After": "170"}, 170),
+        ({"Retry-After": "17"}, 60),
         (
             {
                 "X-Business-Use-Case-Usage": '{"1022":[{"type":"whatsapp","call_count":100,"total_cputime":9,'
@@ -233,10 +269,11 @@ def test_a_rate_limit_waits_as_long_as_meta_asks(meta, headers, seconds):
     meta.fails_with = (80007, 400)
     meta.headers = headers
     one = cloud(meta.server)
+    before = datetime.now(UTC)
     outcome = one.send(outgoing())
 
-    assert isinstance(outcome, NotSent)
-    assert outcome.retry_after == timedelta(seconds=seconds)
+    assert isinstance(outcome, Postpone)
+    assert timedelta(0) <= outcome.until - before - timedelta(seconds=seconds) < timedelta(seconds=5)
     assert not one.ready()
 
 
