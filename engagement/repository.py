@@ -211,10 +211,10 @@ class EngagementMessageRepository:
 
         Keys stay, and still block. Messages in doubt are not finished. Call it until it returns less than `limit`.
         """
-        if not timedelta(0) <= older_than <= LONGEST_AGE:
-            raise ValueError(f"older_than: must be from zero to {LONGEST_AGE.days} days")
-        if not 1 <= limit <= LARGEST_LIMIT:
-            raise ValueError(f"limit: must be from 1 to {LARGEST_LIMIT}")
+        if not isinstance(older_than, timedelta) or not timedelta(0) <= older_than <= LONGEST_AGE:
+            raise InvalidMessage("older_than", f"must be a timedelta from zero to {LONGEST_AGE.days} days")
+        if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= LARGEST_LIMIT:
+            raise InvalidMessage("limit", f"must be an integer from 1 to {LARGEST_LIMIT}")
         return len(self._execute(statements.prune_finished(), {"older_than": older_than, "limit": limit}).all())
 
     # Executing

@@ -1,6 +1,8 @@
 """What a host does with queued messages: each call is right under concurrency by itself, and reads by an index."""
 
 import ast
+import asyncio
+import inspect
 import re
 import subprocess
 import sys
@@ -15,10 +17,12 @@ from conftest import PATIENCE, database_url, execute, in_thread, new_message, qu
 from pytest_postgresql.janitor import DatabaseJanitor
 from sqlalchemy import CheckConstraint, Engine, create_engine, event, text
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 import engagement
 from engagement import (
+    AsyncEngagementMessageRepository,
     Cancellation,
     EngagementMessage,
     EngagementMessageRepository,
@@ -358,6 +362,75 @@ def test_what_is_neither_yes_nor_no_resolves_nothing(engine, sent):
     assert row(engine, message_id) == before
 
 
+IDS = (None, True, "1", 1.0, 0, -1, 2**63)
+TEXTS = (None, "", " ", 7, True, b"ana")
+NO_ANSWERS = {
+    "queue_message": [("message", 7), ("message", {"user_id": "ana"})],
+    "get_message": [("message_id", given) for given in IDS],
+    "get_message_by_key": [("idempotency_key", given) for given in TEXTS],
+    "get_pending_messages": [("user_id", given) for given in TEXTS],
+    "cancel_message": [("message_id", given) for given in IDS],
+    "cancel_pending_messages": [
+        *(("user_id", given) for given in TEXTS),
+        *(("message_type", "user1", given) for given in TEXTS if given is not None),
+    ],
+    "reschedule_message": [
+        *(("message_id", given, NOON) for given in IDS),
+        *(("scheduled_for", 1, given) for given in (None, False, "", 0, NOON.date(), NOON.replace(tzinfo=None))),
+    ],
+    "retry_message": [("message_id", given) for given in IDS],
+    "resolve_message": [
+        *(("message_id", given, True) for given in IDS),
+        *(("sent", 1, given) for given in (None, 0, 1, "sent", "no", "", [], SimpleNamespace())),
+    ],
+    "forget_user": [("user_id", given) for given in TEXTS],
+    "prune_messages": [
+        *(("older_than", given) for given in (None, 90, "90d", timedelta(-1), timedelta(days=36_526))),
+        *(("limit", timedelta(0), given) for given in (None, True, 1.5, "9", 0, 1_000_001)),
+    ],
+}
+"""For each method calls whose last argument, which is named first, says nothing, or nothing that it could mean."""
+
+
+NOWHERE = "postgresql+psycopg://nobody@127.0.0.1:1/nowhere"
+
+
+def ask_in_session(method, arguments) -> None:
+    getattr(EngagementMessageRepository(Session(create_engine(NOWHERE))), method)(*arguments)
+
+
+def ask_in_async_session(method, arguments) -> None:
+    async def ask() -> None:
+        async with AsyncSession(create_async_engine(NOWHERE)) as session:
+            await getattr(AsyncEngagementMessageRepository(session), method)(*arguments)
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("ask", [ask_in_session, ask_in_async_session])
+@pytest.mark.parametrize(
+    ("method", "name", "arguments"),
+    [(method, name, rest) for method, calls in NO_ANSWERS.items() for name, *rest in calls],
+)
+def test_what_says_nothing_is_refused_before_the_database_is_touched(ask, method, name, arguments):
+    """None is not "no", an empty text is nobody, and True is not the first message: each is named in a clear error."""
+    with pytest.raises(InvalidMessage, match=f"^{name}: (must be|is empty|is naive)"):
+        ask(method, arguments)
+
+
+def test_every_method_that_takes_an_argument_is_asked_about_it():
+    """None of what a method cannot do without is left out above."""
+    of_class = inspect.getmembers(EngagementMessageRepository, inspect.isfunction)
+    wanted = {
+        (name, parameter.name)
+        for name, method in of_class
+        if not name.startswith("_") and name != "queue_messages"  # takes what can be iterated over, of queue_message's
+        for parameter in list(inspect.signature(method).parameters.values())[1:]
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+    }
+    assert wanted <= {(method, name) for method, calls in NO_ANSWERS.items() for name, *_ in calls}
+
+
 @pytest.mark.parametrize(
     ("status", "method", "more", "event"),
     [
@@ -590,21 +663,6 @@ def test_pruning_takes_the_oldest_first_and_no_more_than_asked(engine):
 
     assert counts == [2, 2, 1, 0]
     assert remaining == ids[:3]
-
-
-@pytest.mark.parametrize(
-    ("older_than", "limit"),
-    [
-        (timedelta(microseconds=-1), 1),
-        (timedelta(days=36_526), 1),
-        (timedelta(0), 0),
-        (timedelta(0), 1_000_001),
-    ],
-)
-def test_pruning_refuses_what_makes_no_sense(older_than, limit):
-    """An age or a limit out of range is a ValueError before the database is touched."""
-    with pytest.raises(ValueError, match="must be from"):
-        EngagementMessageRepository(Session()).prune_messages(older_than, limit)
 
 
 @pytest.mark.parametrize("ending", [Sent(), Refused("no"), InDoubt("?"), Withdraw("opted out"), NotSent("down")])
@@ -982,7 +1040,7 @@ LAYERS = [
     ["messages"],
     ["outcomes"],
     ["statements"],
-    ["repository", "sending", "verification"],
+    ["own_transactions", "repository", "sending", "verification"],
     ["claims", "tally"],
     ["delivery", "housekeeping", "metrics"],
     ["worker", "telemetry", "prometheus"],

@@ -37,16 +37,54 @@ def test_no_answer_changes_nothing(run, engine, command, which):
 @pytest.mark.parametrize(("command", "option"), REQUIRED)
 def test_what_is_required_is_asked_for(run, engine, command, option):
     """A command without what it requires is not understood, and says what is missing."""
-    ran = run(command, *(["--all"] if command in {"resolve", "reschedule"} else []), on=engine)
+    ran = run(command, *(["--all"] if command == "reschedule" else []), on=engine)
 
     assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1)
     assert f"{option}'" in ran.err or f"{option} " in ran.err
+
+
+@pytest.mark.parametrize("answers", [["--sent", "--not-sent"], ["--not-sent", "--sent"]])
+def test_two_answers_are_none(run, engine, answers):
+    """Of two answers that exclude each other none counts: the last one could send a message again."""
+    queue(engine, new_message())
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE engagement_message_queue SET status = 'in_doubt', attempt = 1"))
+    before = row(engine, 1)
+
+    ran = run("resolve", "1", *answers, on=engine)
+
+    assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert row(engine, 1) == before
+
+
+TAKE_TEXT = [
+    (name, parameter.opts[0])
+    for name, command in COMMANDS.items()
+    for parameter in command.params
+    if not (isinstance(parameter, click.Option) and parameter.is_flag) and parameter.nargs == 1
+]
+
+
+@pytest.mark.parametrize(("command", "parameter"), TAKE_TEXT)
+def test_an_empty_text_is_no_answer(run, engine, command, parameter):
+    """A variable of a script that is not set is no schema, revision, filter or reason: nothing else is taken for it."""
+    queue(engine, new_message())
+    before = row(engine, 1)
+    enough = {"process": ["--transport", "json:dumps"], "reschedule": ["--to", "1h"], "prune": ["--older-than", "1h"]}
+    enough |= {"work": enough["process"], "resolve": ["--sent"]}
+    given = [parameter, ""] if parameter.startswith("-") else [""]
+    others = [] if parameter in enough.get(command, []) else enough.get(command, [])
+    all_of_them = ["--all", "--yes"] if command in {"cancel", "reschedule", "retry", "resolve"} else []
+
+    ran = run(command, *given, *others, *all_of_them, on=engine)
+
+    assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert row(engine, 1) == before
 
 
 def test_every_command_asks_itself_for_what_it_requires():
     """None relies on click for it; the options that are required are these."""
     assert {type(command) for command in COMMANDS.values()} == {Command}
     assert dict(REQUIRED) == {
-        "process": "--transport", "work": "--transport", "reschedule": "--to", "resolve": "--sent",
-        "prune": "--older-than",
+        "process": "--transport", "work": "--transport", "reschedule": "--to", "prune": "--older-than",
     }  # fmt: skip

@@ -106,17 +106,18 @@ def retry(database: Database, request: Request) -> None:
     )
 )
 @on_messages(IN_DOUBT)
-@click.option(
-    "--sent/--not-sent", required=True, default=None, help="What became of them. What was not sent is sent again."
-)
+@click.option("--sent", is_flag=True, help="They were sent.")
+@click.option("--not-sent", is_flag=True, help="They were not, and are sent again.")
 @reason_option
 @on_database
-def resolve(database: Database, request: Request, reason: str | None, *, sent: bool) -> None:
+def resolve(database: Database, request: Request, reason: str | None, *, sent: bool, not_sent: bool) -> None:
     """Say what became of messages in doubt.
 
     They were sent, or they were not, and then they are due again. Look at the provider (its log, the chat) with the
     delivery id that `engagement show` tells. Say --not-sent only if you know it: it sends the message.
     """
+    if sent == not_sent:
+        raise click.UsageError("Say what became of them: --sent, or --not-sent.")
     act = Act(
         "resolve",
         "resolved",

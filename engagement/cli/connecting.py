@@ -132,6 +132,6 @@ def on_database(command: F) -> Callable[..., Any]:
     @click.option("--schema", metavar="NAME", help="Where the table is, if not on the search path.")
     @wraps(command)
     def run(*, database_url: str | None, schema: str | None, **options: Any) -> Any:
-        return command(database=Database(database_url, schema or None), **options)
+        return command(database=Database(database_url, schema), **options)
 
     return run

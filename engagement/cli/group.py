@@ -79,15 +79,18 @@ Completion of commands and options, in ~/.bashrc (zsh and fish likewise):
 
 
 class Command(click.Command):
-    """A command that does nothing before it was given all that it requires."""
+    """A command that does nothing before it was given all that it requires, and is given nothing that is empty."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        # click asks for it too, but from 8.3 on lets `required=True` pass beside `default=None`. The one option of
-        # three answers is such a one: without an answer, `resolve` sent the message again.
         for parameter in self.params:
-            if parameter.required and ctx.params[str(parameter.name)] is None:
+            given = ctx.params[str(parameter.name)]
+            # click asks for it too, but from 8.3 on lets `required=True` pass beside `default=None`.
+            if given is None and parameter.required:
                 raise click.MissingParameter(ctx=ctx, param=parameter)
+            # A variable that is not set: `--schema "$SCHEMA"` would upgrade, or prune, another table.
+            if given == "":
+                raise click.BadParameter("is empty.", ctx=ctx, param=parameter)
         return super().invoke(ctx)
 
 
