@@ -7,7 +7,8 @@ What they take and answer was read in their sources, at these versions:
   `api/integrations/channel` `whatsapp/whatsapp.baileys.service.ts` and `meta/whatsapp.business.service.ts`;
 - WAHA 2024.10 (devlikeapro/waha): `src/api/chatting.controller.ts`, `src/core/abc/manager.abc.ts`,
   `src/nestjs/AllExceptionsFilter.ts`; and `src/structures/chatting.dto.ts` of 2025, which still takes no message id;
-- wuzapi of 2025-05 (asternic/wuzapi): `handlers.go`, `API.md`; whatsmeow of 2026-08 (tulir/whatsmeow): `send.go`;
+- wuzapi of 2025-05 (asternic/wuzapi): `handlers.go`, `API.md`; whatsmeow of 2026-08 (tulir/whatsmeow): `send.go`,
+  `request.go`;
 - Baileys 7.0.0-rc13 (WhiskeySockets/Baileys): `src/Socket/socket.ts`, `src/Socket/messages-send.ts`,
   `src/Utils/generics.ts`.
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from engagement.messages import OutgoingMessage
@@ -28,17 +30,23 @@ from engagement.transports.http import Proof
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """Words of a gateway that say more than its status. `text` is compared whole, or as a beginning if it ends in …."""
+    """Words of a gateway that say more than its status. `text` is compared whole, or as a beginning if it ends in ….
+
+    Small letters and capitals are the same: wuzapi changed its mind about them. The first words that fit count.
+    """
 
     status: int
     text: str
     proof: Proof
     because: str
+    wait: timedelta | None = None
+    """How long to wait if the answer does not say."""
 
     def match(self, status: int, text: str) -> bool:
         """Whether an answer says this."""
-        begins = self.text.endswith("…") and text.startswith(self.text[:-1])
-        return status == self.status and (begins or text == self.text)
+        text, known = text.casefold(), self.text.casefold()
+        begins = known.endswith("…") and text.startswith(known[:-1])
+        return status == self.status and (begins or text == known)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +120,48 @@ def _evolution_error(data: Any) -> str:
     return _first_text(value_at(data, "code"), said) or ""
 
 
+# What whatsmeow's SendMessage returns before it writes its frame, by the beginnings of the texts (send.go). After it
+# come "failed to send message node" with another cause, "websocket not connected" alone, and all that timed out.
+_BEFORE_THE_FRAME = (
+    "failed to get user info for",
+    "no LID found for",
+    "failed to get LID for PN",
+    "failed to fetch LID mappings",
+    "failed to get device list",
+    "failed to get group members",
+    "failed to get broadcast list members",
+    "failed to prefetch sessions",
+    "failed to save cached sessions",
+    "failed to create sender key distribution message",
+    "failed to marshal",
+    "failed to encrypt group message",
+    "can't encrypt message for device",
+    "can't send message to unknown server",
+    "message recipient must be a user JID with no device part",
+)
+
+
+def _whatsmeow(before: str) -> tuple[Words, ...]:
+    """Return what a gateway says of whatsmeow's errors, `before` being what it puts before their text."""
+
+    def said(text: str, proof: Proof, because: str, wait: timedelta | None = None) -> Words:
+        return Words(500, before + text, proof, because, wait)
+
+    locked = "WhatsApp has locked the sender out of new chats; each further try prolongs that (whatsmeow#1074, #1197)"
+    unknown = "WhatsApp's number is known of messages and of senders alike (400, 403, 405, 420, 479)"
+    return (
+        said("server returned error 463", Proof.STOPPED, locked, timedelta(hours=1)),
+        said("server returned error 429", Proof.STOPPED, "WhatsApp's rate limit", timedelta(minutes=15)),
+        said("server returned error 503", Proof.STOPPED, "WhatsApp took nothing: a service is unavailable"),
+        said("server returned error 5…", Proof.IN_DOUBT, "WhatsApp may have failed after it had acted"),
+        said("server returned error…", Proof.LATER, unknown),
+        said("the store doesn't contain a device JID…", Proof.STOPPED, "not logged in; checked before the send"),
+        said("client is nil", Proof.STOPPED, "the session is not started; checked before the send"),
+        said("failed to send message node: websocket not connected", Proof.STOPPED, "there was nothing to write to"),
+        *(said(f"{text}…", Proof.NOT_SENT, "before whatsmeow's frame was written") for text in _BEFORE_THE_FRAME),
+    )
+
+
 # In 2.3.7 and 2.4.0 whatever goes wrong after the number was checked is a 400, also when the message has left and only
 # its record could not be stored (sendMessageWithTyping). That is why a 400 proves nothing here but by its words.
 EVOLUTION = Dialect(
@@ -165,6 +215,8 @@ WAHA = Dialect(
             "the session is not WORKING; checked before the send",
         ),
         Words(500, "Connection Closed", Proof.WAIT, "Baileys' socket was closed before it was written to"),
+        # The GOWS engine is whatsmeow behind gRPC: waha#1904, #1714, #2093.
+        *_whatsmeow("2 UNKNOWN: "),
     ),
     # All its own speak of the session or of the edition (UnprocessableEntityException).
     statuses={422: Proof.STOPPED},
@@ -182,18 +234,7 @@ WUZAPI = Dialect(
     error_text=lambda data: _first_text(value_at(data, "error")) or "",
     words=(
         Words(500, "No session", Proof.STOPPED, "the session is not started; checked before the send"),
-        Words(
-            500,
-            "Error sending message: server returned error…",
-            Proof.REFUSED,
-            "WhatsApp answered that it does not take the message (ErrServerReturnedError)",
-        ),
-        Words(
-            500,
-            "Error sending message: the store doesn't contain a device JID…",
-            Proof.STOPPED,
-            "the session is not logged in; checked before the send (ErrNotLoggedIn)",
-        ),
+        *_whatsmeow("Error sending message: "),
     ),
     statuses={},
     state_path="/session/status",

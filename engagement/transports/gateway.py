@@ -165,7 +165,8 @@ class WhatsAppGateway:
         said = self._dialect.error_text(answer.json)
         for words in self._dialect.words:
             if words.match(answer.status, said):
-                return Finding(words.proof, f"{self._dialect.name}: {words.because} (HTTP {answer.status})")
+                reason = f"{self._dialect.name}: {words.because} (HTTP {answer.status})"
+                return Finding(words.proof, reason, words.wait)
         return None
 
     def _takes_ids(self) -> bool:

@@ -87,7 +87,7 @@ class TestWuzapi(OverHttp):
         return WhatsAppGateway(dialect=WUZAPI, render=attrgetter("text"), idempotent=True, **options)
 
     def far_side_refuses(self):
-        self.like.override = self.like.error(500, "Error sending message: server returned error 463")
+        self.like.override = self.like.error(400, "Could not parse phone")
 
 
 class TestCloud(OverHttp):

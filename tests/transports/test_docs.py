@@ -2,6 +2,8 @@
 
 import inspect
 import re
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -28,10 +30,9 @@ _OTHERWISE = {
 def gateways_table() -> str:
     rows = ["| gateway | answers | it proves | because |", "|---|---|---|---|"]
     for dialect in DIALECTS.values():
-        rows += [
-            f"| {dialect.name} | {words.status}, `{words.text}` | {words.proof} | {words.because} |"
-            for words in dialect.words
-        ]
+        for (status, proof, because), alike in groupby(dialect.words, attrgetter("status", "proof", "because")):
+            texts = ", ".join(f"`{words.text}`" for words in alike)
+            rows.append(f"| {dialect.name} | {status}, {texts} | {proof} | {because} |")
         rows += [
             f"| {dialect.name} | {status}, anything else | {proof} | {_OTHERWISE[proof]} |"
             for status, proof in dialect.statuses.items()

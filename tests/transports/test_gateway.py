@@ -197,24 +197,104 @@ def test_each_known_word_of_a_gateway_proves_what_its_table_says(words):
     """Each entry of a dialect's table is recognised in an answer of that gateway; the same words elsewhere are not."""
     name, words = words
     text = words.text.replace("…", " and more")
-    bodies = {
-        "evolution": {"code": text} if text.isupper() else {"response": {"message": text}},
-        "waha": {"exception": {"message": text}} if words.status == 500 else {"error": text},
-        "wuzapi": {"error": text},
-    }
-    body = {"response": {"message": [{"exists": False}]}} if text == "exists: false" else bodies[name]
     outcomes = {
         Proof.REFUSED: Refused,
+        Proof.NOT_SENT: NotSent,
         Proof.WAIT: NotSent,
         Proof.STOPPED: Postpone,
+        Proof.LATER: Postpone,
+        Proof.IN_DOUBT: InDoubt,
     }
-    with serving(lambda _: Reply(words.status, body)) as server:
-        outcome = gateway(server, DIALECTS[name]).send(outgoing())
+    for said in (text, text.lower()) if name == "wuzapi" else (text,):
+        outcome = believed(name, words.status, failure(name, words.status, said))
 
-    assert type(outcome) is outcomes[words.proof]
-    assert words.because in outcome.reason
+        assert type(outcome) is outcomes[words.proof]
+        assert words.because in outcome.reason
     assert not words.match(words.status + 1, text)
     assert not words.match(words.status, "PrismaClientKnownRequestError: " + text)
+
+
+def failure(name, status, text):
+    """Return the body with which a gateway says this of a failure."""
+    bodies = {
+        "evolution": {"code": text} if text.isupper() else {"response": {"message": text}},
+        "waha": {"exception": {"message": text}} if status == 500 else {"error": text},
+        "wuzapi": {"error": text},
+    }
+    return {"response": {"message": [{"exists": False}]}} if text == "exists: false" else bodies[name]
+
+
+WHATSMEOW = {"wuzapi": "error sending message: ", "waha": "2 UNKNOWN: "}
+
+
+def of_whatsmeow(name, text, *, messages=1):
+    """Return what a gateway makes of an error of whatsmeow's for so many messages, and how often it was posted."""
+    with serving(lambda _: Reply(500, failure(name, 500, WHATSMEOW[name] + text))) as server:
+        one = gateway(server, DIALECTS[name])
+        outcomes = [one.send(outgoing(idempotency_key=f"key{number}")) for number in range(messages)]
+        return outcomes, len(server.received)
+
+
+@pytest.mark.parametrize("name", WHATSMEOW)
+@pytest.mark.parametrize("number", [463, 429, 503])
+def test_the_sender_s_trouble_pauses_the_sender_and_costs_no_message_its_retries(name, number):
+    """A lock on the sender, which each further try prolongs, a rate limit, an outage: eight messages are one post."""
+    outcomes, posts = of_whatsmeow(name, f"server returned error {number}", messages=8)
+
+    assert posts == 1
+    assert {type(outcome) for outcome in outcomes} == {Postpone}
+    if number == 463:
+        assert outcomes[0].until > datetime.now(UTC) + timedelta(minutes=59)
+
+
+@pytest.mark.parametrize("name", WHATSMEOW)
+@pytest.mark.parametrize(
+    ("number", "outcome"),
+    [(n, Postpone) for n in (400, 401, 403, 405, 406, 420, 479, 4630, 46)] + [(n, InDoubt) for n in (500, 530, 502)],
+)
+def test_another_number_of_whatsapp_s_ends_no_message(name, number, outcome):
+    """It is known of messages and of senders alike, or may come after the act: never refused."""
+    outcomes, _ = of_whatsmeow(name, f"server returned error {number}")
+
+    assert type(outcomes[0]) is outcome
+
+
+@pytest.mark.parametrize("name", WHATSMEOW)
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"failed to get user info for {NUMBER}@s.whatsapp.net to fill LID cache: info query timed out",
+        f"no LID found for {NUMBER}@s.whatsapp.net from server",
+        "failed to get device list: failed to send usync query: websocket not connected",
+        "failed to get group members: info query returned status 429: rate-overlimit",
+        "can't encrypt message for device: no signal session established with 1:0",
+    ],
+)
+def test_what_whatsmeow_raises_before_its_frame_was_not_sent(name, text):
+    """Nothing had left: no doubt, and neither number nor text is in the reason."""
+    (outcome, *_), _ = of_whatsmeow(name, text)
+
+    assert isinstance(outcome, NotSent)
+    assert NUMBER not in outcome.reason
+
+
+@pytest.mark.parametrize("name", WHATSMEOW)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "websocket not connected",
+        "websocket disconnected before message send returned response",
+        "timed out waiting for message send response",
+        "failed to send message node: frame socket is closed",
+        "context deadline exceeded",
+        "sent, but: no LID found for 1",
+    ],
+)
+def test_what_whatsmeow_may_raise_after_its_frame_is_in_doubt(name, text):
+    """A frame may have been written, and be answered by nobody."""
+    (outcome, *_), _ = of_whatsmeow(name, text)
+
+    assert isinstance(outcome, InDoubt)
 
 
 def test_a_number_that_is_not_on_whatsapp_is_refused(evolution):
