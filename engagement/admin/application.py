@@ -14,7 +14,7 @@ from starlette_admin import BaseAdmin
 from starlette_admin.theme import BaseTheme, IconSet
 
 from engagement.admin.database import Queue
-from engagement.admin.guards import Authenticated, Authentication, May, Permission, SameOrigin
+from engagement.admin.guards import Authenticated, Authentication, May, Permission, SameOrigin, ShortForms
 from engagement.admin.pages import MessagesPage, OverviewPage, Shown, path_for
 from engagement.own_transactions import for_own_transactions
 
@@ -76,7 +76,8 @@ def create_admin(
     admin.add_view(MessagesPage(shown))
     # The library orders them by the names of their methods; the first that fits answers.
     admin.routes.sort(key=lambda route: "{message_id}" in route.path)
-    app = Starlette(middleware=[Middleware(SameOrigin), Middleware(Authenticated, authentication)])
+    before = [Middleware(SameOrigin), Middleware(ShortForms), Middleware(Authenticated, authentication)]
+    app = Starlette(middleware=before)
     admin.mount_to(app)
 
     async def mounted(scope: Scope, receive: Receive, send: Send) -> None:

@@ -6,9 +6,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from inspect import isawaitable
 from typing import Any
-from urllib.parse import urlsplit
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -24,6 +23,11 @@ Anything else is a mistake, as of a host that returns the credentials before it 
 
 May = bool | Callable[[Request], bool | Awaitable[bool]]
 """Says whether who asks may do something; it may be async."""
+
+FORM = "application/x-www-form-urlencoded"
+LONGEST_FORM = 64 * 1024
+"""In bytes. The longest reason takes six thousand."""
+MOST_FIELDS = 100
 
 
 def anyone(request: Request) -> str:  # noqa: ARG001 - an `Authentication`
@@ -81,13 +85,53 @@ class Authenticated:
         return who
 
 
+SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+class ShortForms:
+    """Reads a form before anybody else does, and refuses what is none of ours: they are short, and hold no files.
+
+    What reads forms (the library, or the host's `authentication`) finds one that it can read.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the form on, or refuse it."""
+        if scope["type"] != "http" or scope["method"] in SAFE:
+            await self._app(scope, receive, send)
+            return
+        if Headers(scope=scope).get("content-type", FORM).partition(";")[0].strip().lower() != FORM:
+            await PlainTextResponse("This is no form of this page.", 400)(scope, receive, send)
+            return
+        body, is_whole = bytearray(), False
+        while not is_whole:
+            message = await receive()
+            if message["type"] != "http.request":
+                return  # Whoever sent it is gone.
+            body += message.get("body", b"")
+            is_whole = not message.get("more_body", False)
+            if len(body) > LONGEST_FORM:
+                await PlainTextResponse("This form is too long.", 413)(scope, receive, send)
+                return
+        if body.count(b"&") >= MOST_FIELDS:
+            await PlainTextResponse("This form has too many fields.", 400)(scope, receive, send)
+            return
+        messages: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def receive_again() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self._app(scope, receive_again, send)
+
+
 class SameOrigin:
     """Refuses what a browser was made to send by another site, and says how browsers are to treat our pages.
 
     The library's token is a cookie said twice, and who controls a sibling domain or another port can plant cookies.
     """
 
-    _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
     _HEADERS = {  # noqa: RUF012 - never changed
         "Cache-Control": "no-store",
         "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src data:; form-action 'self'; "
@@ -105,13 +149,15 @@ class SameOrigin:
             await self._app(scope, receive, send)
             return
 
+        is_static = scope["path"].removeprefix(scope.get("root_path", "")).startswith("/static/")
+
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._add_headers(message, is_static="/static/" in scope["path"])
+                self._add_headers(message, is_static=is_static and message["status"] < 400)  # noqa: PLR2004
             await send(message)
 
         request = Request(scope)
-        refused = request.method not in self._SAFE and self._is_foreign(request)
+        refused = request.method not in SAFE and self._is_foreign(request)
         app = PlainTextResponse("This came from another site.", 403) if refused else self._app
         await app(scope, receive, send_with_headers)
 
@@ -122,7 +168,7 @@ class SameOrigin:
             return site not in {"same-origin", "none"}
         # Browsers leave that out on plain HTTP. What sends neither is no browser, and cannot be tricked as one.
         origin = request.headers.get("origin")
-        return origin is not None and urlsplit(origin).netloc != request.headers.get("host")
+        return origin is not None and origin.partition("://")[2] != request.headers.get("host")
 
     def _add_headers(self, message: MutableMapping[str, Any], *, is_static: bool) -> None:
         headers = MutableHeaders(scope=message)
