@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Self
 
-import httpx
-
 from engagement.messages import OutgoingMessage, checked_flag
 from engagement.outcomes import Outcome, Sent
 from engagement.transports.client import PROBE_TIMEOUT, Prepared, ProviderClient
@@ -24,6 +22,8 @@ from engagement.transports.settings import Settings
 LONGEST_TEXT = 1_000_000
 SECRET_PREFIX = "whsec_"  # noqa: S105 - the form of a secret, not one
 SHORTEST_SECRET = 24
+_UNREACHED = frozenset({502, 503, 504, *range(520, 531)})
+"""By which a proxy says that it does not reach the endpoint, or the endpoint that it is down; from 520 on Cloudflare's."""
 
 
 class Webhook:
@@ -95,7 +95,11 @@ class Webhook:
         self._client.close()
 
     def ready(self) -> bool:
-        """Whether nothing is known against it. At first and after trouble, any answer to HEAD but a 5xx will do."""
+        """Whether nothing is known against it. At first and after trouble, HEAD is asked, and an answer is an answer.
+
+        A server that has no HEAD says 405 or 501, and a handler that breaks on it 500: all take messages. Only a proxy
+        that cannot reach it does not.
+        """
         if not self._client.may_try():
             return False
         return not self._client.is_suspect or self._answers()
@@ -143,7 +147,7 @@ class Webhook:
 
     def _answers(self) -> bool:
         answer = self._client.request("HEAD", self._url, within=PROBE_TIMEOUT)
-        if isinstance(answer, Silence) or answer.status >= httpx.codes.INTERNAL_SERVER_ERROR:
+        if isinstance(answer, Silence) or answer.status in _UNREACHED:
             self._client.note_trouble()
         else:
             self._client.note_answer()

@@ -156,8 +156,25 @@ def test_an_endpoint_that_is_not_there_costs_no_message(status):
         assert not one.ready()
 
 
+@pytest.mark.parametrize("status", [200, 204, 301, 400, 401, 403, 404, 405, 410, 429, 500, 501, 505])
+def test_an_answer_to_head_is_an_answer(status):
+    """An endpoint that has no HEAD, or breaks on it, gets its messages: it is there."""
+    with serving(lambda request: Reply(status if request.method == "HEAD" else 204)) as server:
+        one = webhook(server)
+
+        assert one.ready()
+        assert one.send(outgoing()) == Sent()
+
+
+@pytest.mark.parametrize("status", [502, 503, 504, 521, 522, 530])
+def test_a_proxy_that_does_not_reach_the_endpoint_is_no_answer(status):
+    """Nothing is risked while a proxy, or the endpoint itself, says that it is down."""
+    with serving(lambda _: Reply(status)) as server:
+        assert not webhook(server).ready()
+
+
 def test_ready_asks_only_at_the_beginning_and_after_trouble(monkeypatch):
-    """While all is well nothing is asked; else any answer to HEAD will do, but no error of the server."""
+    """While all is well nothing is asked; else any answer to HEAD will do, but a proxy's that it is not reached."""
     status = 405
     with serving(lambda request: Reply(status if request.method == "HEAD" else 500)) as server:
         one = webhook(server)
