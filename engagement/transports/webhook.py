@@ -23,7 +23,7 @@ LONGEST_TEXT = 1_000_000
 SECRET_PREFIX = "whsec_"  # noqa: S105 - the form of a secret, not one
 SHORTEST_SECRET = 24
 _UNREACHED = frozenset({502, 503, 504, *range(520, 531)})
-"""By which a proxy says that it does not reach the endpoint, or the endpoint that it is down; from 520 on Cloudflare's."""
+"""By which a proxy says that it does not reach the endpoint, or that one that it is down; 520 to 530: Cloudflare."""
 
 
 class Webhook:
