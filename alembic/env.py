@@ -12,11 +12,11 @@ from sqlalchemy import create_engine, pool, text
 from sqlalchemy.schema import CreateSchema
 
 from engagement.migrations import VERSION_TABLE, includes_ours, wait_for_turn
-from engagement.models import TABLE_NAME, EngagementBase, qualified_name
+from engagement.models import TABLE_NAME, EngagementBase, checked_schema, qualified_name
 
 config = context.config
 given = context.get_x_argument(as_dictionary=True)
-schema = config.attributes.get("schema") or given.get("schema")
+schema = checked_schema(config.attributes.get("schema") or given.get("schema"))
 row_level_security = config.attributes.get("row_level_security") or given.get("row_level_security") == "on"
 options = {
     "target_metadata": EngagementBase.metadata,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from sqlalchemy import Connection, Engine, func, select
 
-from engagement.models import TABLE_NAME, TextOf
+from engagement.models import TABLE_NAME, TextOf, checked_schema
 
 if TYPE_CHECKING:
     from alembic.autogenerate.api import AutogenContext
@@ -47,7 +47,7 @@ def upgrade(
     """
     from alembic import command
 
-    with _connected(bind) as connection:
+    with _connected(bind, schema) as connection:
         config = _config(connection=connection, schema=schema, row_level_security=row_level_security)
         command.upgrade(config, revision)
 
@@ -56,7 +56,7 @@ def downgrade(bind: Engine | Connection, revision: str = "base", *, schema: str 
     """Take the table back to `revision`. `base` drops it, with all messages and their keys."""
     from alembic import command
 
-    with _connected(bind) as connection:
+    with _connected(bind, schema) as connection:
         command.downgrade(_config(connection=connection, schema=schema), revision)
 
 
@@ -64,7 +64,7 @@ def current(bind: Engine | Connection, *, schema: str | None = None) -> str | No
     """Return the revision that the database is at, or None if it has none of our migrations."""
     from alembic.migration import MigrationContext
 
-    with _connected(bind) as connection:
+    with _connected(bind, schema) as connection:
         options = {"version_table": VERSION_TABLE, "version_table_schema": schema}
         return MigrationContext.configure(connection, opts=options).get_current_revision()
 
@@ -122,7 +122,8 @@ def wait_for_turn(connection: Connection, schema: str | None = None) -> None:
 
 
 @contextmanager
-def _connected(bind: Engine | Connection) -> Iterator[Connection]:
+def _connected(bind: Engine | Connection, schema: str | None) -> Iterator[Connection]:
+    checked_schema(schema)
     if isinstance(bind, Connection):
         yield bind
         return
@@ -143,5 +144,7 @@ def _config(
     config = Config(output_buffer=output)
     config.set_main_option("script_location", str(script_location()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
-    config.attributes.update(connection=connection, schema=schema, row_level_security=row_level_security)
+    config.attributes.update(
+        connection=connection, schema=checked_schema(schema), row_level_security=row_level_security
+    )
     return config

@@ -87,8 +87,16 @@ class TextOf(TypeDecorator[Any]):
         return None if value is None else self._members[value]
 
 
+def checked_schema(schema: str | None) -> str | None:
+    """Return the schema; None is the search path. Raises `ValueError` for an empty one: a variable that was not set."""
+    if schema is not None and not (isinstance(schema, str) and schema):
+        raise ValueError("schema: must be the name of a schema, or None for the search path")
+    return schema
+
+
 def qualified_name(schema: str | None, table: str = TABLE_NAME) -> str:
     """Return a table's name as SQL and `to_regclass` read it. SQLAlchemy would double a %, for its own statements."""
+    schema = checked_schema(schema)
     return table if schema is None else '"{}".{}'.format(schema.replace('"', '""'), table)
 
 

@@ -28,7 +28,7 @@ from engagement.messages import (
     checked_moment,
     checked_text,
 )
-from engagement.models import EngagementMessage, MessageStatus
+from engagement.models import EngagementMessage, MessageStatus, checked_schema
 from engagement.outcomes import clean_reason
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ class AsyncEngagementMessageRepository:
 
     def __init__(self, session: AsyncSession, *, schema: str | None = None) -> None:
         self._session = session
-        self._schema = schema
+        self._schema = checked_schema(schema)
 
     async def queue_message(self, message: NewMessage | None = None, /, **fields: Any) -> Queued:
         """Store a message as pending, or find that its key exists: `created` tells."""

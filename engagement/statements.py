@@ -53,7 +53,7 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.schema import CreateTable, DropTable
 from sqlalchemy.types import TypeEngine
 
-from engagement.models import FINISHED, EngagementMessage
+from engagement.models import FINISHED, EngagementMessage, checked_schema
 
 QUEUE: Table = EngagementMessage.__table__  # type: ignore[assignment]  # declared as FromClause
 C = QUEUE.c
@@ -70,7 +70,7 @@ the client. No text that passed our checks holds it; a missing value is the empt
 
 def in_schema(schema: str | None) -> dict[str, Any]:
     """Return the execution options with which a statement finds the table there; None is the search path."""
-    return {} if schema is None else {"schema_translate_map": {None: schema}}
+    return {} if checked_schema(schema) is None else {"schema_translate_map": {None: schema}}
 
 
 # A statement of tables has no mapper, by which a session with several engines chooses (`Session.binds`). Of one that

@@ -73,14 +73,15 @@ class EngagementInstrumentor:
         With an `engine`, also measure how the queue stands, by one short query a collection: one process is enough.
         The providers are the global ones unless given.
         """
+        reader = None if engine is None else QueueReader(engine, schema=schema)
         self.uninstrument()
         tracer = get_tracer("engagement", tracer_provider=tracer_provider, schema_url=SCHEMA_URL)
         meter = get_meter("engagement", meter_provider=meter_provider, schema_url=SCHEMA_URL)
         self._observers.extend([Tracing(tracer, meter), _counting(meter)])
         for observer in self._observers:
             observing.observe(observer)
-        if engine is not None:
-            self._gauges.append(_Gauges(meter, QueueReader(engine, schema=schema)))
+        if reader is not None:
+            self._gauges.append(_Gauges(meter, reader))
 
     def uninstrument(self, **_: object) -> None:
         """Switch it off."""

@@ -15,6 +15,7 @@ from sqlalchemy import URL, Engine, create_engine, make_url, select
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from engagement.cli.parameters import schema_named
 from engagement.cli.problems import DatabaseProblem, Problem
 from engagement.database_errors import is_not_migrated, is_unreadable, sqlstate
 from engagement.messages import InvalidMessage
@@ -129,7 +130,7 @@ def on_database(command: F) -> Callable[..., Any]:
         metavar="URL",
         help="The PostgreSQL database. Rather set the variable: options can be seen by others.",
     )
-    @click.option("--schema", metavar="NAME", help="Where the table is, if not on the search path.")
+    @click.option("--schema", type=schema_named, metavar="NAME", help="Where the table is, if not on the search path.")
     @wraps(command)
     def run(*, database_url: str | None, schema: str | None, **options: Any) -> Any:
         return command(database=Database(database_url, schema), **options)

@@ -70,6 +70,13 @@ def _moment(text: str, direction: int) -> datetime:
         raise click.BadParameter("must be a moment such as 2026-11-24T09:00Z, or a duration such as 2h.") from None
 
 
+def schema_named(name: str) -> str:
+    """Read a schema's name. An empty one is a variable that was not set, and does not mean the search path."""
+    if not name:
+        raise click.BadParameter("must not be empty.")
+    return name
+
+
 def transport_named(name: str) -> Transport:
     """Load a transport."""
     try:
