@@ -33,6 +33,8 @@ _USUAL_PLACES = (
     "/Applications/Postgres.app/Contents/Versions/*/bin",
 )
 _DEFAULTS = {"fsync": "off", "full_page_writes": "off"}
+# What finds programs and libraries. The server may run as another user, who can read all that root gives to it.
+_NEEDED_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 _SIGNALS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT}
 _PATIENCE_SECONDS = 60.0
 # A comma or a blank in it would have to be quoted in the URL and in the server's settings, and what is too long is
@@ -250,9 +252,9 @@ def _within_reach(binaries: Path, place: Path, user: pwd.struct_passwd | None) -
 
 
 def _launch_options(place: Path, group: int, user: pwd.struct_passwd | None) -> dict[str, Any]:
-    caller = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+    needed = {name: os.environ[name] for name in _NEEDED_ENVIRONMENT if name in os.environ}
     options: dict[str, Any] = {
-        "env": caller | {"LC_ALL": "C", "TZ": "UTC"},  # initdb takes the server's time zone from TZ
+        "env": needed | {"LC_ALL": "C", "TZ": "UTC"},  # initdb takes the server's time zone from TZ
         "cwd": place,
         "stdin": subprocess.DEVNULL,
         "stderr": subprocess.STDOUT,

@@ -294,6 +294,23 @@ def test_a_normal_user_will_do(parent):
     assert list(parent.iterdir()) == []
 
 
+def test_the_server_is_given_no_secret_of_its_callers(monkeypatch):
+    """Whoever it runs as could read them: it gets what finds programs and libraries, and no more."""
+    monkeypatch.setenv("ENGAGEMENT_CLOUD_TOKEN", "secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with temporary_postgres() as server:
+        answer(server, "CREATE TABLE environment (line text)")
+        answer(server, "COPY environment FROM PROGRAM 'env'")
+        names = answer(server, "SELECT string_agg(split_part(line, '=', 1), ' ') FROM environment").split()
+
+    of_the_server = {name for name in names if name.startswith("PG")}  # It sets these itself.
+    of_the_shell = {"PWD", "SHLVL", "_", "OLDPWD"}
+    assert set(names) - of_the_server - of_the_shell <= {"PATH", "LD_LIBRARY_PATH", "LC_ALL", "TZ"} | LOCALE
+
+
+LOCALE = {f"LC_{kind}" for kind in ("COLLATE", "CTYPE", "MESSAGES", "MONETARY", "NUMERIC", "TIME")}  # likewise
+
+
 def test_the_newest_installation_is_taken(tmp_path, monkeypatch):
     """Of what is installed the highest version is taken, and what is not whole is passed over."""
     for version in ("9.6", "14.2", "17.1", "99.0"):
