@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import traceback
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
@@ -21,7 +22,9 @@ from sqlalchemy import text
 
 from engagement import migrations, process_message_queue
 from engagement.cli import cli
+from engagement.cli.connecting import Database
 from engagement.cli.parameters import duration, positive_duration
+from engagement.cli.problems import Problem
 from engagement.inspection import masked
 from engagement.transports import TransportNotFound, load_transport
 from engagement.transports.console import Console
@@ -128,6 +131,15 @@ def test_any_spelling_of_a_postgresql_url_will_do(run, engine, scheme):
         ("postgresql://me:hunter2@localhost:port/x", "the database URL cannot be read. It looks like postgresql://"),
         ("mysql://me:hunter2@localhost/x", "the database URL is none of PostgreSQL."),
         ("postgresql://me:hunter@2hunter2@localhost/x", "the database URL has an @ too many."),
+        ("postgresql://me:hunter2@/x?host=a:hunter2&host=b:2", "the database URL cannot be read."),
+        ("postgresql://me:hunter2@/x?host=a&host=b&port=1", "the database URL cannot be read."),
+        ("postgresql://me:hunter2@/x?host=a,b&port=1,2,3", "the database URL cannot be read."),
+        ("postgresql://me:hunter2@localhost/x?port=hunter2", "the database URL cannot be read."),
+        ("postgresql://me:hunter2@localhost/x?port=1&port=2", "the database URL cannot be read."),
+        ("postgresql://me:hunter2@localhost/x?plugin=hunter2", "the database URL cannot be read."),
+        ("postgresql://me:hunter2\udcff@localhost/x", "the database URL cannot be read."),
+        ("postgresql://me:hunter2@localhost/x?password=hunter2&password=hunter2", "the database URL cannot be read."),
+        ("postgresql://me:hunter2@localhost/x?connect_timeout=1&connect_timeout=2", "the database URL cannot be read."),
     ],
 )
 def test_a_url_that_cannot_be_used_is_told_on_one_line_without_the_password(run, url, problem):
@@ -140,11 +152,26 @@ def test_a_url_that_cannot_be_used_is_told_on_one_line_without_the_password(run,
     assert "hunter" not in ran.out + ran.err
 
 
+@pytest.mark.parametrize("url", ["postgresql://me:hunter2@localhost/x", "postgresql:///x?password=hunter2"])
+def test_nothing_shows_the_password(url):
+    """A log, a debugger or a traceback that prints what the options said does not print it."""
+    database = Database(url, "messaging")
+
+    assert repr(database) == str(database) == "Database(schema='messaging')"
+    with database.engine() as engine:
+        assert "hunter2" not in repr(engine) + str(engine)
+    with pytest.raises(Problem) as raised, database.session() as session:
+        session.connection()
+    assert "hunter2" not in "".join(traceback.format_exception(raised.value))
+
+
 @pytest.mark.parametrize(
     "url",
     [
         "postgresql://me:hunter2@127.0.0.1:1/hunter2",
         "postgresql:///x?host=/nowhere&password=hunter2",
+        "postgresql://me:hunter2@/x?host=127.0.0.1:1&host=127.0.0.1:1",
+        "postgresql://me@127.0.0.1:1/hunter2?oauth_client_secret=hunter2",
         "postgresql://localhost/x?no_such_option=hunter2&password=hunter2",
     ],
 )

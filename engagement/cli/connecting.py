@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -27,13 +27,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 EXAMPLE_URL = "postgresql://user:password@host:5432/name"
 CONNECT_SECONDS = 10
+SECRETS = ("password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
+"""Options of libpq that a URL may give behind its question mark."""
 
 
 @dataclass(frozen=True, slots=True)
 class Database:
     """What `--database-url` and `--schema` say. Nothing is connected before it is used."""
 
-    given_url: str | None
+    given_url: str | None = field(repr=False)
     schema: str | None
 
     @contextmanager
@@ -41,9 +43,13 @@ class Database:
         """Hand out an engine, and turn the database's errors into problems."""
         url = _checked_url(self.given_url)
         try:
-            engine = create_engine(url, hide_parameters=True, connect_args=_connect_args(url))
+            # What an engine shows of itself is its URL, with all that stands behind the question mark.
+            shown = url.difference_update_query(SECRETS)
+            engine = create_engine(shown, hide_parameters=True, connect_args=_connect_args(url))
         except ImportError:
             raise Problem("psycopg cannot be loaded. Run: pip install 'psycopg[binary]'") from None
+        except (SQLAlchemyError, ValueError):
+            raise _unreadable() from None
         # It would log, past our one line, how it cancels the query that Ctrl-C interrupts.
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
         try:
@@ -95,9 +101,13 @@ def _checked_url(given: str | None) -> URL:
         problem = f"no database given. Set ENGAGEMENT_DATABASE_URL={EXAMPLE_URL} or use --database-url"
         raise Problem(problem)
     try:
+        given.encode()  # A variable may hold bytes that are no text.
         url = make_url(given)
     except (ArgumentError, ValueError):
-        raise Problem(f"the database URL cannot be read. It looks like {EXAMPLE_URL}") from None
+        raise _unreadable() from None
+    # Of hosts and ports there may be several. Of all else the driver would read both values as one text.
+    if any(name not in {"host", "port"} and isinstance(value, tuple) for name, value in url.query.items()):
+        raise _unreadable()
     if url.get_backend_name() not in {"postgres", "postgresql"}:
         raise Problem(f"the database URL is none of PostgreSQL. It looks like {EXAMPLE_URL}")
     if "@" in (url.host or ""):
@@ -105,19 +115,28 @@ def _checked_url(given: str | None) -> URL:
     return url.set(drivername="postgresql+psycopg")
 
 
+def _unreadable() -> Problem:
+    """Return what is said of a URL that cannot be understood, whoever found out."""
+    return Problem(f"the database URL cannot be read. It looks like {EXAMPLE_URL}")
+
+
 def _connect_args(url: URL) -> dict[str, Any]:
     # A pooler in transaction mode gives each transaction another session, without what the last one has prepared.
-    arguments: dict[str, Any] = {"prepare_threshold": None}
+    arguments: dict[str, Any] = {"prepare_threshold": None, **_secrets(url)}
     if "connect_timeout" not in url.query and "PGCONNECT_TIMEOUT" not in os.environ:
         arguments["connect_timeout"] = CONNECT_SECONDS
     return arguments
 
 
 def _without_passwords(text: str, url: URL) -> str:
-    for secret in (url.password, url.query.get("password"), url.query.get("sslpassword")):
+    for secret in (url.password, *_secrets(url).values()):
         if secret:
             text = text.replace(str(secret), "***")
     return text
+
+
+def _secrets(url: URL) -> dict[str, Any]:
+    return {name: url.query[name] for name in SECRETS if name in url.query}
 
 
 def on_database(command: F) -> Callable[..., Any]:
