@@ -6,7 +6,8 @@ Nothing here commits, waits or knows the transport.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from operator import itemgetter
@@ -19,6 +20,8 @@ from engagement.messages import DESTINATIONS, OutgoingMessage
 from engagement.models import EARLIEST, MessageStatus
 from engagement.outcomes import Outcome, Refused, Verdict, clean_reason
 from engagement.sending import Claim, Position, clock
+
+logger = logging.getLogger("engagement")
 
 START: Position = (EARLIEST, 0)
 
@@ -108,29 +111,46 @@ def extend(connection: Connection, lease: timedelta, held: Iterable[Claim]) -> d
     return {by_id[message_id]: until for message_id in connection.execute(statements.extend_leases(), values).scalars()}
 
 
-def settle(
-    connection: Connection, verdicts: Iterable[tuple[OutgoingMessage, Verdict]]
-) -> dict[tuple[int, int], MessageStatus]:
+def settle(connection: Connection, verdicts: Iterable[tuple[Claim, Verdict]]) -> dict[Claim, MessageStatus]:
     """Record verdicts. Return the status of those that are recorded, now or by an earlier call that seemed to fail.
 
-    Its keys are id and attempt. What is missing in the answer was lost: the message has been recovered since.
+    What is missing in the answer was lost: the message has been recovered since, or the claim with a commit. Then a
+    doubt is noted all the same, and that a message was sent twice is told.
     """
+    recorded: dict[Claim, MessageStatus] = {}
     # In one order everywhere, or two statements over the same rows would deadlock.
-    ordered = sorted(verdicts, key=lambda pair: pair[0].id)
-    given = {(message.id, message.attempt): (message, verdict) for message, verdict in ordered}
-    rows = connection.execute(statements.settle_if_claimed(), _packed_verdicts(given.values()))
-    recorded: dict[tuple[int, int], MessageStatus] = {(row[0], row[1]): row[2] for row in rows}
-    missing = given.keys() - recorded.keys()
-    if missing:
-        for row in connection.execute(statements.attempts_of(), {"ids": sorted({key[0] for key in missing})}):
-            attempt = row.id, row.attempt
-            if attempt not in given:
-                continue  # Another one has claimed it since.
-            verdict = given[attempt][1]
-            # What was forgotten or has a doubt ends otherwise than its verdict says, but its history tells of it.
-            if row.status == verdict.status or row.latest == [row.attempt, verdict.event]:
-                recorded[attempt] = row.status
+    left = sorted(verdicts, key=lambda pair: pair[0].message.id)
+    while left:
+        # An UPDATE takes one of two verdicts of a message, whichever it comes to.
+        given = {pair[0].message.id: pair for pair in reversed(left)}
+        left = [pair for pair in left if pair is not given[pair[0].message.id]]
+        rows = connection.execute(statements.settle_if_claimed(), _packed_verdicts([*reversed(given.values())]))
+        recorded |= {given.pop(message_id)[0]: status for message_id, status in rows}
+        if given:
+            recorded |= _settled_before(connection, given)
     return recorded
+
+
+def _settled_before(
+    connection: Connection, given: dict[int, tuple[Claim, Verdict]]
+) -> Iterator[tuple[Claim, MessageStatus]]:
+    """Return those that an earlier call recorded, and note what is known of claims that were lost."""
+    for row in connection.execute(statements.attempts_of(), {"ids": sorted(given)}).all():
+        claim, verdict = given[row.id]
+        attempt, name = claim.message.attempt, claim.claimed_by
+        lost = {"message_id": row.id, "of_attempt": attempt, "of_name": name}
+        if (row.attempt, row.claimed_by) == (attempt, name):
+            # What was forgotten or has a doubt ends otherwise than its verdict says, but its history tells of it.
+            if row.status == verdict.status or row.latest == [attempt, verdict.event]:
+                yield claim, row.status
+        elif verdict.status is MessageStatus.SENT:
+            # Who took a message over has not sent it, but found out that it was.
+            if not claim.lost_workers and connection.execute(statements.tell_sent_twice(), lost).first():
+                logger.error("engagement.sent_twice message_id=%s attempt=%s", row.id, attempt)
+            if (row.attempt, row.status) == (attempt, MessageStatus.SENT):
+                yield claim, row.status
+        elif verdict.has_doubt and not claim.lost_workers:
+            connection.execute(statements.doubt_if_not_sent(), lost | {"reason": clean_reason(verdict.reason)})
 
 
 def is_work_waiting(connection: Connection, after: Position) -> bool:
@@ -185,11 +205,12 @@ def _claim(row: Sequence[Any], claimed_by: str, held_until: float, *, lost_worke
     )
 
 
-def _packed_verdicts(given: Collection[tuple[OutgoingMessage, Verdict]]) -> dict[str, str]:
+def _packed_verdicts(given: Collection[tuple[Claim, Verdict]]) -> dict[str, str]:
     verdicts = [verdict for _, verdict in given]
     return {
-        "given_id": _pack([str(message.id) for message, _ in given]),
-        "given_attempt": _pack([str(message.attempt) for message, _ in given]),
+        "given_id": _pack([str(claim.message.id) for claim, _ in given]),
+        "given_attempt": _pack([str(claim.message.attempt) for claim, _ in given]),
+        "given_name": _pack([claim.claimed_by for claim, _ in given]),
         "given_failures": _pack(["1" if verdict.counts_as_failure else "0" for verdict in verdicts]),
         "given_has_doubt": _pack([_BOOLEANS[verdict.has_doubt] for verdict in verdicts]),
         "given_delay": _pack(

@@ -161,7 +161,7 @@ class Delivery:
         """Change nothing but the database; the whole is done again if the database is lost on the way."""
         taken = _Taken()
         if self._decided:
-            taken.recorded = claims.settle(connection, [(claim.message, verdict) for claim, verdict in self._decided])
+            taken.recorded = claims.settle(connection, self._decided)
         if not wanted or self._stop.is_set():
             self._give_back_unstarted(connection)
             return taken
@@ -237,10 +237,7 @@ class Delivery:
         return [claim for claim in self._in_hand.values() if claim not in decided]
 
     def _note(self, taken: _Taken) -> None:
-        settled = [
-            (claim, verdict, taken.recorded.get((claim.message.id, claim.message.attempt)))
-            for claim, verdict in self._decided
-        ]
+        settled = [(claim, verdict, taken.recorded.get(claim)) for claim, verdict in self._decided]
         for claim, verdict, status in settled:
             if self._in_hand.get(claim.message.id) is claim:
                 del self._in_hand[claim.message.id]
@@ -462,7 +459,7 @@ class Delivery:
     def _give_back_unstarted(self, connection: Connection) -> None:
         unstarted = Postpone(EARLIEST, "its worker was told of the claim too late to send it")
         for claim in self._adopt(connection, Holder(self._next_name(), self._worker.lease)):
-            claims.settle(connection, [(claim.message, self._verdict(claim, unstarted))])
+            claims.settle(connection, [(claim, self._verdict(claim, unstarted))])
 
     def _in_transaction(
         self, work: Callable[[Connection], T], *, known: Callable[[Connection], T] | None = None
@@ -537,7 +534,7 @@ class _Taken:
 
     name: str = ""
     started_at: int = field(default_factory=time.time_ns)
-    recorded: dict[tuple[int, int], MessageStatus] = field(default_factory=dict)
+    recorded: dict[Claim, MessageStatus] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
     ended: dict[OutgoingMessage, MessageStatus] = field(default_factory=dict)
     position: Position | None = None

@@ -119,7 +119,7 @@ def pseudonym(user_id: str) -> str:
 NOT_KEPT = "unknown"
 _OUTCOMES = frozenset({"not_sent", "in_doubt", "refused", "postponed", "withdrawn", "resolved"})
 _BLANKINGS = frozenset({"forgotten", "pruned"})
-_EVENTS = _OUTCOMES | _BLANKINGS | {"cancelled", "expired", "retried"}
+_EVENTS = _OUTCOMES | _BLANKINGS | {"cancelled", "expired", "retried", "sent_twice"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ from sqlalchemy import (
     func,
     insert,
     literal_column,
+    not_,
     null,
     or_,
     select,
@@ -151,6 +152,8 @@ def _unseen(value: ColumnElement[Any]) -> ColumnElement[Any]:
 
 
 _limit = bindparam("limit", type_=BigInteger)
+# No parameter of an UPDATE is named as a column: SQLAlchemy would set it.
+_id = C.id == bindparam("message_id", type_=BigInteger)
 
 # Queueing ------------------------------------------------------------------------------------------------------------
 
@@ -277,6 +280,7 @@ _LOCKED: dict[str, Any] = {"key_share": True}
 _LOCKED_UNLESS_BY_OTHERS: dict[str, Any] = {**_LOCKED, "skip_locked": True}
 RECOVERY = "/recovery/"
 """Comes after the name of who took a message over, and before how many workers were lost with it."""
+_LOST_WORKERS = f"{RECOVERY}([0-9]+)$"
 _WEAK_COMMITS = ("off", "local", "remote_write")
 
 
@@ -355,7 +359,7 @@ def take_over_expired_leases() -> Executable:
         .limit(_unseen(_limit))
         .with_for_update(**_LOCKED_UNLESS_BY_OTHERS)
     )
-    so_far = cast(func.substring(C.claimed_by, literal_column(f"'{RECOVERY}([0-9]+)$'")), Integer)
+    so_far = cast(func.substring(C.claimed_by, literal_column(f"'{_LOST_WORKERS}'")), Integer)
     lost_workers = func.coalesce(so_far, _number(0)) + _number(1)
     name = func.concat(bindparam("recoverer", type_=Text), literal_column(f"'{RECOVERY}'"), lost_workers)
     return _leased(lost, name).returning(*OUTGOING, _durably(), C.claimed_by)
@@ -398,22 +402,25 @@ def extend_leases() -> Executable:
 
 @cache
 def settle_if_claimed() -> Executable:
-    """Record verdicts, and return (id, attempt, status) of the messages that they were recorded for.
+    """Record verdicts, one for each message at most, and return (id, status) of those that were recorded.
 
-    Fenced on (id, attempt): a claim that was lost changes nothing. `Sent` of the same attempt is a fact: it also
-    resolves a doubt, stops the next attempt, and corrects what was called unsent. A message that was forgotten
-    meanwhile keeps nothing, and is not tried again.
+    Fenced on the attempt and on the name of the claim: one that was lost changes nothing. `Sent` is a fact: it also
+    resolves a doubt, stops the next attempt, and corrects what was called unsent. It needs no more than its attempt,
+    or an earlier one, which says that the claim was lost with a commit. A message that was forgotten meanwhile keeps
+    nothing, and is not tried again.
     """
     given = _verdicts().c
     has_doubt = func.coalesce(given.has_doubt, C.has_doubt)
     wanted = case((and_(given.status == PENDING, _is_forgotten), CANCELLED), else_=given.status)
-    resolves = and_(given.status == SENT, C.status != SENDING)
+    resolves = and_(given.status == SENT, or_(C.status != SENDING, C.claimed_by != given.name))
     reason = case((_is_forgotten, null()), else_=given.reason)
     is_late_but_sent = and_(given.status == SENT, C.status != SENT)
     return (
         update(QUEUE)
         .values(
             status=_unless_in_doubt(wanted, has_doubt),
+            attempt=given.attempt,
+            claimed_by=given.name,
             has_doubt=has_doubt,
             lease_expires_at=null(),
             sent_at=case((given.status == SENT, NOW)),
@@ -429,11 +436,13 @@ def settle_if_claimed() -> Executable:
         )
         .where(
             C.id == given.id,
-            # The fence: whoever was recovered and claimed again in the meantime has another attempt.
-            C.attempt == given.attempt,
-            or_(C.status == SENDING, is_late_but_sent),
+            # The fence: whoever was recovered and claimed again in the meantime has another attempt, or another name.
+            or_(
+                and_(C.status == SENDING, C.attempt == given.attempt, C.claimed_by == given.name),
+                and_(is_late_but_sent, C.attempt <= given.attempt),
+            ),
         )
-        .returning(C.id, C.attempt, C.status)
+        .returning(C.id, C.status)
     )
 
 
@@ -446,7 +455,7 @@ def _verdicts() -> TableValuedAlias:
         "delay": Float(),
         "until": _MOMENT,
     }
-    texts = dict.fromkeys(("status", "event", "reason", "provider_message_id"))
+    texts = dict.fromkeys(("name", "status", "event", "reason", "provider_message_id"))
     unnested = func.unnest(*(_packed(f"given_{name}", type_) for name, type_ in (types | texts).items()))
     columns = [column(name, type_ or Text()) for name, type_ in (types | texts).items()]
     return unnested.table_valued(*columns).render_derived(name="given")
@@ -462,13 +471,51 @@ def _next_attempt(given: Any) -> ColumnElement[Any]:
 
 @cache
 def attempts_of() -> Executable:
-    """Return what became of messages that a verdict could not be recorded for: (id, attempt, status, latest).
+    """Return what became of messages whose verdicts were not recorded: (id, attempt, claimed_by, status, latest).
 
     `latest` is [attempt, event] of the last entry in the history.
     """
     entry = C.history[-1]
     latest = func.jsonb_build_array(entry["attempt"], entry["event"], type_=JSONB).label("latest")
-    return select(C.id, C.attempt, C.status, latest).where(C.id == any_(bindparam("ids", type_=ARRAY(BigInteger))))
+    columns = C.id, C.attempt, C.claimed_by, C.status, latest
+    return select(*columns).where(C.id == any_(bindparam("ids", type_=ARRAY(BigInteger))))
+
+
+_is_of_another_claim = and_(
+    C.attempt <= bindparam("of_attempt", type_=Integer), C.claimed_by.is_distinct_from(_text("of_name"))
+)
+
+
+@cache
+def doubt_if_not_sent() -> Executable:
+    """Note that a claim that was lost may have left, unless that is known: whoever holds the message now goes on.
+
+    It is not sent again after that, but by an idempotent transport.
+    """
+    ends = C.status.not_in([PENDING, SENDING])
+    return (
+        update(QUEUE)
+        .where(_id, _is_of_another_claim, ~C.has_doubt, C.status.not_in([SENT, IN_DOUBT]))
+        .values(
+            status=case((ends, IN_DOUBT), else_=C.status),
+            # Who is sending it settles the attempt that it has claimed.
+            attempt=case((C.status == SENDING, C.attempt), else_=bindparam("of_attempt", type_=Integer)),
+            has_doubt=True,
+            history=_history_with(IN_DOUBT, case((_is_forgotten, null()), else_=_text("reason"))),
+        )
+    )
+
+
+@cache
+def tell_sent_twice() -> Executable:
+    """Note that two claims of a message were sent, and return its id; nothing if the other one only found that out."""
+    found_out = C.claimed_by.regexp_match(literal_column(f"'{_LOST_WORKERS}'"))
+    return (
+        update(QUEUE)
+        .where(_id, C.status == SENT, _is_of_another_claim, not_(found_out))
+        .values(claimed_by=_text("of_name"), history=_history_with(_word("sent_twice"), null()))
+        .returning(C.id)
+    )
 
 
 @cache
@@ -522,9 +569,6 @@ def count_others_of_user(*, of_types: bool) -> Executable:
 
 
 # What a person or the host does --------------------------------------------------------------------------------------
-
-# No parameter of an UPDATE is named as a column: SQLAlchemy would set it.
-_id = C.id == bindparam("message_id", type_=BigInteger)
 
 
 @cache

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -26,6 +26,7 @@ from engagement import (
     EngagementMessageRepository,
     InDoubt,
     NotSent,
+    Postpone,
     Refused,
     Sent,
     Withdraw,
@@ -39,7 +40,7 @@ from engagement import (
 from engagement.claims import Holder
 from engagement.database_errors import is_undone
 from engagement.messages import delivery_id
-from engagement.models import MessageStatus
+from engagement.models import EARLIEST, MessageStatus
 from engagement.outcomes import Verdict, decide
 from engagement.sending import Claim, clock
 from engagement.temporary_postgres import temporary_postgres
@@ -335,7 +336,7 @@ def test_a_message_is_not_recovered_while_it_is_settled(engine):
         (claim,) = claims.take_over(connection, Holder("late", timedelta(milliseconds=1)), limit=1, held=[])
     until(lambda: is_true(engine, "SELECT max(lease_expires_at) < now() FROM engagement_message_queue"))
     with engine.begin() as connection:
-        claims.settle(connection, [(claim.message, late)])
+        claims.settle(connection, [(claim, late)])
         recovered = in_thread(process_message_queue, engine, Transport()).result(PATIENCE_SECONDS)
 
     assert recovered.processed == 0
@@ -354,9 +355,9 @@ def test_what_is_known_of_two_attempts_is_recorded_at_once(engine):
     unsent = Verdict(status="failed", event="refused", reason="no such number")
 
     with engine.begin() as connection:
-        recorded = claims.settle(connection, [(latest.message, sent), (late.message, unsent)])
+        recorded = claims.settle(connection, [(latest, sent), (late, unsent)])
 
-    assert recorded == {(message_id, 2): "sent"}
+    assert recorded == {latest: "sent"}
     assert row(engine, message_id).status == "sent"
 
 
@@ -395,12 +396,155 @@ def test_a_late_answer_does_not_settle_the_next_attempt(engine, outcome):
             outcome, retry_count=0, max_retries=3, idempotent=False, worker_lost=False, backoff=lambda _: LATER
         )
         with engine.begin() as connection:
-            assert claims.settle(connection, [(late.message, verdict)]) == {}
+            assert claims.settle(connection, [(late, verdict)]) == {}
         return Sent(f"attempt {message.attempt}")
 
     process_message_queue(engine, send)
 
     assert row(engine, message_id).provider_message_id == "attempt 2"
+
+
+# Lost commits -------------------------------------------------------------------------------------------------------
+
+
+def forget_claim(engine, message_id) -> None:
+    """Put a row back to what it was before its claim, as a promoted standby does that had not received it."""
+    execute(
+        engine,
+        "UPDATE engagement_message_queue SET status = 'pending', attempt = 0, claimed_by = NULL,"
+        " lease_expires_at = NULL WHERE id = :id",
+        id=message_id,
+    )
+
+
+class Answers:
+    """A transport whose sends wait until the test answers each of them."""
+
+    def __init__(self) -> None:
+        self.begun, self._futures = [], []
+
+    def send(self, message):
+        """Wait for the answer."""
+        future = Future()
+        self._futures.append(future)
+        self.begun.append(message.attempt)
+        return future.result(PATIENCE_SECONDS)
+
+    def answer(self, which, outcome) -> None:
+        """Let a send end."""
+        self._futures[which].set_result(outcome)
+
+
+@contextmanager
+def two_claims_of_one_attempt(engine, message_id):
+    """Let two workers send one attempt, since the claim of the first was forgotten, and a third one look for work."""
+    answers, options = Answers(), {"backoff": lambda _: timedelta(0)}
+    with Running(engine, answers, **options) as first:
+        until(lambda: answers.begun == [1])
+        forget_claim(engine, message_id)
+        with Running(engine, answers, **options) as second:
+            until(lambda: answers.begun == [1, 1])
+            with Running(engine, answers, **options):
+                yield answers, first, second
+
+
+@pytest.mark.parametrize(
+    "outcome", [NotSent("busy"), Refused("no such number"), Withdraw("opted out"), Postpone(EARLIEST, "not now")]
+)
+def test_a_claim_that_was_lost_with_a_commit_settles_no_other_of_its_attempt(engine, caplog, outcome):
+    """What became of a claim says nothing of another one of the same number, which is being sent."""
+    (message_id,) = queue(engine, new_message())
+
+    with two_claims_of_one_attempt(engine, message_id) as (answers, _, _):
+        held = row(engine, message_id)
+        answers.answer(0, outcome)
+        until(lambda: f"engagement.claim_lost message_id={message_id} attempt=1" in caplog.text)
+        assert row(engine, message_id) == held
+        answers.answer(1, Sent("second"))
+        until(lambda: row(engine, message_id).status == "sent")
+
+    assert answers.begun == [1, 1]
+    assert row(engine, message_id).provider_message_id == "second"
+
+
+def test_a_doubt_of_a_claim_that_was_lost_is_kept(engine):
+    """It may have left, so that the message is not sent again, also if the other claim of it was not sent."""
+    (message_id,) = queue(engine, new_message())
+
+    with two_claims_of_one_attempt(engine, message_id) as (answers, _, _):
+        answers.answer(0, InDoubt("no answer"))
+        until(lambda: row(engine, message_id).has_doubt)
+        assert (row(engine, message_id).status, row(engine, message_id).attempt) == ("sending", 1)
+        answers.answer(1, NotSent("busy"))
+        until(lambda: row(engine, message_id).status == "in_doubt")
+
+    assert answers.begun == [1, 1]
+    assert events_of(engine, message_id) == ["in_doubt", "not_sent", "in_doubt"]
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled"])
+def test_a_doubt_of_a_claim_that_was_lost_undoes_an_end(engine, status):
+    """Nothing ends as unsent that may have left."""
+    (message_id,) = queue(engine, new_message())
+    outcome = Refused("no such number") if status == "failed" else Withdraw("opted out")
+
+    with two_claims_of_one_attempt(engine, message_id) as (answers, _, _):
+        answers.answer(1, outcome)
+        until(lambda: row(engine, message_id).status == status)
+        answers.answer(0, InDoubt("no answer"))
+        until(lambda: row(engine, message_id).status == "in_doubt")
+
+
+def test_sent_of_a_claim_that_was_lost_ends_the_message_and_a_second_one_is_told(engine, caplog):
+    """A message that was sent is sent, whoever holds it; that it went out twice is an error in the log, and is kept."""
+    (message_id,) = queue(engine, new_message())
+
+    with two_claims_of_one_attempt(engine, message_id) as (answers, _, _):
+        answers.answer(0, Sent("first"))
+        until(lambda: row(engine, message_id).status == "sent")
+        answers.answer(1, Sent("second"))
+        until(lambda: f"engagement.sent_twice message_id={message_id} attempt=1" in caplog.text)
+
+    found = row(engine, message_id)
+    assert (answers.begun, found.provider_message_id) == ([1, 1], "first")
+    assert events_of(engine, message_id) == ["resolved", "sent_twice"]
+
+
+@pytest.mark.parametrize("outcome", [Sent("wamid"), InDoubt("no answer")])
+def test_what_is_known_of_a_claim_that_was_forgotten_keeps_it_from_being_sent_again(engine, outcome):
+    """Its worker is the only one that knows of the send, and tells the database that has forgotten it."""
+    (message_id,) = queue(engine, new_message())
+    sends = []
+
+    def send(message):
+        sends.append(message.id)
+        forget_claim(engine, message_id)
+        return outcome
+
+    process_message_queue(engine, send)
+    process_message_queue(engine, send)
+
+    assert sends == [message_id]
+    assert row(engine, message_id).status == ("sent" if isinstance(outcome, Sent) else "in_doubt")
+
+
+def test_two_verdicts_of_one_message_are_recorded_one_after_the_other(engine):
+    """A worker that knows of two claims of one attempt loses neither of what became of them."""
+    (message_id,) = queue(engine, new_message())
+    (first,) = lose(engine, message_id)
+    forget_claim(engine, message_id)
+    with engine.begin() as connection:
+        (second,) = claims.claim(
+            connection, Holder("second", LATER), limit=1, after=claims.START, busy=[], one_per_destination=True
+        ).claims
+    unsent = Verdict(status="failed", event="refused", reason="no such number")
+    sent = Verdict(status="sent", event="sent", has_doubt=False)
+
+    with engine.begin() as connection:
+        recorded = claims.settle(connection, [(second, unsent), (first, sent)])
+
+    assert recorded == {second: "failed", first: "sent"}
+    assert row(engine, message_id).status == "sent"
 
 
 # Frozen workers -------------------------------------------------------------------------------------------------------
@@ -500,7 +644,7 @@ def test_an_extension_of_what_was_settled_changes_nothing(engine):
     (late,) = lose(engine, message_id)
     with engine.begin() as connection:
         (taken,) = claims.take_over(connection, Holder("another", LATER), limit=1, held=[])
-        claims.settle(connection, [(late.message, Verdict(status=MessageStatus.SENT, event="sent"))])
+        claims.settle(connection, [(late, Verdict(status=MessageStatus.SENT, event="sent"))])
     before = row(engine, message_id)
 
     with engine.begin() as connection:
@@ -710,7 +854,7 @@ def test_settlements_lock_in_one_order(engine):
             # The plan of a large table, which follows what is given.
             for method in ("hashjoin", "mergejoin", "seqscan"):
                 connection.execute(text(f"SET LOCAL enable_{method} = off"))
-            claims.settle(connection, [(claim.message, verdict) for claim in reversed(taken)])
+            claims.settle(connection, [(claim, verdict) for claim in reversed(taken)])
 
     with engine.connect() as other:
         other.execute(text("SELECT FROM engagement_message_queue WHERE id = :id FOR UPDATE"), {"id": middle})

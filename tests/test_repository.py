@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import PATIENCE, database_url, execute, in_thread, new_message, queue, row, wait_until_blocked
+from conftest import PATIENCE, database_url, execute, in_thread, new_message, outgoing, queue, row, wait_until_blocked
 from pytest_postgresql.janitor import DatabaseJanitor
 from sqlalchemy import CheckConstraint, Engine, create_engine, event, text
 from sqlalchemy.exc import IntegrityError
@@ -39,12 +39,14 @@ from engagement import (
     process_message_queue,
 )
 from engagement.outcomes import Verdict
+from engagement.sending import Claim
 
 STATUSES = list(MessageStatus)
 FINISHED = ["sent", "failed", "cancelled", "expired"]
 NOON = datetime(2030, 11, 21, 12, tzinfo=UTC)
 SECRET = "Zx9secret"
 HOLDER = claims.Holder("worker", timedelta(minutes=5))
+HELD = Claim(outgoing(attempt=0), claims.START, HOLDER.name, held_until=0.0)
 
 
 def put(engine: Engine, message_id: int, status: str) -> None:
@@ -52,8 +54,10 @@ def put(engine: Engine, message_id: int, status: str) -> None:
     execute(
         engine,
         "UPDATE engagement_message_queue SET status = :status, sent_at = CASE WHEN :status = 'sent' THEN now() END,"
-        " lease_expires_at = CASE WHEN :status = 'sending' THEN now() + interval '1 hour' END WHERE id = :id",
+        " lease_expires_at = CASE WHEN :status = 'sending' THEN now() + interval '1 hour' END,"
+        " claimed_by = :worker WHERE id = :id",
         status=status,
+        worker=HOLDER.name,
         id=message_id,
     )
 
@@ -697,7 +701,7 @@ def settle(outcome_status: str):
 
     def work(session: Session) -> None:
         verdict = Verdict(status=MessageStatus(outcome_status), event="settled", delay=timedelta(0))
-        claims.settle(session.connection(), [(SimpleNamespace(id=1, attempt=0), verdict)])
+        claims.settle(session.connection(), [(HELD, verdict)])
 
     return work
 

@@ -23,7 +23,6 @@ from engagement import (
     MessageStatus,
     NewMessage,
     NotSent,
-    OutgoingMessage,
     Postpone,
     QueuedMany,
     Refused,
@@ -33,6 +32,7 @@ from engagement import (
     process_message_queue,
 )
 from engagement.outcomes import decide
+from engagement.sending import Claim
 
 PAST, LONG_AGO, FUTURE = (
     datetime(2020, 6, 1, tzinfo=UTC),
@@ -92,6 +92,8 @@ class Message:
     has_doubt: bool = False
     is_blanked: bool = False
     is_lost: bool = False
+    holder: Claim | None = None
+    """The claim that it is held by, or was; None if it was taken over, or claimed by a worker that settled at once."""
     events: list[str] = field(default_factory=list)
     maybe_sent: set[int] = field(default_factory=set)
     """The attempts that may have had an effect: nobody has said that they had none."""
@@ -124,6 +126,7 @@ class Message:
         assert idempotent or not self.maybe_sent, "a second attempt, though the first one may have had an effect"
         self.status = MessageStatus.SENDING
         self.is_lost = False
+        self.holder = None
         self.attempt += 1
         self.maybe_sent.add(self.attempt)
 
@@ -146,6 +149,14 @@ class Message:
             self.next_attempt_at = None if delay or isinstance(outcome, Postpone) else now
         else:
             self.end("cancelled" if status == "pending" else status)
+
+    def may_have_left(self, attempt: int) -> None:
+        """Learn that a claim which was lost is in doubt."""
+        self.has_doubt = True
+        self.maybe_sent.add(attempt)
+        self.events.append("in_doubt")
+        if self.status not in ("pending", "sending"):
+            self.status = MessageStatus.IN_DOUBT
 
     def end(self, status: str, event: str | None = None) -> None:
         """Come to an end, which is a doubt if an attempt may have had an effect."""
@@ -197,7 +208,7 @@ class Histories(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.model: dict[str, Message] = {}
-        self.claims: list[OutgoingMessage] = []
+        self.claims: list[Claim] = []
         self.seconds = 0
         self.execute("DELETE FROM engagement_message_queue")
 
@@ -402,7 +413,8 @@ class Histories(RuleBasedStateMachine):
             (claim,) = taken.claims
             message.hand_over(idempotent=False)
             assert (claim.message.id, claim.message.attempt) == (message.id, message.attempt)
-            self.claims.append(claim.message)
+            message.holder = claim
+            self.claims.append(claim)
         else:
             assert (taken.claims, taken.ended) == ([], {})
 
@@ -410,7 +422,8 @@ class Histories(RuleBasedStateMachine):
         """A worker that claimed settles: in time, late, twice, or after somebody else has taken over."""
         if not self.claims:
             return
-        given = self.claims[which % len(self.claims)]
+        claim = self.claims[which % len(self.claims)]
+        given = claim.message
         verdict = decide(
             outcome,
             retry_count=given.retry_count,
@@ -420,17 +433,23 @@ class Histories(RuleBasedStateMachine):
             backoff=lambda _: delay,
         )
         with self.engine.begin() as connection:
-            recorded = claims.settle(connection, [(given, verdict)])
+            recorded = claims.settle(connection, [(claim, verdict)])
         message = self.model[given.idempotency_key]
-        is_its_own = message.attempt == given.attempt
+        is_its_attempt, is_its_own = message.attempt == given.attempt, message.holder is claim
         is_late_but_sent = isinstance(outcome, Sent) and message.status != "sent"
-        if is_its_own and (message.status == "sending" or is_late_but_sent):
+        if is_its_attempt and ((message.status == "sending" and is_its_own) or is_late_but_sent):
             message.settle(outcome, given.attempt, self.now(), delay)
-            assert recorded == {(message.id, given.attempt): message.status}
+            message.holder = claim
+            assert recorded == {claim: message.status}
         elif is_its_own and message.status == verdict.status:
-            assert recorded == {(message.id, given.attempt): message.status}
+            assert recorded == {claim: message.status}
+        elif is_its_own:
+            assert recorded in ({}, {claim: message.status})
         else:
-            assert recorded in ({}, {(message.id, given.attempt): message.status} if is_its_own else {})
+            assert recorded == ({claim: message.status} if is_its_attempt and isinstance(outcome, Sent) else {})
+            is_doubt = isinstance(outcome, InDoubt) and not message.has_doubt
+            if is_its_attempt and is_doubt and message.status not in ("sent", "in_doubt"):
+                message.may_have_left(given.attempt)
 
     def process_one(self, outcome, answer, idempotent, delay):
         """A cron job recovers what was lost, and sends one message."""
@@ -455,6 +474,7 @@ class Histories(RuleBasedStateMachine):
         lost = self.those(is_lost=True)
         for message in sorted(lost, key=lambda message: message.id):
             found = (can_look_up and answer) or InDoubt("its worker was lost")
+            message.holder = None
             message.settle(found, message.attempt, self.now(), delay, idempotent=idempotent, lost=True)
         assert sorted(looked_up) == sorted(message.id for message in lost if can_look_up)
         while (message := self.next_due()) is not None and message.ends_instead_of_a_claim(idempotent=idempotent):
