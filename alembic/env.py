@@ -6,6 +6,7 @@ What is passed comes in `config.attributes`: `connection`, `schema` for a table 
 
 import logging.config
 import os
+from contextlib import contextmanager
 
 from alembic import context
 from sqlalchemy import create_engine, pool, text
@@ -46,6 +47,17 @@ def run() -> None:
             enable_row_level_security(context.get_context())
 
 
+@contextmanager
+def giving_up_soon():
+    """Give up rather than queue behind a long transaction and make everybody wait behind us; then wait as before."""
+    # Kept by the server: Python may only be writing SQL for a person.
+    context.execute("SELECT set_config('engagement.lock_timeout', current_setting('lock_timeout'), true)")
+    context.execute("SET LOCAL lock_timeout = '5s'")
+    yield
+    context.execute("SELECT set_config('lock_timeout', current_setting('engagement.lock_timeout'), true)")
+
+
+@giving_up_soon()
 def enable_row_level_security(migration) -> None:
     """Leave our tables to their owner and to the roles that bypass it: there is no policy for anybody else."""
     is_on = text("SELECT relrowsecurity FROM pg_class WHERE oid = to_regclass(:table)")
@@ -53,7 +65,6 @@ def enable_row_level_security(migration) -> None:
         table = qualified_name(schema, name)
         # Even in vain, ALTER TABLE would make everybody wait for every open transaction.
         if migration.as_sql or not migration.connection.scalar(is_on, {"table": table}):
-            context.execute("SET LOCAL lock_timeout = '5s'")
             context.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
 
 

@@ -3,6 +3,8 @@
 Revises ${down_revision | comma,n}, ${create_date}.
 """
 
+from contextlib import contextmanager
+
 import sqlalchemy as sa
 from alembic import op
 ${imports if imports else ""}
@@ -17,12 +19,21 @@ def schema():
     return op.get_context().opts.get("engagement_schema")
 
 
-def upgrade() -> None:
-    # Give up rather than queue behind a long transaction and make everybody wait behind us.
+@contextmanager
+def giving_up_soon():
+    """Give up rather than queue behind a long transaction and make everybody wait behind us; then wait as before."""
+    # Kept by the server: Python may only be writing SQL for a person.
+    op.execute("SELECT set_config('engagement.lock_timeout', current_setting('lock_timeout'), true)")
     op.execute("SET LOCAL lock_timeout = '5s'")
+    yield
+    op.execute("SELECT set_config('lock_timeout', current_setting('engagement.lock_timeout'), true)")
+
+
+@giving_up_soon()
+def upgrade() -> None:
     ${upgrades if upgrades else "pass"}
 
 
+@giving_up_soon()
 def downgrade() -> None:
-    op.execute("SET LOCAL lock_timeout = '5s'")
     ${downgrades if downgrades else "pass"}

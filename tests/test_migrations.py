@@ -148,13 +148,46 @@ def test_our_revisions_are_recognised_among_a_hosts():
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
 
-        assert {name.partition(".")[0] for name in imported} <= {"alembic", "sqlalchemy"}
+        assert {name.partition(".")[0] for name in imported} - sys.stdlib_module_names <= {"alembic", "sqlalchemy"}
         assert script.name.startswith("eng_")
     assert all(revision.startswith("eng_") for revision in revisions())
     assert not (ROOT / "alembic" / "__init__.py").exists(), "it would hide the library"
 
 
 # On an engine, on a connection, in another schema
+
+
+def settings(connection: Connection) -> dict[str, str]:
+    return dict(connection.execute(text("SELECT name, setting FROM pg_settings")).all())
+
+
+@pytest.mark.parametrize("schema", [None, "guest"])
+def test_the_callers_settings_are_as_before(empty_engine, schema):
+    """Whatever a step sets in the caller's transaction is set back: each way up, each way down, row-level security."""
+    with empty_engine.connect() as connection:
+        connection.execute(text("SET LOCAL lock_timeout = '1234ms'"))
+        before = settings(connection)
+        for revision in revisions():
+            migrations.upgrade(connection, revision, schema=schema)
+            assert settings(connection) == before
+        migrations.upgrade(connection, schema=schema, row_level_security=True)
+        assert settings(connection) == before
+        for revision in [*revisions()[-2::-1], "base"]:
+            migrations.downgrade(connection, revision, schema=schema)
+            assert settings(connection) == before
+
+
+def test_the_sql_sets_back_what_it_sets(empty_engine):
+    """A person may run it in a transaction that has more to do."""
+    written = io.StringIO()
+    migrations.upgrade_sql(written, row_level_security=True)
+    script = written.getvalue().removeprefix("BEGIN;").strip().removesuffix("COMMIT;")
+    with empty_engine.connect() as connection:
+        connection.execute(text("SET LOCAL lock_timeout = '1234ms'"))
+        before = settings(connection)
+        connection.exec_driver_sql(script.replace("%", "%%"))
+
+        assert settings(connection) == before
 
 
 def test_on_a_connection_the_caller_commits(empty_engine):

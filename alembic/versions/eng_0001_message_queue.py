@@ -1,5 +1,7 @@
 """The message queue: its table, and the indexes that keep a claim fast."""
 
+from contextlib import contextmanager
+
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
@@ -26,6 +28,16 @@ def check(name, sql):
 def index(name, *columns, where=None):
     where = None if where is None else sa.text(where)
     op.create_index(op.f(f"{TABLE}_{name}"), TABLE, columns, schema=schema(), postgresql_where=where)
+
+
+@contextmanager
+def giving_up_soon():
+    """Give up rather than queue behind a long transaction and make everybody wait behind us; then wait as before."""
+    # Kept by the server: Python may only be writing SQL for a person.
+    op.execute("SELECT set_config('engagement.lock_timeout', current_setting('lock_timeout'), true)")
+    op.execute("SET LOCAL lock_timeout = '5s'")
+    yield
+    op.execute("SELECT set_config('lock_timeout', current_setting('engagement.lock_timeout'), true)")
 
 
 def upgrade() -> None:
@@ -88,7 +100,6 @@ def upgrade() -> None:
     )
 
 
+@giving_up_soon()
 def downgrade() -> None:
-    # Give up rather than queue behind a long transaction and make everybody wait behind us.
-    op.execute("SET LOCAL lock_timeout = '5s'")
     op.drop_table(TABLE, schema=schema())

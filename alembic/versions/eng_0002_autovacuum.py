@@ -1,5 +1,7 @@
 """Let autovacuum come when a fiftieth of the table is dead, not a fifth: each message leaves two dead rows."""
 
+from contextlib import contextmanager
+
 from alembic import op
 
 revision = "eng_0002"
@@ -16,12 +18,22 @@ def table():
     return TABLE if schema is None else '"{}".{}'.format(schema.replace('"', '""'), TABLE)
 
 
+@contextmanager
+def giving_up_soon():
+    """Give up rather than queue behind a long transaction and make everybody wait behind us; then wait as before."""
+    # Kept by the server: Python may only be writing SQL for a person.
+    op.execute("SELECT set_config('engagement.lock_timeout', current_setting('lock_timeout'), true)")
+    op.execute("SET LOCAL lock_timeout = '5s'")
+    yield
+    op.execute("SELECT set_config('lock_timeout', current_setting('engagement.lock_timeout'), true)")
+
+
+@giving_up_soon()
 def upgrade() -> None:
     # It does not wait for who reads or writes, but for a vacuum or another change of the table.
-    op.execute("SET LOCAL lock_timeout = '5s'")
     op.execute(f"ALTER TABLE {table()} SET (autovacuum_vacuum_scale_factor = 0.02)")
 
 
+@giving_up_soon()
 def downgrade() -> None:
-    op.execute("SET LOCAL lock_timeout = '5s'")
     op.execute(f"ALTER TABLE {table()} RESET (autovacuum_vacuum_scale_factor)")
