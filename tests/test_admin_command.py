@@ -46,7 +46,8 @@ def test_the_address_lets_in_and_nothing_else_does(engine):
         opened = mine.get(address, follow_redirects=True)
         assert opened.status_code == 200
         assert "token" not in str(opened.url)
-        assert "httponly; path=/; samesite=strict" in opened.history[0].headers["set-cookie"].lower()
+        cookie = opened.history[0].headers["set-cookie"].lower()
+        assert re.search(r"; httponly; max-age=28800; path=/[\w-]{20,}; samesite=strict$", cookie)
 
         asked = mine.get(f"messages/{message_id}/cancel")
         for path in ("", "messages", "?token=", "?token=wrong", "static/engagement.css"):

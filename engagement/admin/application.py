@@ -14,7 +14,7 @@ from starlette_admin import BaseAdmin
 from starlette_admin.theme import BaseTheme, IconSet
 
 from engagement.admin.database import Queue
-from engagement.admin.guards import Authenticated, Authentication, May, Permission, SameOrigin, ShortForms
+from engagement.admin.guards import Authenticated, Authentication, May, OwnCookies, Permission, SameOrigin, ShortForms
 from engagement.admin.pages import MessagesPage, OverviewPage, Shown, path_for
 from engagement.own_transactions import for_own_transactions
 
@@ -38,6 +38,8 @@ def create_admin(
     *,
     authentication: Authentication,
     may_reveal: May = False,
+    may_act: May = True,
+    sign_out: str | None = None,
     tz: tzinfo = UTC,
     schema: str | None = None,
     secret_key: str | None = None,
@@ -50,15 +52,18 @@ def create_admin(
     not empty is somebody: what is no answer at all, such as a number, is a `TypeError`, and nobody comes in. `anyone`
     lets everybody in, which has to be said.
 
-    What is personal is masked. `may_reveal` says to whom it may be shown, once they ask: True, False, or a function of
-    the request that returns one of them and may be async; whatever else it returns is a `TypeError`, and nothing is
-    shown. Times are shown and read in `tz`. A page whose query takes longer than `patience` says so instead. Where
-    several processes serve the page, give all the same `secret_key`: it signs the tokens of the forms.
+    What is personal is masked. `may_reveal` says to whom it may be shown, once they ask, and `may_act` who may change
+    anything: True, False, or a function of the request that returns one of them and may be async; whatever else it
+    returns is a `TypeError`, and nothing is shown. `sign_out` is an address that takes a POST and signs the person out:
+    each page then has a button for it.
+
+    Times are shown and read in `tz`. A page whose query takes longer than `patience` says so instead. Where several
+    processes serve the page, give all the same `secret_key`: it signs the tokens of the forms.
     """
     if not callable(authentication):
         raise TypeError("authentication: must say who asks. To let everybody in, give engagement.admin.anyone")
     queue = Queue(for_own_transactions(engine, schema), schema, patience)
-    shown = Shown(queue, tz, Permission("may_reveal", may_reveal))
+    shown = Shown(queue, tz, Permission("may_reveal", may_reveal), Permission("may_act", may_act))
     admin = BaseAdmin(
         title="Engagement",
         base_url="",
@@ -67,10 +72,11 @@ def create_admin(
         # By default the library looks into the host's directory first, whose layout.html is another.
         templates_dir=str(files(__package__) / "templates"),
         index_view=OverviewPage(shown),
+        middlewares=[Middleware(OwnCookies)],
         secret_key=secret_key or secrets.token_hex(32),
         timezone_config=None,
     )
-    admin.templates.env.globals.update(path_for=path_for, **shown.words())
+    admin.templates.env.globals.update(path_for=path_for, sign_out=sign_out, **shown.words())
     # Without the library's pages that make, edit and delete what is registered with it: nothing is, and none answers.
     admin.routes = [route for route in admin.routes if route.name in {"static", "index"}]
     admin.add_view(MessagesPage(shown))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from inspect import isawaitable
 from typing import Any
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -124,6 +126,29 @@ class ShortForms:
             return messages.pop() if messages else await receive()
 
         await self._app(scope, receive_again, send)
+
+
+class OwnCookies:
+    """Keeps the library's cookies to the path that the page is mounted at: they are for no other app or port."""
+
+    _FOR_THE_WHOLE_HOST = re.compile(rb"; path=/(?=;|$)", re.IGNORECASE)
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and say in the answer for which path its cookies are."""
+        own = b"; Path=" + quote(scope.get("root_path", "") or "/").encode()
+
+        async def send_own(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    (name, self._FOR_THE_WHOLE_HOST.sub(own, value) if name == b"set-cookie" else value)
+                    for name, value in message["headers"]
+                ]
+            await send(message)
+
+        await self._app(scope, receive, send_own)
 
 
 class SameOrigin:

@@ -63,6 +63,7 @@ class Shown:
     queue: Queue
     tz: tzinfo
     may_reveal: Permission
+    may_act: Permission
 
     async def reveals(self, request: Request) -> bool:
         """Tell whether this page shows what is personal: it was asked for, and is allowed."""
@@ -252,20 +253,20 @@ class MessagesPage(Page):
             message=message,
             timeline=inspection.timeline(message, reveal=reveals),
             facts=_facts(message, reveal=reveals),
-            actions=actions_for(message),
+            actions=actions_for(message) if await self.shown.may_act(request) else [],
         )
 
     @route("/{message_id}/{action}", name="ask")
     async def ask(self, request: Request) -> Response:
         """Ask whether to do it."""
-        action = _action(request)
+        action = await self._action(request)
         message = await self._message(request)
         return await self._question(request, message, action)
 
     @route("/{message_id}/{action}", methods=["POST"], name="act")
     async def act(self, request: Request) -> Response:
         """Do it, and tell what came of it on the message's page."""
-        action, message_id, form = _action(request), _message_id(request), await request.form()
+        action, message_id, form = await self._action(request), _message_id(request), await request.form()
         queue, by = self.shown.queue, request.state.operator
         try:
             answer = await queue.run(
@@ -291,6 +292,14 @@ class MessagesPage(Page):
         fits = action in actions_for(message)
         return await self.render(request, "ask.html", message=message, action=action, fits=fits, problem=problem)
 
+    async def _action(self, request: Request) -> Action:
+        action = ACTIONS.get(request.path_params["action"])
+        if action is None:
+            raise HTTPException(404, "There is no such action.")
+        if not await self.shown.may_act(request):
+            raise HTTPException(403, "You may look, and not act.")
+        return action
+
     async def _message(self, request: Request) -> EngagementMessage:
         message_id, schema = _message_id(request), self.shown.queue.schema
         message = await self.shown.queue.run(
@@ -306,13 +315,6 @@ def _message_id(request: Request) -> int:
         return id_typed(request.path_params["message_id"])
     except InvalidMessage:
         raise HTTPException(404, "There is no such message.") from None
-
-
-def _action(request: Request) -> Action:
-    action = ACTIONS.get(request.path_params["action"])
-    if action is None:
-        raise HTTPException(404, "There is no such action.")
-    return action
 
 
 def _log(request: Request, action: str, verdict: str, *message_ids: int) -> None:

@@ -7,42 +7,80 @@ import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import tzinfo
+from datetime import timedelta, tzinfo
 from ipaddress import ip_address
 
 import uvicorn
 from sqlalchemy import Engine
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Mount
 
 from engagement.admin.application import create_admin
+from engagement.sending import clock
 
+COOKIE = "engagement_admin"
+SESSION = timedelta(hours=8)
 _GRACE_SECONDS = 3
+_OPEN_THE_ADDRESS = "Open the address that `engagement admin` has printed."
 
 
 @dataclass(frozen=True, slots=True)
 class TokenInAddress:
     """Lets in who has the address that was printed: others on the same machine can reach a port of it, too.
 
-    It also keeps out a site whose name was pointed at our address: the cookie is not of that name.
+    The token begins a session, which ends when somebody signs out, and after `lasts`. A browser gives its cookies to
+    every port of a host, so to whatever else listens on the machine: the session's cookie is for a `path` that nobody
+    can guess, below which the page is to be mounted. It also keeps out a site whose name was pointed at our address:
+    the cookie is not of that name.
     """
 
-    port: int
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
+    path: str = field(default_factory=lambda: f"/{secrets.token_urlsafe(16)}", repr=False)
+    lasts: timedelta = SESSION
+    now: Callable[[], float] = clock
+    ends: dict[str, float] = field(default_factory=dict, repr=False)
+    """When each session is over, by `now`."""
+
+    @property
+    def sign_out(self) -> str:
+        """Where a form ends the session."""
+        return f"{self.path}/sign-out"
 
     def __call__(self, request: Request) -> str | Response:
-        """Turn the token in the address into a cookie, once."""
-        cookie = f"engagement_admin_{self.port}"  # Browsers do not tell ports apart.
-        if self._is_right(request.query_params.get("token", "")):
-            response = RedirectResponse(request.url.remove_query_params("token").path, 303)
-            response.set_cookie(cookie, self.token, httponly=True, samesite="strict")
-            return response
-        if self._is_right(request.cookies.get(cookie, "")):
-            return "operator"
-        return PlainTextResponse("Open the address that `engagement admin` has printed.", 403)
+        """Say who asks: the operator, if they have a session. Begin one for who has the token, and end it."""
+        if secrets.compare_digest(request.query_params.get("token", "").encode(), self.token.encode()):
+            return self._begin(request)
+        session = request.cookies.get(COOKIE, "")
+        if self.ends.get(session, 0.0) <= self.now():
+            return PlainTextResponse(_OPEN_THE_ADDRESS, 403)
+        if request.method == "POST" and request.url.path == self.sign_out:
+            return self._end(session)
+        return "operator"
 
-    def _is_right(self, given: str) -> bool:
-        return secrets.compare_digest(given.encode(), self.token.encode())
+    def _begin(self, request: Request) -> Response:
+        for session in [session for session, end in self.ends.items() if end <= self.now()]:
+            del self.ends[session]
+        session = secrets.token_urlsafe(24)
+        self.ends[session] = self.now() + self.lasts.total_seconds()
+        response = RedirectResponse(request.url.remove_query_params("token").path, 303)
+        response.set_cookie(
+            COOKIE,
+            session,
+            path=self.path,
+            max_age=int(self.lasts.total_seconds()),
+            httponly=True,
+            samesite="strict",
+            secure=request.url.scheme == "https",
+        )
+        return response
+
+    def _end(self, session: str) -> Response:
+        del self.ends[session]
+        response = PlainTextResponse(f"Signed out. To come in again: {_OPEN_THE_ADDRESS}")
+        response.delete_cookie(COOKIE, path=self.path)
+        return response
 
 
 def is_loopback(host: str) -> bool:
@@ -60,6 +98,7 @@ def serve(
     announce: Callable[[str], object],
     *,
     may_reveal: bool = False,
+    may_act: bool = True,
     tz: tzinfo,
     schema: str | None = None,
 ) -> None:
@@ -68,8 +107,17 @@ def serve(
     with socket.create_server((host, port), family=family) as listening:
         # asyncio sets it only where the socket names its protocol; without it, each page waits 40 ms for the browser.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        token = TokenInAddress(listening.getsockname()[1])
-        app = create_admin(engine, authentication=token, may_reveal=may_reveal, tz=tz, schema=schema)
+        gate = TokenInAddress()
+        page = create_admin(
+            engine,
+            authentication=gate,
+            may_reveal=may_reveal,
+            may_act=may_act,
+            sign_out=gate.sign_out,
+            tz=tz,
+            schema=schema,
+        )
+        app = Starlette(routes=[Mount(gate.path, page), Mount("", PlainTextResponse(_OPEN_THE_ADDRESS, 403))])
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -82,5 +130,5 @@ def serve(
             # uvicorn stops at a signal, and then raises it again for whoever was there before it.
             signal.signal(number, lambda *_: None)
         name = f"[{host}]" if ":" in host else host
-        announce(f"http://{name}:{token.port}/?token={token.token}")
+        announce(f"http://{name}:{listening.getsockname()[1]}{gate.path}/?token={gate.token}")
         uvicorn.Server(config).run(sockets=[listening])

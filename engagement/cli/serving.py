@@ -31,13 +31,17 @@ def zone_named(name: str) -> ZoneInfo:
 @click.option("--port", default=8025, type=click.IntRange(0, 65_535), metavar="N", help="0 takes any that is free.")
 @click.option("--public", is_flag=True, help="Allow a --host that other machines can reach, over plain HTTP.")
 @click.option("--reveal", is_flag=True, help="Allow personal data to be shown to who asks for it.")
+@click.option("--read-only", is_flag=True, help="Only to look: nothing can be changed.")
 @click.option("--tz", default="UTC", type=zone_named, metavar="ZONE", help="Times are shown and read in this zone.")
 @on_database
-def admin(database: Database, host: str, port: int, tz: ZoneInfo, *, public: bool, reveal: bool) -> None:
+def admin(
+    database: Database, host: str, port: int, tz: ZoneInfo, *, public: bool, reveal: bool, read_only: bool
+) -> None:
     """Serve a page to look at the queue, and to act on it.
 
-    It prints an address to open in a browser. The token in it lets you in, and others on this machine out. What is done
-    and what is revealed is logged to standard error. SIGTERM or Ctrl-C ends it, and the exit status is 0.
+    It prints an address to open in a browser. The token in it lets you in for eight hours, and others on this machine
+    out. What is done and what is revealed is logged to standard error. SIGTERM or Ctrl-C ends it, and the exit status
+    is 0.
     """
     try:
         from engagement.admin.serving import is_loopback, serve
@@ -49,6 +53,15 @@ def admin(database: Database, host: str, port: int, tz: ZoneInfo, *, public: boo
         pass  # What cannot work is said before anything is served.
     with database.engine() as engine, logging_to_stderr(logging.INFO):
         try:
-            serve(engine, host, port, click.echo, may_reveal=reveal, tz=tz, schema=database.schema)
+            serve(
+                engine,
+                host,
+                port,
+                click.echo,
+                may_reveal=reveal,
+                may_act=not read_only,
+                tz=tz,
+                schema=database.schema,
+            )
         except (OSError, OverflowError) as error:
             raise Problem(f"cannot listen on {host} port {port}: {error}") from None
