@@ -361,8 +361,7 @@ def _require(holds: bool, problem: str) -> None:
 
 
 def _personal(message: OutgoingMessage) -> list[str]:
-    number = message.destination_jid.partition("@")[0].rpartition(".")[2]  # Of a JID, or of Meta's id of a person.
-    texts = [message.destination_jid, number]
+    texts = [message.destination_jid, message.destination_jid.partition("@")[0]]
     # Short ones, such as a number or a time of day, would be found anywhere.
     texts += [value for value in message.message_params.values() if isinstance(value, str) and len(value) > 5]  # noqa: PLR2004
     return [*texts, message.text] if isinstance(message, RenderedMessage) else texts

@@ -6,7 +6,7 @@ sent again. What a provider says is recognised, never quoted: it may repeat the 
 
 from __future__ import annotations
 
-import contextlib
+import os
 import ssl
 import threading
 from collections.abc import Callable, Mapping
@@ -14,16 +14,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from time import monotonic, sleep
 from typing import assert_never
-
-import httpx
+from weakref import WeakSet
 
 from engagement.messages import OutgoingMessage
 from engagement.outcomes import InDoubt, NotSent, Outcome, Postpone, Refused, Sent
 from engagement.sending import checked_lease
+from engagement.transports.exchange import Connections
 from engagement.transports.http import Answer, Proof, Silence, what_it_proves
 
-LARGEST_ANSWER = 256 * 1024
-"""Bytes that are read of an answer."""
 IDLE_CONNECTION_SECONDS = 2.0
 """Well below the 5 s after which Node's HTTP server closes an idle connection: a request that is written to one that
 is just being closed would be in doubt for nothing."""
@@ -58,13 +56,14 @@ class Prepared:
 
 
 class ProviderClient:
-    """A pooled client for one provider, with explicit time-outs. Thread-safe; once it sends, no error leaves it.
+    """A pooled client for one provider, with one deadline. Thread-safe, also after a fork; no error leaves it.
 
     It remembers trouble: it pauses after it, each time twice as long, until a message gets through. It is `is_suspect`
     after trouble, and at the beginning, until something gets through.
 
     `headers` are sent with every request and may hold the key. `verify` is True or an `ssl.SSLContext`. Proxies are
-    those of the environment.
+    those of the environment. `answer_within` bounds all of a request, from connecting to the last byte of its answer;
+    what was not written within `connect_within` was not sent.
     """
 
     def __init__(
@@ -75,34 +74,35 @@ class ProviderClient:
         headers: Mapping[str, str],
         answer_within: timedelta,
         connect_within: timedelta = timedelta(seconds=5),
-        connections: int = 100,
+        connections: int = 1000,
         verify: ssl.SSLContext | bool = True,
     ) -> None:
         self._provider = provider
         self._answer_within = answer_within.total_seconds()
-        self._connect_within = connect_within.total_seconds()
-        if self._answer_within <= 0 or self._connect_within <= 0:
+        if self._answer_within <= 0 or connect_within <= timedelta(0):
             raise ValueError("answer_within and connect_within: must be positive")
-        self._client = httpx.Client(
-            base_url=_checked_url(base_url),
-            # Compressed answers would have to be trusted to be small.
-            headers={"User-Agent": "engagement", "Accept-Encoding": "identity", **_checked_headers(headers)},
-            follow_redirects=False,
+        self._connections = Connections(
+            base_url,
+            headers=_checked_headers(headers),
+            connect_within=connect_within.total_seconds(),
+            idle_seconds=IDLE_CONNECTION_SECONDS,
+            limit=connections,
             verify=verify,
-            limits=httpx.Limits(
-                max_connections=connections,
-                max_keepalive_connections=connections,
-                keepalive_expiry=IDLE_CONNECTION_SECONDS,
-            ),
         )
         self._lock = threading.Lock()
         self._troubles = 0
         self._paused_until = 0.0
         self._is_suspect = True  # A cron job's process may have been started into an outage.
+        _clients.add(self)
 
     def close(self) -> None:
         """Close the connections."""
-        self._client.close()
+        self._connections.close()
+
+    def begin_anew(self) -> None:
+        """Share nothing with the parent, in a process that was forked: it may have been in the middle of anything."""
+        self._lock = threading.Lock()
+        self._connections.begin_anew()
 
     def deliver(
         self,
@@ -140,26 +140,9 @@ class ProviderClient:
         headers: Mapping[str, str] | None = None,
         within: timedelta | None = None,
     ) -> Answer | Silence:
-        """Make one request; `path` may hold a query. `within` bounds the wait for an answer."""
+        """Make one request, as `Connections.exchange` does. `within` bounds it, else `answer_within`."""
         seconds = within.total_seconds() if within else self._answer_within
-        deadline = monotonic() + seconds
-        request = self._client.build_request(
-            method,
-            path,
-            content=body,
-            headers={"Content-Type": "application/json", **(headers or {})} if body is not None else headers,
-            timeout=httpx.Timeout(seconds, connect=self._connect_within, pool=self._connect_within),
-        )
-        request.url = _DiscreetURL(request.url)
-        try:
-            response = self._client.send(request, stream=True)
-        except Exception as error:  # noqa: BLE001 - also one that is not httpx's may come after the request was written
-            return Silence(type(error))
-        try:
-            return Answer(response.status_code, response.headers, _body(response, deadline))
-        finally:
-            with contextlib.suppress(httpx.HTTPError):
-                response.close()
+        return self._connections.exchange(method, path, body, headers or {}, within=seconds)
 
     def may_try(self) -> bool:
         """Whether there is no pause; a short one is waited out."""
@@ -241,40 +224,8 @@ class ProviderClient:
                 assert_never(proof)
 
 
-class _DiscreetURL(httpx.URL):
-    """A URL that shows only its host: httpx logs each request's URL, and that may hold a token or a number."""
-
-    def __str__(self) -> str:
-        return f"{self.scheme}://{self.host}/…"
-
-    __repr__ = __str__
-
-
-def _body(response: httpx.Response, deadline: float) -> bytes:
-    """Return what comes of the body before the deadline. The status line has spoken; a cut body takes nothing back."""
-    parts: list[bytes] = []
-    size = 0
-    with contextlib.suppress(httpx.HTTPError):
-        for part in response.iter_raw():
-            parts.append(part)
-            size += len(part)
-            if size > LARGEST_ANSWER or monotonic() > deadline:
-                break
-    return b"".join(parts)
-
-
 def _from_now(wait: timedelta) -> datetime:
     return datetime.now(UTC) + wait
-
-
-def _checked_url(url: str) -> httpx.URL:
-    try:
-        checked = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError):
-        checked = httpx.URL("")
-    if checked.scheme not in {"http", "https"} or not checked.host:
-        raise ValueError("url: must be an http or https URL with a host")
-    return checked
 
 
 def _checked_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
@@ -282,3 +233,14 @@ def _checked_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
         if not value or not value.isascii() or not value.isprintable() or value != value.strip():
             raise ValueError(f"{name}: must be printable ASCII, without blanks around it")
     return headers
+
+
+_clients: WeakSet[ProviderClient] = WeakSet()
+
+
+def _begin_anew() -> None:
+    for client in _clients:
+        client.begin_anew()
+
+
+os.register_at_fork(after_in_child=_begin_anew)

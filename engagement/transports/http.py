@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from typing import Any
-
-import httpx
 
 LONGEST_WAIT = timedelta(days=1)
 """What a far side may ask for at most: a longer wait is cut, and the message asks again. The year 9999 would park it
@@ -39,10 +38,10 @@ class Proof(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back: the status line and headers, and as much of the body as came."""
+    """What came back: the status line and headers, whose names are lower case, and as much of the body as came."""
 
     status: int
-    headers: httpx.Headers = field(default_factory=httpx.Headers, repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     body: bytes = field(default=b"", repr=False)
 
     @property
@@ -70,9 +69,49 @@ class Answer:
         return bounded(until - (_http_date(self.headers.get("date", "")) or datetime.now(UTC)))
 
 
+class NothingWritten(Exception):  # noqa: N818 - what happened
+    """No byte of the request was written to anybody."""
+
+
+class UnsendableRequest(NothingWritten):
+    """HTTP has no such request."""
+
+
+class PoolTimeout(NothingWritten):
+    """All connections were in use."""
+
+
+class ConnectTimeout(NothingWritten):
+    """There was no connection in time: name server, handshake, TLS or proxy."""
+
+
+class ConnectError(NothingWritten):
+    """There was no connection: no such name, refused, TLS."""
+
+
+class ProxyError(NothingWritten):
+    """The proxy made no connection."""
+
+
+class WriteTimeout(Exception):  # noqa: N818 - likewise
+    """The request was not written whole in time."""
+
+
+class ReadTimeout(Exception):  # noqa: N818 - likewise
+    """No answer came in time."""
+
+
+class ReadError(Exception):
+    """The connection broke."""
+
+
+class RemoteProtocolError(Exception):
+    """What came was no answer, or too long a one, or it hung up."""
+
+
 @dataclass(frozen=True, slots=True)
 class Silence:
-    """No status line came back; `error` is the kind of error. The error itself is dropped: httpx's hold the key."""
+    """No answer came back; `error` is the kind of error, and no more: its text may hold the far side's."""
 
     error: type[Exception]
 
@@ -82,11 +121,12 @@ def what_it_proves(failure: Answer | Silence) -> Proof:
 
     | failure | it proves | because |
     |---|---|---|
-    | ConnectError, ConnectTimeout, PoolTimeout, ProxyError, UnsupportedProtocol | not sent, wait | there was no \
-connection (DNS, refused, TLS, proxy, no free place in the pool), so nothing was written |
-    | WriteError, WriteTimeout | in doubt | the last byte may have been written before |
-    | ReadTimeout, ReadError, RemoteProtocolError, every other error of httpx | in doubt | the request was or may have \
-been written, and no answer came |
+    | UnsendableRequest | not sent, stopped | HTTP has no such request: the address, session or key is wrong |
+    | PoolTimeout, ConnectTimeout, ConnectError, ProxyError | not sent, wait | there was no connection (no free place, \
+DNS, refused, TLS, proxy), so not one byte was written |
+    | WriteTimeout | in doubt | the last byte may have been written before |
+    | ReadTimeout, ReadError, RemoteProtocolError, every other error | in doubt | the request was or may have been \
+written, and no answer came |
     | 2xx | in doubt | it succeeded, but not in the provider's words: the page of a proxy, half an answer |
     | 300, 302, 303, 304 | in doubt | what redirects like this may have acted before (RFC 9110, 15.4.4) |
     | 301, 307, 308 | not sent, stopped | the address has moved (RFC 9110, 15.4.2, 15.4.8, 15.4.9); it is not followed |
@@ -108,17 +148,12 @@ when what is behind it hung up in the middle (Varnish's builtin.vcl) |
     Nothing is `refused` or `not sent` that could have left. What a provider documents otherwise comes before this.
     """
     if isinstance(failure, Silence):
-        return Proof.WAIT if issubclass(failure.error, _NO_CONNECTION) else Proof.IN_DOUBT
+        if issubclass(failure.error, UnsendableRequest):
+            return Proof.STOPPED
+        return Proof.WAIT if issubclass(failure.error, NothingWritten) else Proof.IN_DOUBT
     return _BY_STATUS.get(failure.status, Proof.IN_DOUBT)
 
 
-_NO_CONNECTION = (
-    httpx.ConnectError,
-    httpx.ConnectTimeout,
-    httpx.PoolTimeout,
-    httpx.ProxyError,
-    httpx.UnsupportedProtocol,
-)
 _BY_STATUS = (
     dict.fromkeys((301, 307, 308), Proof.STOPPED)
     | dict.fromkeys((401, 402, 403, 407, 451), Proof.STOPPED)

@@ -7,22 +7,23 @@ import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
-import httpx
+import h11
 import loopback
 import pytest
 from gateways import close_clients, outgoing  # noqa: F401 - autouse
 from loopback import Reply, serving
 
 from engagement import InDoubt, NotSent, Postpone, Refused, Sent
+from engagement.transports import http
 from engagement.transports.client import (
     IDLE_CONNECTION_SECONDS,
-    LARGEST_ANSWER,
     LONGEST_PAUSE,
     STOPPED_ATTEMPTS,
     Finding,
     Prepared,
     ProviderClient,
 )
+from engagement.transports.exchange import LARGEST_ANSWER
 from engagement.transports.http import Answer, Proof, Silence, what_it_proves
 
 PREPARED = Prepared("/messages", b'{"text":"hello"}')
@@ -58,14 +59,14 @@ def named_in(failure: str) -> list[int]:
     return [int(number) for number in re.findall(r"\b[2-5][0-9]{2}\b", failure)]
 
 
-RETRY_AFTER = httpx.Headers({"retry-after": "3"})
+RETRY_AFTER = {"retry-after": "3"}
 
 
 @pytest.mark.parametrize(("failure", "proof"), [row for row in rows() if row[0].startswith(("3", "4", "5"))])
 def test_each_status_in_the_table_proves_what_it_says(failure, proof):
     """A status of the table proves what its row says, with Retry-After or without."""
     for status in named_in(failure):
-        for given in (RETRY_AFTER, httpx.Headers()):
+        for given in (RETRY_AFTER, {}):
             assert what_it_proves(Answer(status, given)) is proof, status
 
 
@@ -80,18 +81,17 @@ def test_every_other_status_has_a_row(century, failure):
     assert {what_it_proves(Answer(status)) for status in others} == {proof}
 
 
-def test_each_error_of_httpx_has_a_row():
-    """Every error of httpx proves what its row says; those that no row names are in doubt."""
+def test_each_error_has_a_row():
+    """Every error of an exchange proves what its row says; those that no row names are in doubt."""
     by_name = {
         name: proof
         for failure, proof in rows()
-        for name in re.findall(r"[A-Z][A-Za-z]+(?:Error|Timeout|Protocol)", failure)
+        for name in re.findall(r"[A-Z][A-Za-z]+(?:Error|Timeout|Request)", failure)
     }
-    kinds = [kind for kind in vars(httpx).values() if isinstance(kind, type) and issubclass(kind, httpx.HTTPError)]
+    kinds = [kind for kind in vars(http).values() if isinstance(kind, type) and issubclass(kind, Exception)]
 
-    assert len(kinds) > 15
-    assert by_name.keys() <= {kind.__name__ for kind in kinds}
-    for kind in kinds:
+    assert by_name.keys() == {kind.__name__ for kind in kinds if kind is not http.NothingWritten}
+    for kind in (*kinds[1:], OSError, TimeoutError, ConnectionRefusedError, h11.LocalProtocolError):
         assert what_it_proves(Silence(kind)) is by_name.get(kind.__name__, Proof.IN_DOUBT), kind
 
 
@@ -100,7 +100,7 @@ def test_only_refusals_that_cannot_have_left_are_final():
     harmless = {Proof.NOT_SENT, Proof.WAIT, Proof.STOPPED, Proof.REFUSED}
 
     assert {status for status in range(200, 300) if what_it_proves(Answer(status)) in harmless} == set()
-    for headers in (httpx.Headers(), RETRY_AFTER):
+    for headers in ({}, RETRY_AFTER):
         proven = {status for status in range(500, 600) if what_it_proves(Answer(status, headers)) in harmless}
         assert proven == {501, 505, 511}
 
@@ -132,9 +132,7 @@ def test_only_a_4xx_that_denies_the_act_is_believed():
 )
 def test_retry_after_in_seconds(given, expected):
     """Retry-After counts if it is a number of seconds, and never for longer than a day."""
-    headers = httpx.Headers([(b"retry-after", given.encode())])
-
-    assert Answer(503, headers).retry_after == expected
+    assert Answer(503, {"retry-after": given}).retry_after == expected
 
 
 def test_retry_after_as_a_date():
@@ -145,10 +143,10 @@ def test_retry_after_as_a_date():
     far = {"retry-after": "Fri, 31 Dec 9999 23:59:59 GMT"}
     past = {"retry-after": format_datetime(datetime.now(UTC) - timedelta(hours=1))}
 
-    assert Answer(503, httpx.Headers(on_its_clock)).retry_after == timedelta(seconds=90)
-    assert timedelta(seconds=80) < Answer(503, httpx.Headers(on_ours)).retry_after <= timedelta(seconds=90)
-    assert Answer(503, httpx.Headers(past)).retry_after == timedelta(0)
-    assert Answer(503, httpx.Headers(far)).retry_after == timedelta(days=1)
+    assert Answer(503, on_its_clock).retry_after == timedelta(seconds=90)
+    assert timedelta(seconds=80) < Answer(503, on_ours).retry_after <= timedelta(seconds=90)
+    assert Answer(503, past).retry_after == timedelta(0)
+    assert Answer(503, far).retry_after == timedelta(days=1)
 
 
 # Real failures. Each test also counts what arrived: nothing is retried.
@@ -292,20 +290,21 @@ def test_a_request_that_is_not_written_in_time_is_in_doubt():
         assert outcome == InDoubt("test: WriteTimeout")
 
 
-@pytest.mark.parametrize("kind", [ValueError, UnicodeDecodeError, RecursionError, OSError, httpx.InvalidURL])
+@pytest.mark.parametrize("kind", [ValueError, UnicodeDecodeError, RecursionError, OSError])
 def test_an_error_that_is_not_expected_is_in_doubt(kind, monkeypatch):
     """Whatever else the client raises while it sends: it may be after the request was written."""
     with serving(lambda _: Reply(201, {"id": "m1"})) as server:
         one = client(server.url)
-        send = httpx.Client.send
+        next_event = h11.Connection.next_event
 
-        def send_and_fail(self, request, **options):
-            send(self, request, **options).close()
-            raise kind("utf-8", b"", 0, 1, "x") if kind is UnicodeDecodeError else kind("x")
+        def read_and_fail(self):
+            if isinstance(event := next_event(self), h11.Response):
+                raise kind("utf-8", b"", 0, 1, "x") if kind is UnicodeDecodeError else kind("x")
+            return event
 
-        monkeypatch.setattr(httpx.Client, "send", send_and_fail)
+        monkeypatch.setattr(h11.Connection, "next_event", read_and_fail)
 
-        assert deliver(one) == InDoubt(f"test: {kind.__name__}")
+        assert deliver(one) == InDoubt(f"test: {'ReadError' if kind is OSError else kind.__name__}")
         assert len(server.received) == 1
 
 

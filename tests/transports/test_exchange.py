@@ -1,0 +1,349 @@
+"""One exchange: what is shared, what is not, how long it may take, and by which way it goes."""
+
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import loopback
+import pytest
+from gateways import close_clients, outgoing  # noqa: F401 - autouse
+from loopback import Reply, serving
+
+from engagement import InDoubt, NotSent, Postpone, Sent
+from engagement.transports.client import Prepared, ProviderClient
+from engagement.transports.webhook import Webhook
+
+SOON = timedelta(seconds=0.3)
+PREPARED = Prepared("/messages", b"{}")
+
+
+def client(url: str, **options) -> ProviderClient:
+    given = {"headers": {}, "answer_within": timedelta(seconds=5), "verify": False}
+    return ProviderClient("test", url, **given | options)
+
+
+def deliver(client: ProviderClient, prepared: Prepared = PREPARED):
+    return client.deliver(
+        outgoing(), prepared, lambda answer: Sent(answer.body.decode()) if answer.is_success else None
+    )
+
+
+def test_no_cookie_is_kept():
+    """What a far side sets is not sent back: one person's cookie would go with the next one's message."""
+    with serving(lambda _: Reply(201, "1", {"Set-Cookie": "a=é; Path=/"})) as server:
+        one = client(server.url)
+        for _ in range(3):
+            assert deliver(one) == Sent("1")
+        assert not [request for request in server.received if "cookie" in request.headers]
+
+
+@pytest.mark.parametrize("header", ["line\nbreak", "n\0l", "ключ", "a: b\r\nc: d"])
+def test_a_request_that_http_does_not_have_costs_no_retry(header):
+    """It is the host's mistake, for every message alike: postponed, and nothing is written."""
+    with serving(lambda _: Reply(201, "1")) as server:
+        outcome = deliver(client(server.url), Prepared("/messages", b"{}", {"X-Key": header}))
+
+        assert isinstance(outcome, Postpone)
+        assert outcome.reason == "test: UnsendableRequest"
+        assert not server.connections
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_connection_on_which_something_came_is_not_used_again(scheme):
+    """A second answer to one message is not the answer to the next one, and no connection is used twice after it."""
+
+    def twice(connection):
+        connection.sendall(Reply(201, "own").encode() + Reply(201, "forged").encode())
+        assert connection.recv(1) == b""  # It is closed, and no other request comes on it.
+
+    with serving(lambda _: twice, tls=scheme == "https") as server:
+        one = client(server.url)
+        for _ in range(3):
+            assert deliver(one) == Sent("own")
+        server.behave = lambda _: Reply(201, "own")
+        for _ in range(3):
+            assert deliver(one) == Sent("own")
+
+        assert (len(server.received), server.connections) == (6, 6)
+
+
+def test_a_connection_is_used_again_over_tls():
+    """What TLS says for itself on an idle connection, such as session tickets, is nobody's answer."""
+    with serving(lambda _: Reply(201, "1"), tls=True) as server:
+        one = client(server.url, verify=ssl.create_default_context(cafile=loopback.SELF_SIGNED))
+        for _ in range(5):
+            assert deliver(one) == Sent("1")
+        assert (len(server.received), server.connections) == (5, 1)
+
+
+@pytest.mark.parametrize("length", [b"", b"Content-Length: 0\r\n"])
+def test_a_204_keeps_its_connection(length):
+    """An endpoint that answers without a body costs no connection for each message."""
+
+    def answer_all(connection):
+        for _ in range(3):
+            connection.sendall(b"HTTP/1.1 204 No Content\r\n" + length + b"\r\n")
+            connection.recv(65_536)
+
+    with serving(lambda _: answer_all) as server:
+        one = Webhook(url=server.url)
+        assert [one.send(outgoing()), one.send(outgoing()), one.send(outgoing())] == [Sent(), Sent(), Sent()]
+        assert server.connections == 1
+
+
+def test_what_answers_nothing_to_tls_is_given_up_in_time():
+    """The handshake is part of the time for a connection: nothing was written."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        one = client(f"https://127.0.0.1:{silent.getsockname()[1]}", connect_within=SOON)
+        started = time.monotonic()
+
+        assert deliver(one) == NotSent("test: ConnectTimeout")
+        assert time.monotonic() - started < 2
+
+
+def test_a_silent_name_server_is_given_up_in_time(monkeypatch):
+    """Nothing but a thread can bound a name server's silence."""
+    is_over = threading.Event()
+    look_up = socket.getaddrinfo
+
+    def hang(host, *arguments, **options):
+        if host == "gateway.example" and not options.get("flags"):
+            is_over.wait(10)
+        return look_up(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    started = time.monotonic()
+
+    assert deliver(client("http://gateway.example", connect_within=SOON)) == NotSent("test: ConnectTimeout")
+    assert time.monotonic() - started < 2
+    is_over.set()
+
+
+def test_an_answer_that_drips_is_in_doubt_in_time():
+    """A head that comes byte by byte is cut at the deadline, not at a time for each byte."""
+    with serving(lambda _: loopback.dripping(b"HTTP/1.1 201", server.is_closing)) as server:
+        started = time.monotonic()
+
+        assert deliver(client(server.url, answer_within=SOON)) == InDoubt("test: ReadTimeout")
+        assert time.monotonic() - started < 2
+
+
+def test_who_hangs_up_before_it_has_read_all_may_say_why():
+    """A server that refuses a request for its size, and does not read on, is heard."""
+
+    def refuse(connection):
+        connection.sendall(Reply(413).encode())
+        connection.shutdown(socket.SHUT_RDWR)
+
+    with serving(lambda _: refuse) as server:
+        server.reads_bodies = False
+        outcome = deliver(client(server.url), Prepared("/messages", b"x" * (8 << 20)))
+
+    # Its reset may overtake what it said.
+    assert outcome in [InDoubt("test: ReadError"), InDoubt("test: RemoteProtocolError")] or outcome.reason.endswith(
+        "413"
+    )
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_of_the_environment_is_used(scheme, monkeypatch):
+    """Plain requests are given to it whole; through it goes a tunnel, which it does not see into."""
+    with serving(lambda _: Reply(201, "1"), tls=scheme == "https") as server, _proxying() as proxy:
+        monkeypatch.setenv(f"{scheme}_proxy", proxy.url.replace("://", "://user:pass%21@"))
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        one = client(server.url)
+
+        assert [deliver(one), deliver(one)] == [Sent("1"), Sent("1")]
+        assert len(proxy.asked) == (2 if scheme == "http" else 1)
+        asked = proxy.asked[0]
+        method, target = ("POST", f"{server.url}/messages") if scheme == "http" else ("CONNECT", server.url[8:])
+        assert asked.startswith(f"{method} {target} HTTP/1.1\r\n")
+        assert "Proxy-Authorization: Basic dXNlcjpwYXNzIQ==\r\n" in asked
+        assert not [request for request in server.received if "proxy-authorization" in request.headers]
+
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert deliver(client(server.url)) == Sent("1")
+        assert len(proxy.asked) == (2 if scheme == "http" else 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n", "ProxyError"),
+        (b"HTTP/1.1 502 No\r\n\r\n", "ProxyError"),
+        (b"HTTP/1.1 200 Yes\r\n\r\nsurplus", "ConnectError"),
+        (b"nonsense\r\n\r\n", "ConnectError"),
+        (b"", "ConnectTimeout"),
+    ],
+)
+def test_a_proxy_that_makes_no_tunnel_is_not_sent(answer, error, monkeypatch):
+    """Nothing of the request has been written, whatever the proxy says."""
+    with serving(lambda _: loopback.saying(answer, then=loopback.hang)) as proxy:
+        monkeypatch.setenv("https_proxy", proxy.url)
+        assert deliver(client("https://127.0.0.2:1", connect_within=SOON)) == NotSent(f"test: {error}")
+
+
+@pytest.mark.parametrize("url", ["socks5://h:1", "https://h:1", "http://"])
+def test_a_proxy_that_is_not_supported_is_refused_at_once(url, monkeypatch):
+    """Where it is configured, and without what the address may hold."""
+    monkeypatch.setenv("https_proxy", url)
+    with pytest.raises(ValueError, match=r"^HTTPS_PROXY: must be an http URL with a host$"):
+        client("https://gateway.example")
+
+
+def test_a_child_process_shares_nothing_with_its_parent():
+    """After a fork, also in the middle of a send and of a lock, the child sends over connections of its own."""
+    is_held, goes_on = threading.Event(), threading.Event()
+
+    def hold(request):
+        if "x-hold" in request.headers:
+            is_held.set()
+            goes_on.wait(10)
+        return Reply(201, "1")
+
+    with serving(hold) as server:
+        one = client(server.url, connections=2)
+        deliver(one)
+        thread = threading.Thread(target=deliver, args=(one, Prepared("/messages", b"{}", {"X-Hold": "1"})))
+        deliver(one)
+        thread.start()
+        is_held.wait(5)
+        one._lock.acquire()  # noqa: SLF001 - another thread could hold it just now
+        child = os.fork()
+        if not child:
+            outcomes = [deliver(one), deliver(one)]
+            os._exit(0 if outcomes == [Sent("1"), Sent("1")] else 1)
+        one._lock.release()  # noqa: SLF001
+        assert os.waitpid(child, 0)[1] == 0
+        goes_on.set()
+        thread.join(5)
+        assert [deliver(one), deliver(one)] == [Sent("1"), Sent("1")]
+        assert len(server.received) == 7
+
+
+def test_a_closed_transport_leaves_nothing_open_and_still_sends():
+    """What is in use is closed after it; what is sent later has a connection for itself."""
+    with serving(lambda _: Reply(201, "1")) as server:
+        one = client(server.url)
+        deliver(one)
+        one.close()
+        one.close()
+        assert [deliver(one), deliver(one)] == [Sent("1"), Sent("1")]
+        assert server.connections == 3
+
+
+def test_a_process_ends_without_a_warning():
+    """Also one that never closes its transports, be it in the middle of a send."""
+    program = """
+import sys, threading
+from datetime import datetime, UTC
+from engagement.transports.client import Prepared, ProviderClient
+made = [ProviderClient("test", sys.argv[1], headers={}, answer_within=__import__("datetime").timedelta(seconds=5))
+        for _ in range(3)]
+for one in made:
+    print(one.request("POST", "/", b"{}").status)
+del made[0]
+threading.Thread(target=made[0].request, args=("POST", "/hang", b"{}"), daemon=True).start()
+"""
+    with serving(lambda request: loopback.hang if request.path == "/hang" else Reply(201)) as server:
+        command = [sys.executable, "-W", "error", "-X", "dev", "-c", program, server.url]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "201\n" * 3, "")
+
+
+@pytest.mark.parametrize(
+    ("base", "path", "target"),
+    [
+        ("", "/messages", "/messages"),
+        ("/", "/messages", "/messages"),
+        ("/v1/", "/messages?a=b", "/v1/messages?a=b"),
+        ("/a b/é", "/x%2Fy", "/a%20b/%C3%A9/x%2Fy"),
+        ("", "", "/"),
+        ("?a=b", "", "/?a=b"),
+        ("/hook?a=%C3%A9&b=é#f", "", "/hook?a=%C3%A9&b=%C3%A9"),
+    ],
+)
+def test_addresses(base, path, target):
+    """A path comes after that of the URL; none is the URL itself. What is quoted stays so."""
+    with serving(lambda _: Reply(201, "1")) as server:
+        deliver(client(server.url + base), Prepared(path, b"{}"))
+        assert server.received[0].path == target
+        assert server.received[0].headers["host"] == server.url.removeprefix("http://")
+
+
+def test_a_user_in_the_address_is_told_to_the_server():
+    """As basic authentication, unless the host gave an authorization of its own."""
+    with serving(lambda _: Reply(201, "1")) as server:
+        url = server.url.replace("://", "://user:pass%21@")
+        deliver(client(url))
+        deliver(client(url, headers={"authorization": "Bearer x"}))
+
+    assert [request.headers["authorization"] for request in server.received] == ["Basic dXNlcjpwYXNzIQ==", "Bearer x"]
+    assert not [request for request in server.received if "@" in request.headers["host"]]
+
+
+class _Proxy:
+    """Hands everything on, byte for byte, after a CONNECT or without one."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def _accept(self):
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection):
+        asked = connection.recv(65_536)
+        self.asked.append(asked.decode())
+        target = asked.split(b" ")[1].removeprefix(b"http://").partition(b"/")[0].decode()
+        host, _, port = target.rpartition(":")
+        with connection, socket.create_connection((host, int(port))) as onwards:
+            if asked.startswith(b"CONNECT"):
+                connection.sendall(b"HTTP/1.1 200 Yes\r\n\r\n")
+                back = threading.Thread(target=self._copy, args=(onwards, connection), daemon=True)
+                back.start()
+                self._copy(connection, onwards)
+                back.join(5)
+                return
+            while asked:
+                head, _, body = asked.partition(b"\r\n\r\n")
+                lines = head.split(b"\r\n")
+                lines[0] = lines[0].replace(b"http://" + target.encode(), b"")
+                lines = [line for line in lines if not line.lower().startswith(b"proxy-")]
+                onwards.sendall(b"\r\n".join(lines) + b"\r\n\r\n" + body)
+                connection.sendall(onwards.recv(65_536))
+                if asked := connection.recv(65_536):
+                    self.asked.append(asked.decode())
+
+    def _copy(self, source, target):
+        try:
+            while data := source.recv(65_536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+
+def _proxying() -> _Proxy:
+    return _Proxy()
