@@ -99,6 +99,11 @@ def adopt(connection: Connection, holder: Holder, *, names: Collection[str]) -> 
     return [_claim(row, holder.name, until) for row in rows]
 
 
+def note_not_ready(connection: Connection, *, reason: str) -> None:
+    """Write on the message that has been due for longest why it is not claimed, unless it says so already."""
+    connection.execute(statements.note_not_ready(), {"reason": reason})
+
+
 def extend(connection: Connection, lease: timedelta, held: Iterable[Claim]) -> dict[Claim, float]:
     """Extend the leases of what is in hand, and return until when each is held if this is committed.
 

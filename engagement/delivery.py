@@ -37,6 +37,7 @@ from engagement.outcomes import (
     Sent,
     Verdict,
     Withdraw,
+    clean_reason,
     decide,
     exponential_backoff,
 )
@@ -63,6 +64,8 @@ EXTEND_AGAIN_SECONDS = 1.0
 STOP_SECONDS = 1.0
 """How soon a stop is heard while nothing is in hand, and an answer of the transport is waited for."""
 READY_SECONDS = 1.0
+TELL_SECONDS = 10.0
+"""How long a transport is not ready before a worker writes that on the oldest due message, and then how often."""
 BEGIN_POLL_SECONDS = 0.005
 """How soon a paced worker looks again whether the send that it handed over has begun."""
 DATABASE_WAIT_SECONDS = (0.1, 10.0)
@@ -91,7 +94,8 @@ class Delivery:
         self._position = claims.START
         self._readiness: Future[Any] | None = None
         self._was_ready = False
-        self._last_answer: bool | None = None
+        self._not_ready: str | None = None
+        self._tell_at = 0.0
         self._is_paced = False
         self._found_nothing = False
         self._failure: SQLAlchemyError | None = None
@@ -305,12 +309,28 @@ class Delivery:
             self._was_ready = self._readiness is None
         if self._readiness is not None and self._readiness.done():
             self._was_ready = _is_true(self._readiness)
-            if not self._was_ready and self._last_answer is not False:
-                logger.warning("engagement.not_ready")
-            self._last_answer = self._was_ready
+            self._note_readiness(None if self._was_ready else _why_not_ready(self._worker.transport))
             self._readiness = None
             self._ask_at = clock() + READY_SECONDS
         return self._was_ready and self._readiness is None
+
+    def _note_readiness(self, why_not: str | None) -> None:
+        if why_not is not None and why_not != self._not_ready:
+            logger.warning("engagement.not_ready%s", why_not and f" reason={why_not}")
+        if why_not is None or self._not_ready is None:
+            self._tell_at = clock() + TELL_SECONDS
+        self._not_ready = why_not
+
+    def _tell_why_nothing_is_claimed(self) -> None:
+        """Write it on the message that has been due for longest: `status` and the page are other processes."""
+        if self._not_ready is None or (clock() < self._tell_at and not self._until_empty):
+            return
+        self._tell_at = clock() + TELL_SECONDS
+        try:
+            with self._begin() as connection:
+                claims.note_not_ready(connection, reason=self._not_ready or "the transport is not ready")
+        except Exception as error:  # noqa: BLE001 - it is for people only, also if the encoding lacks a character of it
+            logger.warning("engagement.not_ready_not_told error=%s", type(error).__name__)
 
     # Waiting
 
@@ -332,6 +352,7 @@ class Delivery:
 
     def _idle(self) -> None:
         """Sleep until there is work. One small query a poll."""
+        self._tell_why_nothing_is_claimed()
         if self._until_empty:
             self._found_nothing = True  # Not ready: a cron job comes again.
             return
@@ -555,3 +576,11 @@ def _is_true(answer: Future[Any]) -> bool:
     if not isinstance(said, bool):  # Most of what is no answer is true to Python.
         logger.warning("engagement.ready_failed error=TypeError answered=%s", type(said).__name__)
     return said is True
+
+
+def _why_not_ready(transport: object) -> str:
+    """Return what a transport says that it waits for, or nothing."""
+    try:
+        return clean_reason(getattr(transport, "why_not_ready", None)) or ""
+    except Exception:  # noqa: BLE001 - the host's code, and no reason to stop
+        return ""

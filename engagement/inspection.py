@@ -107,7 +107,7 @@ def pseudonym(user_id: str) -> str:
 NOT_KEPT = "unknown"
 _OUTCOMES = frozenset({"not_sent", "in_doubt", "refused", "postponed", "withdrawn", "resolved"})
 _BLANKINGS = frozenset({"forgotten", "pruned"})
-_EVENTS = _OUTCOMES | _BLANKINGS | {"cancelled", "expired", "retried", "sent_twice"}
+_EVENTS = _OUTCOMES | _BLANKINGS | {"cancelled", "expired", "not_ready", "retried", "sent_twice"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +316,8 @@ class Overview:
     due: int
     oldest_due: timedelta | None
     """How long the oldest due message has been waiting."""
+    waiting_for: str | None
+    """What it waits for, if a worker's transport has said why it is not ready."""
     queued_per_minute: float
     """Over the last hour, or as far back as the newest 10,000 messages reach: an estimate, by id."""
     sent_per_minute: float
@@ -359,6 +361,7 @@ def overview(session: Session, *, schema: str | None = None, count_up_to: int | 
         sent_per_minute=_per_minute(facts.sent, facts.sent_over),
         due=facts.due,
         oldest_due=facts.oldest_due,
+        waiting_for=facts.waiting_for and masked(facts.waiting_for),
         leases_expired=facts.leases_expired,
         pending_in_doubt=facts.pending_in_doubt,
         oldest_in_doubt=facts.oldest_in_doubt,
@@ -441,6 +444,7 @@ def _queue_facts() -> Executable:
     questions: dict[str, Select[Any]] = {
         "due": _count_up_to_most(is_due),
         "oldest_due": select(NOW - func.min(C.next_attempt_at)).where(is_due),
+        "waiting_for": statements.waiting_for(),
         "leases_expired": select(func.count()).where(C.status == SENDING, C.lease_expires_at <= NOW),
         "pending_in_doubt": select(func.count()).select_from(pending).where(pending.c.has_doubt),
         "oldest_in_doubt": select(NOW - func.min(C.next_attempt_at)).where(C.status == IN_DOUBT),

@@ -37,10 +37,10 @@ TimeZoneOf = Callable[[OutgoingMessage], tzinfo | str]
 class Gate:
     """A transport around another one, that asks `check` before each send.
 
-    `ready`, `idempotent` and `look_up` are those of the transport inside. Around an `async def send`, `send` is still a
-    plain function: the worker asks in a thread, where a look-up may block, and awaits what is returned in its event
-    loop. A transport that has only `send_many` is refused: a batch that fails is answered as a whole, and that would
-    call in doubt what was held back. One that has both is used message by message.
+    `ready`, `why_not_ready`, `idempotent` and `look_up` are those of the transport inside. Around an `async def send`,
+    `send` is still a plain function: the worker asks in a thread, where a look-up may block, and awaits what is
+    returned in its event loop. A transport that has only `send_many` is refused: a batch that fails is answered as a
+    whole, and that would call in doubt what was held back. One that has both is used message by message.
 
     Whatever `check` raises is `NotSent`, be it `SystemExit`. Only its type is kept: its text may be about a person. A
     time zone that this machine cannot find is `Postpone`.
@@ -60,6 +60,11 @@ class Gate:
     def idempotent(self) -> bool:
         """Whether the same delivery id twice has one effect."""
         return checked_flag("idempotent", getattr(self._transport, "idempotent", False))
+
+    @property
+    def why_not_ready(self) -> Any:
+        """What the transport inside says that it waits for."""
+        return getattr(self._transport, "why_not_ready", None)
 
     def send(self, message: OutgoingMessage) -> Any:
         """Send what passes the check; else return the outcome that the check decided."""

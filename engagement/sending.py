@@ -54,6 +54,7 @@ Transport = SendFunction | SendingTransport | BatchTransport
 """What sends: a function, or an object with `send` or `send_many`. Optional on the object, each also as `async def`:
 
 - `ready() -> bool`: False while nothing can be sent; nothing is claimed then. Asked at most once a second.
+- `why_not_ready: str | None`: what it waits for, read after such a no. It is logged and shown: nothing personal.
 - `idempotent: bool`: the same delivery id twice has one effect.
 - `look_up(message) -> Sent | NotSent | None`: what became of this delivery id; None if that is not known. `NotSent`
   only if the far side takes nothing any more under this id: what is not found may come from a worker that is frozen.

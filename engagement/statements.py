@@ -525,6 +525,27 @@ def peek() -> Executable:
     return select(or_(select(C.id).where(is_due, _after()).exists(), lost.exists()))
 
 
+@cache
+def note_not_ready() -> Executable:
+    """Write why nothing is claimed on the message that has been due for longest, unless that is what it says last."""
+    oldest = _oldest_due(C.id).with_for_update(**_LOCKED_UNLESS_BY_OTHERS).scalar_subquery()
+    return (
+        update(QUEUE)
+        .where(C.id == oldest, C.history[-1]["reason"].astext.is_distinct_from(_text("reason")))
+        .values(history=_history_with(_word("not_ready"), _text("reason")))
+    )
+
+
+def waiting_for() -> Select[Any]:
+    """Return what the message that has been due for longest waits for, if `note_not_ready` was the last to write."""
+    last = C.history[-1]
+    return _oldest_due(case((last["event"].astext == _word("not_ready"), last["reason"].astext)))
+
+
+def _oldest_due(wanted: ColumnElement[Any]) -> Select[Any]:
+    return select(wanted).where(is_due).order_by(C.next_attempt_at, C.id).limit(_number(1))
+
+
 def _doubted_at() -> ColumnElement[Any]:
     """Return when the last doubt was recorded, which is never before the send; of a forgotten message, when it was."""
     entries = func.jsonb_array_elements(C.history).table_valued(column("entry", JSONB), name="entries").render_derived()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from zoneinfo import ZoneInfo
 
 import httpx
@@ -35,7 +36,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse
 from test_examples import served_by_uvicorn
 
-from engagement import migrations
+from engagement import migrations, process_message_queue
 from engagement.admin import anyone, create_admin, pages
 from engagement.admin.chart import HEIGHT, WIDTH, chart_of
 from engagement.inspection import Activity
@@ -734,6 +735,17 @@ def test_a_row_that_cannot_be_read_is_told(admin, engine):
         assert "A message cannot be read. Run: engagement verify" in page.text
     with Session(engine) as session:
         assert message_id in {violation.message_id for violation in verify(session)}
+
+
+def test_the_page_tells_what_keeps_a_queue_waiting(admin, engine):
+    """On the overview, and on the message that has been due for longest."""
+    (message_id,) = queue(engine, new_message())
+    assert "Waiting for" not in admin.get("").text
+    why = "Evolution API: the session is not connected"
+    process_message_queue(engine, SimpleNamespace(send=print, ready=lambda: False, why_not_ready=why))
+
+    assert f"<dt>Waiting for</dt><dd>{why}</dd>" in admin.get("").text
+    assert why in admin.get(f"messages/{message_id}").text
 
 
 def test_the_overview_does_without_a_chart_that_takes_too_long(engine, monkeypatch):

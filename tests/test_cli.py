@@ -13,6 +13,7 @@ from datetime import timedelta
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -730,6 +731,16 @@ def test_status_counts_and_tells_how_long_the_oldest_due_one_waits(run, engine):
     assert "\noldest_due_seconds=\n" in idle.out
     assert (busy["pending"], busy["sent"]) == (2, 0)
     assert 90 <= busy["oldest_due_seconds"] < 90 + PATIENCE
+
+
+def test_status_tells_what_keeps_a_queue_waiting(run, engine):
+    """A worker whose transport is not ready says why, and so does `status`, without what looks personal."""
+    queue(engine, new_message())
+    assert "\nwaiting_for=\n" in run("status", on=engine).out
+    why = "webhook: HTTP 503, asked with HEAD for 447700900101"
+    process_message_queue(engine, SimpleNamespace(send=print, ready=lambda: False, why_not_ready=why))
+
+    assert json.loads(run("status", "--json").out)["waiting_for"] == "webhook: HTTP 503, asked with HEAD for ***"
 
 
 def test_a_person_gets_a_table(engine):

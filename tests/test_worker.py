@@ -27,9 +27,11 @@ from engagement import (
     Worker,
     claims,
     delivery,
+    inspection,
     migrations,
     process_message_queue,
 )
+from engagement.policies import Gate
 from engagement.sending import _Sending, clock
 
 PATIENCE = 20
@@ -778,6 +780,93 @@ def test_a_transport_that_is_not_ready_is_logged_once(engine, caplog):
         assert process_message_queue(engine, Transport()).processed == 0
 
     assert [record.getMessage() for record in caplog.records] == ["engagement.not_ready"]
+
+
+class _Waiting:
+    """Is not ready, and says why."""
+
+    why_not_ready = "webhook: HTTP 503, asked with HEAD"
+
+    def __init__(self, *answers):
+        self.answers = iter(answers)
+
+    def ready(self):
+        return next(self.answers, False)
+
+    def send(self, _message):
+        return None
+
+
+def waits_for(engine):
+    with Session(engine) as session:
+        return inspection.overview(session).waiting_for
+
+
+def test_what_keeps_a_queue_waiting_is_told_in_log_and_status(engine, caplog):
+    """A run that claims nothing leaves the reason where another process reads it, once, and costs no attempt."""
+    (message_id,) = queue(engine, new_message())
+    for _ in range(3):
+        process_message_queue(engine, _Waiting())
+
+    told = row(engine, message_id)
+    assert [(entry["event"], entry["reason"]) for entry in told.history] == [("not_ready", _Waiting.why_not_ready)]
+    assert (told.status, told.attempt, told.error_message) == ("pending", 0, None)
+    assert waits_for(engine) == _Waiting.why_not_ready
+    assert {record.getMessage() for record in caplog.records} == {
+        f"engagement.not_ready reason={_Waiting.why_not_ready}"
+    }
+
+    assert process_message_queue(engine, _Waiting(True)).succeeded == 1
+    assert waits_for(engine) is None
+
+
+def test_a_worker_tells_it_when_it_has_waited_for_a_while(engine, monkeypatch):
+    """A moment is not told; a longer one is, also of a message that becomes due meanwhile, and then it is sent."""
+    monkeypatch.setattr(delivery, "TELL_SECONDS", 0.05)
+    monkeypatch.setattr(delivery, "READY_SECONDS", 0.02)
+    may_send, stop = threading.Event(), threading.Event()
+    transport = _Waiting()
+    transport.ready = may_send.is_set
+    worker = Worker(engine, transport, poll_interval=timedelta(milliseconds=10))
+    thread = threading.Thread(target=worker.run, args=[stop])
+    thread.start()
+    (message_id,) = queue(engine, new_message())
+
+    until(lambda: waits_for(engine) == _Waiting.why_not_ready)
+    may_send.set()
+    until(lambda: row(engine, message_id).status == "sent")
+    stop.set()
+    thread.join(PATIENCE)
+    assert [entry["event"] for entry in row(engine, message_id).history] == ["not_ready"]
+
+
+@pytest.mark.parametrize(
+    ("why", "told"),
+    [(None, "the transport is not ready"), ("a\nb\0", "a b"), ("", "the transport is not ready"), (7, "7")],
+)
+def test_whatever_a_transport_says_of_itself_can_be_told(engine, why, told):
+    """Nothing, or what no row can hold: it ends no run."""
+    queue(engine, new_message())
+    transport = _Waiting()
+    transport.why_not_ready = why
+    process_message_queue(engine, transport)
+
+    assert waits_for(engine) == told
+
+
+def test_a_reason_that_breaks_ends_no_run(engine):
+    """Neither does one that raises, nor a policy around it."""
+
+    class Broken(_Waiting):
+        @property
+        def why_not_ready(self):
+            raise RuntimeError
+
+    (message_id,) = queue(engine, new_message())
+    assert process_message_queue(engine, Gate(Broken())).processed == 0
+    assert waits_for(engine) == "the transport is not ready"
+    assert process_message_queue(engine, Gate(_Waiting())).processed == 0
+    assert [entry["reason"] for entry in row(engine, message_id).history][1:] == [_Waiting.why_not_ready]
 
 
 # Kinds of transports

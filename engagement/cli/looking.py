@@ -31,6 +31,7 @@ def status(database: Database, *, as_json: bool) -> None:
     facts |= {
         "due": found.due,
         "oldest_due_seconds": _seconds(found.oldest_due),
+        "waiting_for": found.waiting_for,
         "oldest_in_doubt_seconds": _seconds(found.oldest_in_doubt),
         "pending_in_doubt": found.pending_in_doubt,
         "leases_expired": found.leases_expired,

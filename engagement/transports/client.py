@@ -92,6 +92,8 @@ class ProviderClient:
         self._lock = threading.Lock()
         self._troubles = 0
         self._paused_until = 0.0
+        self.trouble: str | None = None
+        """What the last trouble was, until a message gets through."""
         self._is_suspect = True  # A cron job's process may have been started into an outage.
         _clients.add(self)
 
@@ -163,7 +165,7 @@ class ProviderClient:
         with self._lock:
             return self._is_suspect
 
-    def note_trouble(self, wait: timedelta | None = None) -> None:
+    def note_trouble(self, wait: timedelta | None = None, *, reason: str | None = None) -> None:
         """Pause for `wait`, and at least twice as long as the last time if the pause before is over."""
         now = monotonic()
         with self._lock:
@@ -172,6 +174,7 @@ class ProviderClient:
             pause = max(FIRST_PAUSE * 2 ** min(self._troubles - 1, 10), wait or timedelta(0))
             self._paused_until = max(self._paused_until, now + min(pause, LONGEST_PAUSE).total_seconds())
             self._is_suspect = True
+            self.trouble = reason or self.trouble
 
     def note_answer(self) -> None:
         """Believe that it works: it was asked. Whether messages get through is still to be seen."""
@@ -182,6 +185,7 @@ class ProviderClient:
         """Forget all trouble."""
         with self._lock:
             self._troubles, self._paused_until, self._is_suspect = 0, 0.0, False
+            self.trouble = None
 
     def _read(self, result: Answer | Silence, read: Callable[[Answer], Sent | Finding | None]) -> Sent | Finding | None:
         try:
@@ -209,15 +213,15 @@ class ProviderClient:
                 self.note_success()  # It works, and says no.
                 return Refused(reason)
             case Proof.WAIT:
-                self.note_trouble(wait)
+                self.note_trouble(wait, reason=reason)
                 return NotSent(reason, wait)
             case Proof.IN_DOUBT:
-                self.note_trouble(wait)
+                self.note_trouble(wait, reason=reason)
                 return InDoubt(reason)
             case Proof.STOPPED | Proof.LATER:
                 wait = max(wait or FIRST_STOP, FIRST_STOP)
                 if proof is Proof.STOPPED:
-                    self.note_trouble(wait)
+                    self.note_trouble(wait, reason=reason)
                 longer = min(FIRST_STOP * 2 ** min(message.attempt - 1, 10), LONGEST_STOP)
                 return Postpone(_from_now(max(wait, longer)), reason)
             case _:

@@ -123,6 +123,11 @@ class WhatsAppCloud:
             return False
         return not self._client.is_suspect or self._is_healthy()
 
+    @property
+    def why_not_ready(self) -> str | None:
+        """What keeps the queue waiting, if `ready` said no."""
+        return self._client.trouble
+
     def prepare(self, message: OutgoingMessage) -> Prepared | Outcome:
         """Return the request that `send` makes, or why there is none."""
         number = re.fullmatch(r"([1-9][0-9]{6,14})@s\.whatsapp\.net", message.destination_jid)
@@ -154,13 +159,15 @@ class WhatsAppCloud:
 
     def _is_healthy(self) -> bool:
         answer = self._client.request("GET", f"{self._node}?fields=health_status", within=PROBE_TIMEOUT)
+        finding = _read(answer) if isinstance(answer, Answer) and not answer.is_success else None
         if not isinstance(answer, Answer):
-            self._client.note_trouble()
-        elif not answer.is_success:
-            finding = _read(answer)
-            self._client.note_trouble(finding.wait if isinstance(finding, Finding) else None)
-        elif _is_blocked(answer.json):
-            self._client.note_trouble(_BLOCKED)
+            self._client.note_trouble(reason=f"Cloud API: {answer.error.__name__}, asked for the health status")
+        elif isinstance(finding, Finding) and not _may_still_send(answer):
+            self._client.note_trouble(finding.wait, reason=finding.reason)
+        elif not answer.is_success and finding is None:
+            self._client.note_trouble(reason=f"Cloud API: HTTP {answer.status}, asked for the health status")
+        elif answer.is_success and _is_blocked(answer.json):
+            self._client.note_trouble(_BLOCKED, reason="Cloud API: its health status is BLOCKED")
         else:
             self._client.note_answer()
         return not self._client.is_suspect
@@ -192,6 +199,15 @@ def _time_to_regain_access(answer: Answer) -> timedelta | None:
     minutes = [int(given) for given in re.findall(r'"estimated_time_to_regain_access"\s*:\s*([0-9]{1,6})\b', usage)]
     longest = timedelta(minutes=max(minutes, default=0))
     return bounded(longest) or None
+
+
+def _may_still_send(answer: Answer) -> bool:
+    """Whether what was refused is the question: a token may send that may not read the health status.
+
+    Then a message is the better question: it is postponed if the token may not send either.
+    """
+    code = value_at(answer.json, "error", "code")
+    return code in {3, 10, 100} or (isinstance(code, int) and code in range(200, 300))
 
 
 def _is_blocked(data: Any) -> bool:

@@ -75,6 +75,8 @@ class WhatsAppGateway:
         self._session = session
         self._ids_are_taken = not idempotent or dialect.first_with_message_id is None
         self._ids_are_ignored = threading.Event()
+        self.why_not_ready: str | None = None
+        """What keeps the queue waiting, if `ready` said no."""
         self._client = ProviderClient(
             dialect.name,
             url,
@@ -112,11 +114,24 @@ class WhatsAppGateway:
         self._client.close()
 
     def ready(self) -> bool:
-        """Ask the gateway whether its session is connected. No answer is no."""
-        if self._ids_are_ignored.is_set() or not self._client.may_try():
-            return False
-        state = self._ask("GET", self._dialect.state_path)
-        return state is not None and self._dialect.is_connected(state) and self._takes_ids()
+        """Ask the gateway whether its session is connected. No answer is no; `why_not_ready` tells."""
+        self.why_not_ready = self._in_the_way()
+        return self.why_not_ready is None
+
+    def _in_the_way(self) -> str | None:
+        name = self._dialect.name
+        if self._ids_are_ignored.is_set():
+            return f"{name}: it ignores message ids"
+        if not self._client.may_try():
+            return self._client.trouble or f"{name}: paused after trouble"
+        answer = self._client.request("GET", self._path(self._dialect.state_path), within=PROBE_TIMEOUT)
+        if not isinstance(answer, Answer):
+            return f"{name}: {answer.error.__name__}, asked for the session's state"
+        if not answer.is_success:
+            return f"{name}: HTTP {answer.status}, asked for the session's state"
+        if not self._dialect.is_connected(answer.json):
+            return f"{name}: the session is not connected"
+        return None if self._takes_ids() else f"{name}: it is not known to take message ids"
 
     def prepare(self, message: OutgoingMessage) -> Prepared | Outcome:
         """Return the request that `send` makes, or why there is none."""

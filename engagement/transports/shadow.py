@@ -40,6 +40,11 @@ class Shadow:
         found: Callable[[OutgoingMessage], Any] | None = getattr(self._transport, "look_up", None)
         return found
 
+    @property
+    def why_not_ready(self) -> Any:
+        """What the transport says that it waits for."""
+        return getattr(self._transport, "why_not_ready", None)
+
     def ready(self) -> Any:
         """Ask the transport; what is to be awaited is handed on."""
         ask = getattr(self._transport, "ready", None)

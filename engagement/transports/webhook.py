@@ -103,6 +103,11 @@ class Webhook:
             return False
         return not self._client.is_suspect or self._answers()
 
+    @property
+    def why_not_ready(self) -> str | None:
+        """What keeps the queue waiting, if `ready` said no."""
+        return self._client.trouble
+
     def prepare(self, message: OutgoingMessage) -> Prepared | Outcome:
         """Return the request that `send` makes, or why there is none."""
         payload: dict[str, Any] = {
@@ -146,8 +151,10 @@ class Webhook:
 
     def _answers(self) -> bool:
         answer = self._client.request("HEAD", "", within=PROBE_TIMEOUT)
-        if isinstance(answer, Silence) or answer.status in _UNREACHED:
-            self._client.note_trouble()
+        if isinstance(answer, Silence):
+            self._client.note_trouble(reason=f"webhook: {answer.error.__name__}, asked with HEAD")
+        elif answer.status in _UNREACHED:
+            self._client.note_trouble(reason=f"webhook: HTTP {answer.status}, asked with HEAD")
         else:
             self._client.note_answer()
         return not self._client.is_suspect

@@ -364,6 +364,29 @@ def test_ready_asks_only_at_the_beginning_and_after_trouble(meta, monkeypatch):
     assert len(meta.server.received) == 4
 
 
+def test_it_tells_why_it_is_not_ready(meta):
+    """A blocked account, a token, a limit: in our words."""
+    meta.health = "BLOCKED"
+    one = cloud(meta.server)
+    assert not one.ready()
+    assert one.why_not_ready == "Cloud API: its health status is BLOCKED"
+
+    expired = cloud(meta.server, token="expired")
+    assert not expired.ready()
+    assert expired.why_not_ready == "Cloud API: 190, the access token has expired (HTTP 401)"
+
+
+@pytest.mark.parametrize("code", [3, 10, 100, 200, 299])
+def test_a_token_that_may_not_read_the_health_status_may_send(code):
+    """The question was refused, and not the message: an answer is an answer, and a message is the better question."""
+    like = CloudLike()
+    with serving(lambda request: like.error(code, 403) if request.method == "GET" else like(request)) as server:
+        one = cloud(server)
+
+        assert one.ready()
+        assert isinstance(one.send(outgoing()), Sent)
+
+
 def test_a_run_that_is_started_into_an_outage_claims_nothing():
     """A cron job's process remembers nothing, so it asks before the first message."""
     with loopback.refusing() as url:

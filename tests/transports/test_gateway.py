@@ -506,6 +506,28 @@ def test_wuzapi_is_ready_while_it_is_connected_and_logged_in(wuzapi, connected, 
     assert gateway(wuzapi.server, WUZAPI).ready() is (connected and logged_in)
 
 
+def test_it_tells_why_it_is_not_ready(evolution, monkeypatch):
+    """A queue that waits for a session, a key, a gateway or a pause can be told so; none of it quotes anybody."""
+    one = gateway(evolution.server)
+    evolution.state = "close"
+    assert not one.ready()
+    assert one.why_not_ready == "Evolution API: the session is not connected"
+    evolution.state = "open"
+    assert one.ready()
+    assert one.why_not_ready is None
+
+    wrong = gateway(evolution.server, key="other")
+    assert not wrong.ready()
+    assert wrong.why_not_ready == "Evolution API: HTTP 401, asked for the session's state"
+    wrong.send(outgoing())
+    assert not wrong.ready()
+    assert wrong.why_not_ready == "Evolution API: HTTP 401"
+    with loopback.refusing() as url:
+        nobody = gateway(type("Nobody", (), {"url": url}))
+        assert not nobody.ready()
+        assert nobody.why_not_ready.startswith("Evolution API: Connect")
+
+
 @pytest.mark.parametrize("dialect", [EVOLUTION, WAHA, WUZAPI])
 def test_a_gateway_that_does_not_answer_is_not_ready(dialect):
     """No connection, a wrong key, an error, a reset: not ready, and no exception."""

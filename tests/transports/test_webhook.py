@@ -170,7 +170,9 @@ def test_an_answer_to_head_is_an_answer(status):
 def test_a_proxy_that_does_not_reach_the_endpoint_is_no_answer(status):
     """Nothing is risked while a proxy, or the endpoint itself, says that it is down."""
     with serving(lambda _: Reply(status)) as server:
-        assert not webhook(server).ready()
+        one = webhook(server)
+        assert not one.ready()
+        assert one.why_not_ready == f"webhook: HTTP {status}, asked with HEAD"
 
 
 def test_ready_asks_only_at_the_beginning_and_after_trouble(monkeypatch):
