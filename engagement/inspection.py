@@ -37,7 +37,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
 from engagement import statements
-from engagement.messages import checked_flag, checked_id, checked_moment, checked_text, key_hash
+from engagement.messages import BSUID_FORM, checked_flag, checked_id, checked_moment, checked_text, key_hash
 from engagement.models import EngagementMessage, MessageStatus, qualified_name
 from engagement.statements import (
     FAILED,
@@ -65,7 +65,9 @@ _DATE = r"(?:19|20)\d\d-(?:0[1-9]|1[0-2])-[0-3]\d"
 _MOMENT = rf"{_DATE}(?:[T ][0-2]\d:[0-5]\d(?::[0-6]\d(?:\.\d{{1,6}})?)?(?:Z|[+-]\d\d:?\d\d)?)?(?!\d)"
 _UUID = r"\b[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}\b"
 _NUMBER = r"[+(]{0,3}\d(?:[ ().+/\u2010-\u2015-]*\d){6,}"
-_PERSONAL = rf"(?P<kept>{_MOMENT}|{_UUID})|{_NUMBER}"
+# With a digit, as Meta's ids of people are: else it may be the end of a sentence and the beginning of the next one.
+_BSUID = r"\b[A-Z]{2}\.(?:ENT\.)?(?=[A-Za-z]{0,127}\d)[A-Za-z0-9]{1,128}\b"
+_PERSONAL = rf"(?P<kept>{_MOMENT}|{_UUID})|{_BSUID}|{_NUMBER}"
 _WORD = re.compile(r"\S+")
 
 
@@ -75,6 +77,13 @@ def masked(text: str, message: EngagementMessage | None = None) -> str:
     If it is of a `message`, also without that message's user, address and key. It takes time in proportion to the text.
     """
     user, own = (None, []) if message is None else (message.user_id, [message.idempotency_key, message.destination_jid])
+    if (
+        own
+        and own[-1]
+        and BSUID_FORM.fullmatch(own[-1])
+        and len(number := own[-1].rpartition(".")[2]) > SHORTEST_NUMBER
+    ):
+        own.append(number)  # A provider may leave the country out.
     # A key or an address may hold a number; a user may be no more than a part of one.
     for word in filter(None, own):
         text = text.replace(word, HIDDEN)
@@ -90,10 +99,13 @@ def _hidden_if_address(word: re.Match[str]) -> str:
 
 
 def mask_address(jid: str | None) -> str | None:
-    """Return a JID with its number hidden but for the last two digits, if it is long: `***99@s.whatsapp.net`."""
+    """Return an address with all hidden but its kind, and the last two digits of a long number.
+
+    `***99@s.whatsapp.net`; of Meta's id of a person `***43`.
+    """
     if jid is None:
         return None
-    number, at, domain = jid.rpartition("@") if "@" in jid else (jid, "", "")
+    number, at, domain = jid.rpartition("@") if "@" in jid else (jid.rpartition(".")[2], "", "")
     return f"{HIDDEN}{number[-2:] if len(number) > SHORTEST_NUMBER else ''}{at}{domain}"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -91,8 +92,8 @@ def _json_object(text: str) -> dict[str, Any]:
 
     def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
-        names = [name for name, _ in pairs]
-        repeated.append(None if len(found) == len(pairs) else next(name for name in names if names.count(name) > 1))
+        times = Counter(name for name, _ in pairs) if len(found) < len(pairs) else {}
+        repeated.append(next((name for name, count in times.items() if count > 1), None))
         return found
 
     try:
@@ -148,7 +149,8 @@ def _time(name: str, value: Any) -> datetime:
 def _zone(name: str, value: Any) -> ZoneInfo:
     try:
         return ZoneInfo(value)
-    except (TypeError, ValueError, OSError, ZoneInfoNotFoundError):
+    # The package tzdata is asked for each folder of a/b/c/… in turn, one inside the other.
+    except (TypeError, ValueError, OSError, ZoneInfoNotFoundError, RecursionError):
         raise InvalidMessage(name, "is no time zone that this machine knows, such as America/Sao_Paulo") from None
 
 

@@ -35,13 +35,20 @@ _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 # Circles need no check: the nesting is bounded before.
 _to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")).encode
 # ASCII digits only, and always with fullmatch: `$` would let a newline pass, and `\d` the digits of other scripts.
+BSUID_FORM = re.compile(r"[A-Z]{2}\.(?:ENT\.)?[A-Za-z0-9]{1,128}")
+"""Meta's business-scoped user id of a person, who may show no number, and that of a parent business. No JID; but it
+stands where one does, and is masked, found, forgotten and kept in order like one."""
 JID_FORMS = {
-    Destination.INDIVIDUAL: re.compile(r"[1-9][0-9]{6,14}@s\.whatsapp\.net|[1-9][0-9]{4,19}@lid"),
+    Destination.INDIVIDUAL: re.compile(
+        rf"[1-9][0-9]{{6,14}}@s\.whatsapp\.net|[1-9][0-9]{{4,19}}@lid|{BSUID_FORM.pattern}"
+    ),
     Destination.GROUP: re.compile(r"[1-9][0-9]{14,19}@g\.us|[1-9][0-9]{4,14}-[0-9]{10}@g\.us"),
 }
 DESTINATIONS = {destination.value: destination for destination in Destination}
 _JID_FORM = {
-    Destination.INDIVIDUAL: "must be <number>@s.whatsapp.net or <number>@lid for an individual",
+    Destination.INDIVIDUAL: (
+        "must be <number>@s.whatsapp.net, <number>@lid or Meta's id (BR.<letters or digits>) for an individual"
+    ),
     Destination.GROUP: "must be <number>@g.us for a group",
 }
 

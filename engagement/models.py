@@ -139,7 +139,7 @@ class EngagementMessageMixin:
     message_params: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default=text("'{}'"))
     destination: Mapped[Destination] = mapped_column(TextOf(Destination))
     destination_jid: Mapped[str | None] = mapped_column(Text)
-    """None once the message was forgotten or pruned."""
+    """A JID, or Meta's business-scoped id of a person without a number. None once it was forgotten or pruned."""
     scheduled_for: Mapped[datetime] = mapped_column(_MOMENT, server_default=text("now()"))
     """What the host asked for; a retry does not change it."""
     expires_at: Mapped[datetime | None] = mapped_column(_MOMENT)

@@ -361,7 +361,8 @@ def _require(holds: bool, problem: str) -> None:
 
 
 def _personal(message: OutgoingMessage) -> list[str]:
-    texts = [message.destination_jid, message.destination_jid.partition("@")[0]]
+    number = message.destination_jid.partition("@")[0].rpartition(".")[2]  # Of a JID, or of Meta's id of a person.
+    texts = [message.destination_jid, number]
     # Short ones, such as a number or a time of day, would be found anywhere.
     texts += [value for value in message.message_params.values() if isinstance(value, str) and len(value) > 5]  # noqa: PLR2004
     return [*texts, message.text] if isinstance(message, RenderedMessage) else texts

@@ -144,6 +144,7 @@ class FluentRenderer:
             raise ValueError(f"catalogues: {'; '.join(unreadable)}")
         self._voices = {_tag(locale): _Voice(catalogue) for locale, catalogue in catalogues.items()}
         self._fallbacks = {_tag(locale): list(map(_tag, others)) for locale, others in (fallbacks or {}).items()}
+        self._longest = max(map(len, (*self._voices, *self._fallbacks)), default=0)
         self._default = _tag(default)
         if self._default not in self._voices:
             raise ValueError(f"default: there is no catalogue for {default}")
@@ -158,7 +159,8 @@ class FluentRenderer:
 
     def _chain(self, locale: str) -> list[_Voice]:
         tags: list[str] = []
-        for tag in (*_shorter_forms(_tag(locale)), *_shorter_forms(self._default)):
+        # What is longer than any tag is none: each form of a locale of 65,000 dashes takes as much memory as the last.
+        for tag in (*_shorter_forms(_tag(locale)[: self._longest + 1]), *_shorter_forms(self._default)):
             tags += [tag, *self._fallbacks.get(tag, ())]
         return [self._voices[tag] for tag in dict.fromkeys(tags) if tag in self._voices]
 

@@ -245,6 +245,9 @@ def test_reasons_are_masked_unless_revealed(engine):
         ("call 11/9999/9999.", "call ***."),
         ("2026-01-31 551199998888", "2026-01-31 ***"),
         ("55 2011-12-31", "***"),
+        ("no account for BR.1502576394655843.", "no account for ***."),
+        ("US.ENT.a1b2c3d4 has left", "*** has left"),
+        ("It is UP.Then it is HTTP.Not here", None),
         ("until 2026-11-24T10:00:00.123456Z or 2026-11-24 10:00:00+00:00", None),
         ("delivery 01234567-1234-5123-8123-123456789012 is there, port 5432", None),
     ],
@@ -264,7 +267,25 @@ def test_a_user_is_hidden_whatever_it_looks_like(engine, user_id):
 
 
 @pytest.mark.parametrize(
-    "part", ["x", "1", "-", "(", "@", "a@", "1 ", "1 2 3 4 5 6 x", "2026-01-", "01234567-", "\u2010", " "]
+    "part",
+    [
+        "x",
+        "BR.",
+        "BR.x",
+        "BR.1",
+        "US.ENT.",
+        "1",
+        "-",
+        "(",
+        "@",
+        "a@",
+        "1 ",
+        "1 2 3 4 5 6 x",
+        "2026-01-",
+        "01234567-",
+        "\u2010",
+        " ",
+    ],
 )
 def test_masking_takes_time_in_proportion(engine, part):
     """Twice as much of a provider's text takes twice as long, not four times, whatever it is made of."""
@@ -291,6 +312,17 @@ def test_reasons_never_name_the_user_address_or_key_of_their_message(engine):
     deliver(engine, Refused("ana of 5544700900101@lid (ana:goodbye:2026-03-01), since 2026-03-01"))
 
     assert told(engine)[-1] == ("refused", 1, "*** of *** (***), since 2026-03-01")
+
+
+@pytest.mark.parametrize("jid", ["BR.1502576394655843", "BR.abcdefgh", "US.ENT.aBcDeFgHiJ"])
+def test_a_person_without_a_number_is_hidden_too(engine, jid):
+    """Meta's id of a person is masked where it stands, and without its country, whatever it is made of."""
+    queue(engine, new_message("ana", destination_jid=jid))
+    deliver(engine, Refused(f"no {jid}, {jid.rpartition('.')[2]}"))
+
+    assert told(engine)[-1] == ("refused", 1, "no ***, ***")
+    assert mask_address(jid) == f"***{jid[-2:]}"
+    assert mask_address("BR.77") == "***"
 
 
 @pytest.mark.parametrize("reveal", [False, True])

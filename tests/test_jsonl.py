@@ -1,5 +1,6 @@
 import io
 import json
+import time
 import tracemalloc
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
@@ -207,3 +208,56 @@ def test_whatever_the_file_holds_each_line_has_one_fate(lines):
     assert len(messages) + len(bad) == sum(
         bool(one.strip()) for one in source.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "made_of"),
+    [
+        ("tz", "a/"), ("tz", "../"), ("tz", "\0"), ("scheduled_for", "1"), ("expires_at", "+00:00"),
+        ("user_id", "\u0301"), ("message_type", "_"), ("message_key", "."), ("destination", "g"),
+        ("destination_jid", "1"), ("destination_jid", "1@"), ("idempotency_key", ":"), ("user_idd", "x"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("length", [600, 60_000])
+def test_whatever_stands_in_a_field_is_told_and_stops_nothing(name, made_of, length):
+    """A field of any length and form is one bad line: the good ones around it are read."""
+    too_much = line(**{name: (made_of * length)[:length]})
+
+    messages, bad = read(line(user_id="a") + too_much + line(user_id="b"))
+
+    assert [message.user_id for message in messages] == ["a", "b"]
+    assert [(problem.number, problem.field) for problem in bad] == [(2, name)]
+
+
+def keys(many: int) -> str:
+    """Return an object of so many keys, the last of which it has twice."""
+    return f'{{{"".join(f"{json.dumps(str(number))}:1," for number in range(many))}"{many - 1}":1}}'
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        keys,
+        lambda n: f'{{"message_params":{keys(n)}}}',
+        lambda n: json.dumps({"tz": "a/" * n}),
+        lambda n: json.dumps({"user_id" * n: 1}),
+        lambda n: f'{{"message_params":{{"days":{"1" * n}.5}}}}',
+        lambda n: json.dumps(GOOD | {"message_params": {"name": "\\" * n + "\0"}}),
+        lambda n: json.dumps(GOOD | {"message_params": {"names": [{}] * n}}),
+        lambda n: "[" * n,
+    ],
+)
+def test_a_line_takes_time_in_proportion_to_its_length(written):
+    """Twice as long a line takes twice as long, not four times: it is read inside of the open transaction."""
+
+    def seconds(length: int) -> float:
+        source = written(length).encode()
+
+        def once() -> float:
+            began = time.thread_time()
+            read(source)
+            return time.thread_time() - began
+
+        return min(once() for _ in range(3))
+
+    assert seconds(40_000) < 3 * seconds(20_000) + 0.05

@@ -2,6 +2,8 @@
 
 import re
 import threading
+import time
+import tracemalloc
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +130,7 @@ def test_a_key_that_is_no_id_has_no_words(key):
         ("pt", "pt"),
         ("pt-PT", "pt"),
         ("gl", "pt"),
+        ("gl-ES-x-not-in-any-catalogue", "pt"),
         ("en-GB", "en"),
         ("de", "en"),
         ("", "en"),
@@ -138,6 +141,28 @@ def test_a_locale_falls_back_to_shorter_forms_and_then_to_the_default(catalogues
     path = catalogues(en="who = en", pt="who = pt", pt_BR="who = pt-BR")
 
     assert FluentRenderer(path, fallbacks={"gl": ["es", "pt"]})("who", {}, locale) == said
+
+
+@pytest.mark.parametrize("part", ["-", "_", "a-", "a", "pt-BR-", "@", ".", "-\u0301"])
+def test_a_locale_takes_time_and_memory_in_proportion_to_its_length(part):
+    """A locale comes with the params: whatever it is, twice as much of it takes twice as long, not four times."""
+    renderer = FluentRenderer()
+
+    def seconds(length: int) -> float:
+        locale = (part * length)[:length]
+
+        def once() -> float:
+            began = time.thread_time()
+            assert "3" in renderer("goodbye.14_days", PARAMS | {"days": 3}, locale)
+            return time.thread_time() - began
+
+        return min(once() for _ in range(3))
+
+    assert seconds(40_000) < 3 * seconds(20_000) + 0.05
+    tracemalloc.start()
+    seconds(40_000)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
 
 
 def test_a_key_falls_back_by_itself(catalogues):

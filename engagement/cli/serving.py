@@ -17,7 +17,7 @@ def zone_named(name: str) -> ZoneInfo:
     """Read the name of a time zone."""
     try:
         return ZoneInfo(name)
-    except (KeyError, ValueError, OSError):
+    except (KeyError, ValueError, OSError, RecursionError):
         raise click.BadParameter("must be a time zone such as UTC or America/Sao_Paulo.") from None
 
 

@@ -2,7 +2,8 @@
 
 From Meta's WhatsApp Business Platform documentation, as of 2026-09: "Messages API" (reference/
 whatsapp-business-phone-number/message-api), "Messaging and Calling Health Status" (support/health-status), "Throughput"
-(throughput); and from its Graph API documentation: "Rate Limits" (overview/rate-limiting).
+(throughput), "Business-scoped user IDs" (business-scoped-user-ids, 2026-11-05); from its Graph API documentation:
+"Rate Limits" (overview/rate-limiting).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Self
 
-from engagement.messages import OutgoingMessage
+from engagement.messages import BSUID_FORM, OutgoingMessage
 from engagement.outcomes import Outcome, Refused, Sent
 from engagement.transports.client import PROBE_TIMEOUT, Finding, Prepared, ProviderClient
 from engagement.transports.cloud_codes import finding_of
@@ -33,12 +34,14 @@ VERSION = "v25.0"
 class Template:
     """An approved template, for whoever has not written within 24 hours: what `render` returns instead of text.
 
-    `components` are as Meta documents them: `{"type": "body", "parameters": [{"type": "text", "text": "Ana"}]}`.
+    `components` are as Meta documents them: `{"type": "body", "parameters": [{"type": "text", "text": "Ana"}]}`. Say
+    `category="authentication"` of one that Meta knows as such: it needs a phone number.
     """
 
     name: str
     language: str
     components: Sequence[Mapping[str, Any]] = field(default=())
+    category: str | None = None
 
 
 _BLOCKED = timedelta(minutes=1)
@@ -51,9 +54,10 @@ class WhatsAppCloud:
     - `phone_number_id`, `token`: the sender's, from Meta's app dashboard.
     - `render`: turns a message into its text, or into a `Template`. What cannot be said is `Refused`.
 
-    Messages go to phone numbers only: a `@lid` or a group is `Refused`. `biz_opaque_callback_data` is the delivery id,
-    so that the status webhooks can be matched to a message that is in doubt. It is no idempotency key, and the Cloud
-    API has none: sending again may be a second message, so this transport is never `idempotent`.
+    Messages go to phone numbers, and to Meta's business-scoped ids (`BR.1502576394655843`) of people who show none. A
+    `@lid` or a group is `Refused`, and so is an authentication template to such an id. `biz_opaque_callback_data` is
+    the delivery id, so that the status webhooks can be matched to a message that is in doubt. It is no idempotency key,
+    and the Cloud API has none: sending again may be a second message, so this transport is never `idempotent`.
 
     `Sent` means that Meta took the message, also if its answer says `held_for_quality_assessment`. What becomes of it
     then, such as 131026, 131049 or a paused template, is told to the host's status webhook.
@@ -130,19 +134,23 @@ class WhatsAppCloud:
 
     def prepare(self, message: OutgoingMessage) -> Prepared | Outcome:
         """Return the request that `send` makes, or why there is none."""
-        number = re.fullmatch(r"([1-9][0-9]{6,14})@s\.whatsapp\.net", message.destination_jid)
-        if number is None:
-            return Refused("the Cloud API sends to phone numbers only, not to a @lid or a group")
+        receiver = _receiver(message.destination_jid)
+        if receiver is None:
+            return Refused(
+                "the Cloud API sends to phone numbers and business-scoped user ids, not to a @lid or a group"
+            )
         words = words_of(self._render, message)
         if isinstance(words, Outcome):
             return words
+        if isinstance(words, Template) and "to" not in receiver and str(words.category).lower() == "authentication":
+            return Refused("an authentication template needs a phone number, not a business-scoped user id")
         content = _content(words)
         if isinstance(content, Refused):
             return content
         payload = {
             "messaging_product": "whatsapp",
             "recipient_type": "individual",
-            "to": number[1],
+            **receiver,
             **content,
             "biz_opaque_callback_data": str(message.delivery_id),
         }
@@ -171,6 +179,14 @@ class WhatsAppCloud:
         else:
             self._client.note_answer()
         return not self._client.is_suspect
+
+
+def _receiver(jid: str) -> dict[str, str] | None:
+    """Return the field that names the receiver. An id in `to` is answered like a number, and the message is dropped."""
+    if BSUID_FORM.fullmatch(jid):
+        return {"recipient": jid}
+    number = re.fullmatch(r"([1-9][0-9]{6,14})@s\.whatsapp\.net", jid)
+    return None if number is None else {"to": number[1]}
 
 
 def _content(words: object) -> dict[str, Any] | Refused:

@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any, Self
 from urllib.parse import quote
 
-from engagement.messages import OutgoingMessage, checked_flag
-from engagement.outcomes import Outcome, Sent
+from engagement.messages import BSUID_FORM, OutgoingMessage, checked_flag
+from engagement.outcomes import Outcome, Refused, Sent
 from engagement.tally import logger
 from engagement.transports.client import PROBE_TIMEOUT, Finding, Prepared, ProviderClient
 from engagement.transports.cloud_codes import finding_of
@@ -135,6 +135,8 @@ class WhatsAppGateway:
 
     def prepare(self, message: OutgoingMessage) -> Prepared | Outcome:
         """Return the request that `send` makes, or why there is none."""
+        if BSUID_FORM.fullmatch(message.destination_jid):
+            return Refused(f"{self._dialect.name} sends to numbers and groups, not to a business-scoped user id")
         text = words_of(self._render, message)
         if isinstance(text, Outcome):
             return text

@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Self
 
@@ -36,7 +36,9 @@ class Webhook:
     With a `secret` the request is signed as Standard Webhooks 1.0 describes it, so that the receiver can check it with
     one of that project's libraries: `webhook-signature` is `v1,` and the Base64 of the HMAC-SHA256 of
     `{webhook-id}.{webhook-timestamp}.{body}`, where the id is the delivery id. The secret is `whsec_` and 24 bytes or
-    more in Base64. An old request can thus not be replayed, if the receiver looks at the timestamp.
+    more in Base64. Several make as many signatures, with blanks between them, of which the receiver needs one: give the
+    new one beside the old one, let the receiver take the new one, and then leave out the old one. An old request can
+    thus not be replayed, if the receiver looks at the timestamp.
 
     Any 2xx means that the endpoint took the message: `Sent`, with `provider_message_id` if the answer is JSON that has
     one. All else is `what_it_proves`. Set `idempotent` if the endpoint does a delivery id once for good, also when two
@@ -50,7 +52,7 @@ class Webhook:
         *,
         url: str,
         render: Render[str] | None = None,
-        secret: str | None = None,
+        secret: str | Sequence[str] | None = None,
         authorization: str | None = None,
         idempotent: bool = False,
         answer_within: timedelta = timedelta(seconds=30),
@@ -60,7 +62,10 @@ class Webhook:
     ) -> None:
         self.idempotent = checked_flag("idempotent", idempotent)
         self._render = render
-        self._key = None if secret is None else signing_key(secret)
+        secrets = [secret] if isinstance(secret, str) else secret
+        self._keys = None if secrets is None else [signing_key(each) for each in secrets]
+        if self._keys == []:
+            raise ValueError("secret: none is given; None signs nothing")
         self._client = ProviderClient(
             "webhook",
             url,
@@ -75,14 +80,16 @@ class Webhook:
     def from_environment(cls, *, environ: Mapping[str, str] | None = None, render: Render[str] | None = None) -> Self:
         """Make one from variables: ENGAGEMENT_RENDER (may be left out), and ENGAGEMENT_WEBHOOK_ before each of these.
 
-        URL (or URL_FILE), SECRET (or SECRET_FILE), AUTHORIZATION (or AUTHORIZATION_FILE), IDEMPOTENT (`no`),
-        ANSWER_SECONDS (30), CONNECT_SECONDS (5). Raises `ValueError` that names the variable.
+        URL (or URL_FILE), SECRET (or SECRET_FILE; several with blanks or line ends between them), AUTHORIZATION (or
+        AUTHORIZATION_FILE), IDEMPOTENT (`no`), ANSWER_SECONDS (30), CONNECT_SECONDS (5). Raises `ValueError` that names
+        the variable.
         """
         settings = Settings("ENGAGEMENT_WEBHOOK_", environ)
+        secret = settings.secret("SECRET")
         return cls(
             url=settings.secret("URL") or settings.text("URL"),
             render=render or settings.render(),
-            secret=settings.secret("SECRET"),
+            secret=None if secret is None else secret.split(),
             authorization=settings.secret("AUTHORIZATION"),
             idempotent=settings.flag("IDEMPOTENT"),
             answer_within=settings.seconds("ANSWER_SECONDS", timedelta(seconds=30)),
@@ -140,12 +147,12 @@ class Webhook:
     def _headers(self, message: OutgoingMessage, body: bytes) -> dict[str, str]:
         delivery_id = str(message.delivery_id)
         headers = {"Idempotency-Key": delivery_id, "Engagement-Attempt": str(message.attempt)}
-        if self._key is not None:
+        if self._keys is not None:
             timestamp = int(time.time())
             headers |= {
                 "webhook-id": delivery_id,
                 "webhook-timestamp": str(timestamp),
-                "webhook-signature": signature(self._key, delivery_id, timestamp, body),
+                "webhook-signature": " ".join(signature(key, delivery_id, timestamp, body) for key in self._keys),
             }
         return headers
 

@@ -203,10 +203,12 @@ class CloudLike(Ledger):
         if self.override or self.fails_with:
             return self.override or self.error(*self.fails_with)
         asked = request.json
-        message_id = "wamid." + self.send(None, asked["to"], str(asked.get("text") or asked.get("template")))
+        # What `to` is given is taken for a number, whatever it is.
+        to = asked["to"] if "to" in asked else asked["recipient"]
+        message_id = "wamid." + self.send(None, to, str(asked.get("text") or asked.get("template")))
         answer = {
             "messaging_product": "whatsapp",
-            "contacts": [{"input": asked["to"], "wa_id": asked["to"]}],
+            "contacts": [{"input": to, "wa_id": to}],
             "messages": [{"id": message_id, "message_status": "accepted"}],
         }
         return self.fault(request) or Reply(200, answer)

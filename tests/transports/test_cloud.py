@@ -71,10 +71,24 @@ def test_a_template_is_sent_as_one(meta):
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"destination_jid": "98765432101234@lid"}, "the Cloud API sends to phone numbers only"),
-        ({"destination_jid": "120363025246125486@g.us"}, "the Cloud API sends to phone numbers only"),
-        ({"destination_jid": ""}, "the Cloud API sends to phone numbers only"),
-        ({"destination_jid": f"{NUMBER}@s.whatsapp.net\n"}, "the Cloud API sends to phone numbers only"),
+        (
+            {"destination_jid": "98765432101234@lid"},
+            "the Cloud API sends to phone numbers and business-scoped user ids",
+        ),
+        (
+            {"destination_jid": "120363025246125486@g.us"},
+            "the Cloud API sends to phone numbers and business-scoped user ids",
+        ),
+        ({"destination_jid": ""}, "the Cloud API sends to phone numbers and business-scoped user ids"),
+        (
+            {"destination_jid": "BR.1502576394655843\n"},
+            "the Cloud API sends to phone numbers and business-scoped user ids",
+        ),
+        ({"destination_jid": NUMBER}, "the Cloud API sends to phone numbers and business-scoped user ids"),
+        (
+            {"destination_jid": f"{NUMBER}@s.whatsapp.net\n"},
+            "the Cloud API sends to phone numbers and business-scoped user ids",
+        ),
     ],
 )
 def test_only_phone_numbers_are_sent_to(meta, fields, reason):
@@ -108,6 +122,37 @@ def test_what_cannot_be_said_is_refused_before_anything_is_sent(meta, words):
 def test_the_longest_text_is_sent(meta):
     """The limit itself is no mistake."""
     assert isinstance(cloud(meta.server, render=lambda _: "x" * LONGEST_TEXT).send(outgoing()), Sent)
+
+
+# People without a number
+
+
+@pytest.mark.parametrize("bsuid", ["BR.1502576394655843", "US.ENT.11815799212886844830"])
+@pytest.mark.parametrize(
+    "words", [TEXT, Template("goodbye", "pt_BR"), Template("goodbye", "pt_BR", category="UTILITY")]
+)
+def test_a_person_without_a_number_is_named_as_the_recipient(meta, bsuid, words):
+    """Meta's id goes into `recipient`: in `to` Meta answers 200 with a message id, and drops the message."""
+    outcome = cloud(meta.server, render=lambda _: words).send(outgoing(destination_jid=bsuid))
+
+    assert isinstance(outcome, Sent)
+    (request,) = meta.server.received
+    assert request.json["recipient"] == bsuid
+    assert request.json["recipient_type"] == "individual"
+    assert "to" not in request.json
+
+
+@pytest.mark.parametrize("category", ["authentication", "AUTHENTICATION"])
+def test_an_authentication_template_needs_a_number(meta, category):
+    """Meta refuses it to an id of a person (131062): so do we, before anything is sent."""
+    one = cloud(meta.server, render=lambda _: Template("code", "pt_BR", category=category))
+
+    assert one.send(outgoing(destination_jid="BR.1502576394655843")) == Refused(
+        "an authentication template needs a phone number, not a business-scoped user id"
+    )
+    assert meta.server.received == []
+    assert isinstance(one.send(outgoing()), Sent)
+    assert "category" not in str(meta.server.received[0].json)
 
 
 # Codes

@@ -153,6 +153,19 @@ def test_a_session_name_cannot_change_the_path(evolution):
     assert evolution.server.received[0].path == "/instance/connectionState/a%2F..%20b%3F"
 
 
+@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("bsuid", ["BR.1502576394655843", "US.ENT.11815799212886844830"])
+def test_a_person_without_a_number_is_refused_by_a_gateway(name, bsuid):
+    """A gateway would make a number of the id: it is refused in a clear word, and the gateway hears nothing."""
+    with serving(LIKES[name]()) as server:
+        outcome = gateway(server, DIALECTS[name]).send(outgoing(destination_jid=bsuid))
+
+        assert outcome == Refused(
+            f"{DIALECTS[name].name} sends to numbers and groups, not to a business-scoped user id"
+        )
+        assert server.received == []
+
+
 # What cannot be said
 
 

@@ -98,6 +98,33 @@ def test_a_signed_request_can_be_checked():
     assert abs(int(headers["webhook-timestamp"]) - time.time()) < 5
 
 
+def test_a_secret_is_changed_without_a_gap():
+    """While both secrets are given, each request carries a signature of either, and a receiver of either takes it."""
+    new = "whsec_" + base64.b64encode(bytes(range(32))).decode()
+    with serving(accept) as server:
+        for secret in (SECRET, [SECRET, new], [new]):
+            webhook(server, secret=secret).send(outgoing())
+        environ = {"ENGAGEMENT_WEBHOOK_URL": server.url, "ENGAGEMENT_WEBHOOK_SECRET": f"{SECRET}\n{new} "}
+        Webhook.from_environment(environ=environ).send(outgoing())
+
+    def takes(request, secret) -> bool:
+        headers = request.headers
+        expected = signature(
+            signing_key(secret), headers["webhook-id"], int(headers["webhook-timestamp"]), request.body
+        )
+        return expected in headers["webhook-signature"].split(" ")
+
+    takers = [(takes(request, SECRET), takes(request, new)) for request in server.received]
+    assert takers == [(True, False), (True, True), (False, True), (True, True)]
+
+
+def test_each_of_several_secrets_is_checked():
+    """One that is broken, or no secret at all where some were meant, is a mistake."""
+    for secret in ([SECRET, "plain"], [SECRET, ""], []):
+        with pytest.raises(ValueError, match=r"^secret: "):
+            Webhook(url="http://h", secret=secret)
+
+
 def test_the_signature_is_the_one_of_the_specification():
     """The key is what the secret's Base64 stands for, not its letters: checked against the specification's example."""
     key = signing_key("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
