@@ -9,8 +9,7 @@ import os
 from contextlib import contextmanager
 
 from alembic import context
-from sqlalchemy import create_engine, pool, text
-from sqlalchemy.schema import CreateSchema
+from sqlalchemy import TextClause, create_engine, pool, text
 
 from engagement.migrations import VERSION_TABLE, includes_ours, wait_for_turn
 from engagement.models import TABLE_NAME, EngagementBase, checked_schema, qualified_name
@@ -41,10 +40,26 @@ def run() -> None:
     """Migrate and, if that is wanted, close the tables before anybody has seen them."""
     with context.begin_transaction():
         if schema is not None:
-            context.execute(CreateSchema(schema, if_not_exists=True))
+            create_schema_if_missing()
         context.run_migrations()
         if row_level_security:
             enable_row_level_security(context.get_context())
+
+
+def create_schema_if_missing() -> None:
+    """Look first: even in vain, CREATE SCHEMA asks for a right on the whole database."""
+    name, word = schema.replace('"', '""'), schema.replace("'", "''")
+    context.execute(
+        literally(
+            f"DO $engagement$ BEGIN IF NOT EXISTS (SELECT FROM pg_namespace WHERE nspname = '{word}') "
+            f'THEN CREATE SCHEMA "{name}"; END IF; END $engagement$'
+        )
+    )
+
+
+def literally(sql: str) -> TextClause:
+    """Return SQL in which no colon names a parameter."""
+    return text(sql.replace(":", r"\:"))
 
 
 @contextmanager
@@ -65,7 +80,7 @@ def enable_row_level_security(migration) -> None:
         table = qualified_name(schema, name)
         # Even in vain, ALTER TABLE would make everybody wait for every open transaction.
         if migration.as_sql or not migration.connection.scalar(is_on, {"table": table}):
-            context.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+            context.execute(literally(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY"))
 
 
 def run_offline() -> None:

@@ -15,8 +15,11 @@ depends_on = ${repr(depends_on)}
 
 
 def schema():
-    """Return where the table is, if not on the search path: what env.py gives to `context.configure`."""
-    return op.get_context().opts.get("engagement_schema")
+    """Return where the table is, if not on the search path: what env.py gives to `context.configure`, or its engine."""
+    context = op.get_context()
+    options = {} if context.as_sql else context.connection.get_execution_options()
+    translated = (options.get("schema_translate_map") or {}).get(None)
+    return context.opts.get("engagement_schema") or translated
 
 
 @contextmanager

@@ -51,6 +51,7 @@ from engagement.statements import (
     is_due,
     is_older,
     is_prunable,
+    schema_in_session,
 )
 
 if TYPE_CHECKING:
@@ -357,7 +358,7 @@ def overview(session: Session, *, schema: str | None = None, count_up_to: int | 
     and all else is counted so far and no further. `pending_in_doubt` speaks of as many pending messages.
     """
     keywords = in_session(schema)
-    queue = {"queue": qualified_name(schema)}
+    queue = {"queue": qualified_name(schema_in_session(schema, session))}
     values = {"over": RATE_OVER, "rows": RATE_ROWS, "most": count_up_to}
     facts = session.execute(_queue_facts(), values, **keywords).one()
     counts = {} if count_up_to is None else _count_roughly(session, queue | values, keywords)

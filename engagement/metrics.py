@@ -33,7 +33,7 @@ from engagement.database_errors import describe
 from engagement.messages import Queued, QueuedMany
 from engagement.models import MessageStatus
 from engagement.observing import QueueEnd, Round
-from engagement.statements import FAILED, IN_DOUBT, NOW, PENDING, SENDING, C, in_schema, is_due
+from engagement.statements import FAILED, IN_DOUBT, NOW, PENDING, SENDING, C, in_schema, is_due, schema_in_force
 
 logger = logging.getLogger("engagement")
 
@@ -154,6 +154,7 @@ class QueueReader:
         if timeout < timedelta(milliseconds=1):
             raise ValueError("timeout: must be at least a millisecond")
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        schema = schema_in_force(schema, engine)
         where = in_schema(schema) | {"render_schema_translate": True}
         statement = _queue_as_samples().compile(
             engine, compile_kwargs={"literal_binds": True}, **({} if schema is None else where)

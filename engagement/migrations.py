@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from sqlalchemy import Connection, Engine, func, select
 
 from engagement.models import TABLE_NAME, TextOf, checked_schema
+from engagement.statements import schema_in_force
 
 if TYPE_CHECKING:
     from alembic.autogenerate.api import AutogenContext
@@ -47,8 +48,8 @@ def upgrade(
     """
     from alembic import command
 
-    with _connected(bind, schema) as connection:
-        config = _config(connection=connection, schema=schema, row_level_security=row_level_security)
+    with _connected(bind, schema) as (connection, place):
+        config = _config(connection=connection, schema=place, row_level_security=row_level_security)
         command.upgrade(config, revision)
 
 
@@ -56,16 +57,16 @@ def downgrade(bind: Engine | Connection, revision: str = "base", *, schema: str 
     """Take the table back to `revision`. `base` drops it, with all messages and their keys."""
     from alembic import command
 
-    with _connected(bind, schema) as connection:
-        command.downgrade(_config(connection=connection, schema=schema), revision)
+    with _connected(bind, schema) as (connection, place):
+        command.downgrade(_config(connection=connection, schema=place), revision)
 
 
 def current(bind: Engine | Connection, *, schema: str | None = None) -> str | None:
     """Return the revision that the database is at, or None if it has none of our migrations."""
     from alembic.migration import MigrationContext
 
-    with _connected(bind, schema) as connection:
-        options = {"version_table": VERSION_TABLE, "version_table_schema": schema}
+    with _connected(bind, schema) as (connection, place):
+        options = {"version_table": VERSION_TABLE, "version_table_schema": place}
         return MigrationContext.configure(connection, opts=options).get_current_revision()
 
 
@@ -122,14 +123,22 @@ def wait_for_turn(connection: Connection, schema: str | None = None) -> None:
 
 
 @contextmanager
-def _connected(bind: Engine | Connection, schema: str | None) -> Iterator[Connection]:
-    checked_schema(schema)
-    if isinstance(bind, Connection):
-        yield bind
-        return
-    # An older snapshot would not see what the migration that we waited for has done.
-    with bind.execution_options(isolation_level="READ COMMITTED").begin() as connection:
-        yield connection
+def _connected(bind: Engine | Connection, schema: str | None) -> Iterator[tuple[Connection, str | None]]:
+    """Hand out a connection of `bind`, on which a schema is what it is called, and the one that our table is in."""
+    schema, translated = schema_in_force(schema, bind), bind.get_execution_options().get("schema_translate_map")
+    if isinstance(bind, Engine):
+        # An older snapshot would not see what the migration that we waited for has done.
+        plain = bind.execution_options(isolation_level="READ COMMITTED", schema_translate_map=None)
+        with plain.begin() as connection:
+            yield connection, schema
+    elif translated is None:
+        yield bind, schema
+    else:
+        bind.execution_options(schema_translate_map=None)
+        try:
+            yield bind, schema
+        finally:
+            bind.execution_options(schema_translate_map=translated)
 
 
 def _config(

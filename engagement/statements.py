@@ -17,6 +17,8 @@ from sqlalchemy import (
     Boolean,
     Column,
     ColumnElement,
+    Connection,
+    Engine,
     Executable,
     Float,
     Integer,
@@ -51,6 +53,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.orm import Session
 from sqlalchemy.schema import CreateTable, DropTable
 from sqlalchemy.types import TypeEngine
 
@@ -72,6 +75,17 @@ the client. No text that passed our checks holds it; a missing value is the empt
 def in_schema(schema: str | None) -> dict[str, Any]:
     """Return the execution options with which a statement finds the table there; None is the search path."""
     return {} if checked_schema(schema) is None else {"schema_translate_map": {None: schema}}
+
+
+def schema_in_force(schema: str | None, bind: Engine | Connection) -> str | None:
+    """Return where a statement finds the table: in `schema`, or where the host's `bind` sends what names none."""
+    translated = bind.get_execution_options().get("schema_translate_map") or {}
+    return checked_schema(schema) or translated.get(None)
+
+
+def schema_in_session(schema: str | None, session: Session) -> str | None:
+    """Return where a statement in `session` finds the table; see `in_session`."""
+    return schema_in_force(schema, session.connection(bind_arguments=_BY_THE_ENGINE_OF_UPDATES))
 
 
 # A statement of tables has no mapper, by which a session with several engines chooses (`Session.binds`). Of one that

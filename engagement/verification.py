@@ -36,7 +36,7 @@ from sqlalchemy import (
 
 from engagement.messages import JID_FORMS
 from engagement.models import EARLIEST, LATEST, TABLE_NAME, MessageStatus, qualified_name
-from engagement.statements import NOW, PENDING, QUEUE, SENDING, C, in_session
+from engagement.statements import NOW, PENDING, QUEUE, SENDING, C, in_session, schema_in_session
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -196,7 +196,9 @@ def _has_unreadable_moment() -> ColumnElement[bool]:
 
 
 def _missing_guards(session: Session, schema: str | None) -> Iterator[Violation]:
-    found = session.execute(_guards_in_force(), {"queue": qualified_name(schema)}, **in_session(schema))
+    found = session.execute(
+        _guards_in_force(), {"queue": qualified_name(schema_in_session(schema, session))}, **in_session(schema)
+    )
     in_force = {(kind, name) for kind, name in found}
     for kind, name in _guards():
         if (kind, name) not in in_force:

@@ -266,6 +266,19 @@ def test_the_hosts_own_revisions_run_under_its_own_settings(one_history, empty_e
         assert connection.scalar(text("SELECT lock_timeout FROM noted")) == "0"
 
 
+def test_a_host_that_translates_schemas_gets_all_of_ours_in_one(one_history, empty_engine, tmp_path):
+    """Every step of ours goes where the host's connection sends what names no schema."""
+    with empty_engine.begin() as connection:
+        connection.execute(text("CREATE SCHEMA tenant"))
+    environment = tmp_path / "env.py"
+    translated = "poolclass=NullPool, execution_options={'schema_translate_map': {None: 'tenant'}}"
+    environment.write_text(environment.read_text().replace("poolclass=NullPool", translated))
+
+    one_history.run("alembic upgrade engagement@head")
+    assert "engagement_message_queue" in inspect(empty_engine).get_table_names("tenant")
+    assert "engagement_message_queue" not in tables(empty_engine)
+
+
 def test_a_hosts_version_table_does_not_say_where_ours_lies(one_history, empty_engine, tmp_path):
     """A host whose version table has a schema of its own gets our table on the search path, or where it says."""
     with empty_engine.begin() as connection:

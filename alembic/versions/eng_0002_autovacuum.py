@@ -12,10 +12,17 @@ depends_on = None
 TABLE = "engagement_message_queue"
 
 
+def schema():
+    """Return where the table is, if not on the search path: what env.py gives to `context.configure`, or its engine."""
+    context = op.get_context()
+    options = {} if context.as_sql else context.connection.get_execution_options()
+    translated = (options.get("schema_translate_map") or {}).get(None)
+    return context.opts.get("engagement_schema") or translated
+
+
 def table():
-    """Return the table's name as SQL has it. SQLAlchemy's quoting doubles a %, and `op.execute` would do so again."""
-    schema = op.get_context().opts.get("engagement_schema")
-    return TABLE if schema is None else '"{}".{}'.format(schema.replace('"', '""'), TABLE)
+    """Return the table's name as `op.execute` reads it: it doubles a %, and takes a colon for a parameter."""
+    return TABLE if schema() is None else '"{}".{}'.format(schema().replace('"', '""').replace(":", "\\:"), TABLE)
 
 
 @contextmanager
