@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -31,7 +33,8 @@ def connect(engine: Engine) -> Connection:
 def sqlstate(error: BaseException) -> str | None:
     """Return what the server calls the error; None if it did not come from there."""
     state: str | None = getattr(getattr(error, "orig", None), "sqlstate", None)
-    return state
+    # It is logged: what answers in the database's place could write lines of its own there.
+    return state and re.sub("[^0-9A-Z]", "?", state)[:5]
 
 
 def is_transient(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engagement.messages import OutgoingMessage
 from engagement.models import MessageStatus
@@ -25,7 +25,8 @@ class ProcessResult:
 
     `processed` is how many outcomes there were; the counts from `succeeded` to `cancelled` add up to it, but for claims
     that were lost. Besides are counted, since they were not tried: `expired` messages, and those `in_doubt` of an
-    attempt of an idempotent transport that this one must not repeat. `errors` are (message_id, reason) pairs.
+    attempt of an idempotent transport that this one must not repeat. `errors` are (message_id, reason) pairs, and not
+    shown by `print`: a provider's words may hold an address. `engagement.inspection.masked` hides what looks like one.
     """
 
     processed: int = 0
@@ -36,7 +37,7 @@ class ProcessResult:
     postponed: int = 0
     cancelled: int = 0
     expired: int = 0
-    errors: tuple[tuple[int, str], ...] = ()
+    errors: tuple[tuple[int, str], ...] = field(default=(), repr=False)
 
 
 class Tally:

@@ -95,6 +95,18 @@ def test_a_retry_waits_by_the_databases_clock(engine):
     assert found.scheduled_for == before.scheduled_for
 
 
+@pytest.mark.parametrize("show", [repr, str, "{}".format, "%s".__mod__])
+def test_a_result_is_shown_without_what_a_provider_said(engine, show):
+    """A cron job prints what was done: how much of it, not the number that a reason names."""
+    queue(engine, new_message())
+
+    result = process_message_queue(engine, lambda _: Refused("no account for 447700900101"))
+
+    assert "failed=1" in show(result)
+    assert "447700900101" not in show(result)
+    assert result.errors == ((1, "no account for 447700900101"),)
+
+
 def test_a_refused_message_is_not_tried_again(engine):
     """What will never be taken fails at once."""
     (message_id,) = queue(engine, new_message())

@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NoReturn
 
 import click
 
-from engagement.cli.problems import USAGE, Problem
+from engagement.cli.cleaning import cleaned_streams
+from engagement.cli.problems import NEEDS_ATTENTION, USAGE, Problem
 
 SECTIONS = {
     "Set up": {
@@ -130,6 +132,10 @@ class Commands(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run a command, and leave with its status."""
+        with cleaned_streams():
+            sys.exit(self._status_of(*args, **kwargs) or 0)
+
+    def _status_of(self, *args: Any, **kwargs: Any) -> Any:
         try:
             _check_streams()
             status = super().main(*args, **kwargs | {"standalone_mode": False})
@@ -148,7 +154,10 @@ class Commands(click.Group):
             click.echo(f"engagement: {error.strerror or error}", err=True)
             status = USAGE
             _give_up_output()
-        sys.exit(status or 0)
+        except Exception:  # noqa: BLE001 - Python would show it likewise, but on the stream beneath
+            traceback.print_exc()
+            status = NEEDS_ATTENTION
+        return status
 
 
 def _check_streams() -> None:

@@ -11,7 +11,7 @@ from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
 from engagement.cli.parameters import duration
 from engagement.cli.problems import needs_attention
-from engagement.cli.showing import examples, json_of, json_option, printable, show
+from engagement.cli.showing import examples, json_of, json_option, show
 from engagement.inspection import overview
 
 
@@ -73,7 +73,7 @@ def verify(database: Database, overdue: timedelta, *, as_json: bool) -> None:
         click.echo(json_of([asdict(violation) for violation in violations]))
     for violation in () if as_json else violations:
         where = "table" if violation.message_id is None else f"message {violation.message_id}"
-        click.echo(f"{violation.promise}: {where}: {printable(violation.problem)}")
+        click.echo(f"{violation.promise}: {where}: {violation.problem}")
     if violations:
         raise needs_attention()
     if not as_json:

@@ -17,6 +17,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from engagement.cli.cleaning import printable
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 reveal_option = click.option("--reveal", is_flag=True, help="Show what is personal: users, addresses, params, errors.")
 
@@ -108,11 +110,6 @@ def json_of(value: object) -> str:
     """Return JSON in which what cannot be printed is escaped: a terminal would obey it."""
     written = json.dumps(value, ensure_ascii=False, default=for_program)
     return "".join(character if character.isprintable() else json.dumps(character)[1:-1] for character in written)
-
-
-def printable(text: str) -> str:
-    """Return text without what a terminal would obey, as somebody may have written it into a row."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _label(name: str) -> str:
