@@ -138,7 +138,8 @@ def finding_of(provider: str, error: Any, answer: Answer, wait: timedelta | None
 
     Behind a success it must have a `type` too: `{"code": 200}` is what many an envelope says of itself.
     """
-    if not isinstance(error, dict) or type(given := error.get("code")) is not int:
+    given = _number(error.get("code")) if isinstance(error, dict) else None
+    if given is None:
         return None
     kind = error.get("type")
     if answer.is_success and not isinstance(kind, str):
@@ -146,6 +147,12 @@ def finding_of(provider: str, error: Any, answer: Answer, wait: timedelta | None
     code = code_of(given, kind) or Code(given, "not listed", _unknown(answer))
     reason = f"{provider}: {given}, {code.means} (HTTP {answer.status})"
     return Finding(code.proof_with(answer.status), reason, wait or code.wait)
+
+
+def _number(code: object) -> int | None:
+    if isinstance(code, str) and code.isascii() and code.isdecimal() and len(code) < 10:  # noqa: PLR2004
+        return int(code)  # As some who pass Meta's errors on write it.
+    return code if type(code) is int else None
 
 
 def _unknown(answer: Answer) -> Proof:

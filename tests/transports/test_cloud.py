@@ -258,6 +258,14 @@ def test_a_code_that_is_not_listed_goes_by_the_status_and_is_never_final(meta, c
     assert found.reason.startswith(f"Cloud API: {code}, not listed (HTTP {status}")
 
 
+@pytest.mark.parametrize(("code", "outcome"), [("190", Postpone), ("131026", Refused), ("999999", Postpone)])
+def test_a_code_is_one_as_a_text_too(meta, code, outcome):
+    """Some who stand between Meta and us write numbers as texts: that makes no refusal of them."""
+    meta.override = meta.error(code, 400)
+
+    assert type(cloud(meta.server).send(outgoing())) is outcome
+
+
 @pytest.mark.parametrize("code", [4, 17, 32, 102, 341, 613, 80000, 80007, 80008, 80014, 0, 190, 368, 131044])
 def test_what_speaks_of_the_app_or_the_sender_costs_no_message_a_retry(meta, code):
     """Throttling, a session, a payment: however often it is answered, the message waits, and the sender pauses."""

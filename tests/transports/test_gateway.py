@@ -423,6 +423,7 @@ META_ERROR = {"message": "(#131047) Re-engagement message", "type": "OAuthExcept
         {"data": {"Id": MESSAGE_ID}, "success": False},
         {"code": 200, "message": "success"},
         {"message": "no", "code": "131047"},
+        {"message": "no", "type": "x", "code": "many"},
         {"message": "no", "type": "x", "code": True},
         [META_ERROR],
     ],
