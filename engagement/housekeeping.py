@@ -7,18 +7,21 @@ one. So a worker that is restarted again and again reads no whole table each tim
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Float, func, select
+from sqlalchemy import Float, Row, func, select
 from sqlalchemy.orm import Session
 
+from engagement import statements
 from engagement.database_errors import describe
 from engagement.repository import EngagementMessageRepository
+from engagement.statements import schema_in_force
 from engagement.tally import logger
 from engagement.verification import verify
 
@@ -43,7 +46,8 @@ class Housekeeping:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._over = threading.Event()
-        self._lock_names = f"engagement_housekeeping:{worker.schema or ''}"
+        self._lock_names = f"engagement_housekeeping:{schema_in_force(worker.schema, worker.engine) or ''}"
+        self._holders: dict[str, Sequence[Row[Any]]] = {}
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -116,6 +120,17 @@ class Housekeeping:
         logger.info("engagement.verified violations=%s", len(violations))
 
     def _is_our_turn(self, session: Session, task: str) -> bool:
-        """Take the lock of `task` until the end of the transaction, unless another worker has it."""
-        key = func.hashtextextended(f"{self._lock_names}:{task}", 0)
-        return bool(session.scalar(select(func.pg_try_advisory_xact_lock(key))))
+        """Take the lock of `task` until the end of the transaction, unless another worker has it.
+
+        Any role that may connect can hold it. A worker's transaction ends before the next turn: if the same one has it
+        then, nobody does the work, and that is an error.
+        """
+        name = f"{self._lock_names}:{task}"
+        if session.scalar(statements.take_turn(name)):
+            self._holders.pop(task, None)
+            return True
+        holders = session.execute(statements.who_has_turn(name)).all()
+        level = logging.ERROR if holders and holders == self._holders.get(task) else logging.INFO
+        logger.log(level, "engagement.turn_taken task=%s pids=%s", task, [row.pid for row in holders])
+        self._holders[task] = holders
+        return False

@@ -5,14 +5,16 @@ They keep a history of their own in `engagement_alembic_version`, apart from the
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy import Connection, Engine
 
+from engagement import statements
 from engagement.models import TABLE_NAME, TextOf, checked_schema
 from engagement.statements import schema_in_force
 
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
 VERSION_TABLE = "engagement_alembic_version"
 LOCK_POLL_SECONDS = 0.1
+LONGEST_WAIT_SECONDS = 60.0
+"""How long another migration is waited for. Each of its steps gives up on its locks after five."""
+
+logger = logging.getLogger("engagement")
 
 
 def script_location() -> Path:
@@ -41,7 +47,8 @@ def upgrade(
     """Bring the table to `revision`. Twice is as good as once, and so is from two processes at the same time.
 
     On an `Engine` this commits; on a `Connection` it runs in its transaction and leaves the commit to the caller.
-    `schema` is created if it does not exist.
+    `schema` is created if it does not exist. Another migration is waited for, for a minute at most: then Alembic's
+    `CommandError` says which session has the lock.
 
     `row_level_security` leaves our tables to their owner and to roles that bypass it, whatever was granted to others:
     there is no policy. Once it is on it stays on.
@@ -115,10 +122,21 @@ def wait_for_turn(connection: Connection, schema: str | None = None) -> None:
     """Let one migration run at a time: take a lock that the end of the transaction gives back.
 
     It is polled: a session that waits inside `pg_advisory_xact_lock` holds a snapshot, which CREATE INDEX CONCURRENTLY
-    in another session would wait for without end.
+    in another session would wait for without end. Nor is it waited for without end: any role that may connect can hold
+    it. Raises Alembic's `CommandError` then.
     """
-    key = func.hashtextextended(f"{VERSION_TABLE}:{schema or ''}", 0)
-    while not connection.scalar(select(func.pg_try_advisory_xact_lock(key))):
+    from alembic.util import CommandError
+
+    name, began, holders = f"{VERSION_TABLE}:{schema or ''}", time.monotonic(), None
+    while not connection.scalar(statements.take_turn(name)):
+        if holders is None:
+            holders = [row.pid for row in connection.execute(statements.who_has_turn(name))]
+            logger.warning("engagement.migration_waits pids=%s", holders)
+        if time.monotonic() - began > LONGEST_WAIT_SECONDS:
+            raise CommandError(
+                f"another session (process {holders} of the server) has held the lock of our migrations for "
+                f"{LONGEST_WAIT_SECONDS:g} s. If it is migrating, try again; else end it with pg_terminate_backend"
+            )
         time.sleep(LOCK_POLL_SECONDS)
 
 

@@ -45,6 +45,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    table,
     text,
     true,
     tuple_,
@@ -168,6 +169,29 @@ def _unseen(value: ColumnElement[Any]) -> ColumnElement[Any]:
 _limit = bindparam("limit", type_=BigInteger)
 # No parameter of an UPDATE is named as a column: SQLAlchemy would set it.
 _id = C.id == bindparam("message_id", type_=BigInteger)
+
+# Turns ---------------------------------------------------------------------------------------------------------------
+
+
+def take_turn(name: str) -> Select[Any]:
+    """Take the lock of that name until the end of the transaction, and return whether it was free."""
+    return select(func.pg_try_advisory_xact_lock(func.hashtextextended(name, 0)))
+
+
+def who_has_turn(name: str) -> Select[Any]:
+    """Return process id and transaction of the sessions that hold the lock: any role that may connect can."""
+    columns = ("pid", "virtualtransaction", "locktype", "database", "classid", "objid", "objsubid", "granted")
+    lock = table("pg_locks", *map(column, columns), schema="pg_catalog").c
+    database = table("pg_database", column("oid"), column("datname"), schema="pg_catalog").c
+    key = cast(lock.classid, BigInteger).op("<<")(_number(32)).op("|")(cast(lock.objid, BigInteger))
+    return (
+        select(lock.pid, lock.virtualtransaction)
+        .where(lock.locktype == _word("advisory"), lock.granted, lock.objsubid == _number(1))
+        .where(lock.database == database.oid, database.datname == func.current_database())
+        .where(key == func.hashtextextended(name, 0))
+        .order_by(lock.pid)
+    )
+
 
 # Queueing ------------------------------------------------------------------------------------------------------------
 

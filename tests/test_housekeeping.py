@@ -138,6 +138,42 @@ def test_what_another_worker_is_at_is_left_to_it(engine):
         event.remove(engine, "after_cursor_execute", count)
 
 
+@pytest.mark.parametrize("lock", ["pg_advisory_lock", "pg_advisory_xact_lock"])
+@pytest.mark.parametrize("task", ["prune", "verify"])
+def test_who_never_gives_a_turn_back_is_named(engine, caplog, task, lock):
+    """Any role that may connect can hold our lock: that nobody prunes or verifies then is an error in the log."""
+    caplog.set_level(logging.INFO, "engagement")
+    wanted = {"prune": {"prune_older_than": DAY}, "verify": {"verify_every": OFTEN}}[task]
+    with engine.connect() as stranger:
+        pid = stranger.scalar(text("SELECT pg_backend_pid()"))
+        stranger.execute(text(f"SELECT {lock}(hashtextextended('engagement_housekeeping::{task}', 0))"))
+        if lock == "pg_advisory_lock":
+            stranger.commit()
+        with Running(engine, lambda _: Sent(), **wanted):
+            until(lambda: any(record.levelno == logging.ERROR for record in caplog.records))
+        stranger.invalidate()
+
+    told = [record for record in caplog.records if record.message == f"engagement.turn_taken task={task} pids=[{pid}]"]
+    assert [record.levelno for record in told[:2]] == [logging.INFO, logging.ERROR]
+
+
+def test_one_tenants_turn_is_not_anothers(empty_engine, caplog, monkeypatch):
+    """On an engine that sends what names no schema to a tenant's, each tenant's queue is verified."""
+    caplog.set_level(logging.INFO, "engagement")
+    tenants = []
+    for name in ("one", "two"):
+        migrations.upgrade(empty_engine, schema=name)
+        tenants.append(empty_engine.execution_options(schema_translate_map={None: name}))
+
+    monkeypatch.setattr(housekeeping, "GRACE_SECONDS", 60.0)
+    with ExitStack() as stack:
+        for tenant in tenants:
+            stack.enter_context(Running(tenant, lambda _: Sent(), verify_every=timedelta(seconds=2)))
+        until(lambda: caplog.messages.count("engagement.verified violations=0") >= 2)
+
+    assert not [message for message in caplog.messages if "turn_taken" in message]
+
+
 def test_of_many_workers_one_verifies_at_a_time(engine, monkeypatch):
     """Three workers with the same cadence: no two verifications overlap."""
     running, most = Counter(), []

@@ -16,6 +16,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from conftest import new_message, queue
 from sqlalchemy import Column, Connection, Engine, Integer, MetaData, Table, create_engine, event, inspect, text
 from sqlalchemy.exc import ProgrammingError
@@ -397,6 +398,52 @@ def test_an_upgrade_waits_for_another_one(empty_engine, schema, commits):
 
     assert migrations.current(empty_engine, schema=schema) == migrations.head()
     assert tables(empty_engine, schema) == OURS
+
+
+@pytest.fixture(name="held_by_a_stranger")
+def _held_by_a_stranger(empty_engine):
+    """A session that may do nothing but connect, and holds the lock of our migrations as long as it lives."""
+    role = f"{empty_engine.url.database}_stranger"
+    with empty_engine.begin() as connection:
+        if not connection.scalar(text("SELECT rolsuper FROM pg_roles WHERE rolname = current_user")):
+            pytest.skip("only a superuser can make roles")
+        connection.execute(text(f"CREATE ROLE {role} NOLOGIN"))
+    stranger = create_engine(empty_engine.url, isolation_level="AUTOCOMMIT")
+    with stranger.connect() as connection:
+        connection.execute(text(f"SET ROLE {role}"))
+        pid = connection.scalar(text("SELECT pg_backend_pid()"))
+        connection.execute(text(f"SELECT pg_advisory_lock(hashtextextended('{migrations.VERSION_TABLE}:', 0))"))
+        yield pid
+        connection.invalidate()
+    stranger.dispose()
+    with empty_engine.begin() as connection:
+        connection.execute(text(f"DROP ROLE {role}"))
+
+
+def test_an_upgrade_does_not_wait_for_ever(empty_engine, held_by_a_stranger, monkeypatch, caplog):
+    """Who holds our lock is named: in the log at once, and in the error after a while. The caller's work stays."""
+    monkeypatch.setattr(migrations, "LONGEST_WAIT_SECONDS", 0.3)
+    with empty_engine.begin() as connection:
+        connection.execute(text("CREATE TABLE customers (id integer PRIMARY KEY)"))
+        with pytest.raises(CommandError, match=rf"{held_by_a_stranger}.*pg_terminate_backend"):
+            migrations.upgrade(connection)
+        with pytest.raises(CommandError):
+            migrations.downgrade(connection)
+
+    assert f"engagement.migration_waits pids=[{held_by_a_stranger}]" in caplog.messages
+    assert tables(empty_engine) == {"customers"}
+
+
+def test_the_command_says_whom_it_waits_for(run, empty_engine, held_by_a_stranger, monkeypatch):
+    """One line while it waits, and one when it gives up."""
+    monkeypatch.setattr(migrations, "LONGEST_WAIT_SECONDS", 0.3)
+
+    ran = run("upgrade", on=empty_engine)
+
+    waits, gives_up = ran.err.splitlines()
+    assert ran.status == 2
+    assert f"engagement.migration_waits pids=[{held_by_a_stranger}]" in waits
+    assert f"process [{held_by_a_stranger}]" in gives_up
 
 
 # As SQL, and by Alembic's own command

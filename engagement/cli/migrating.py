@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from engagement.cli.acting import ask, in_number
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
 from engagement.cli.problems import DatabaseProblem, Problem
-from engagement.cli.showing import examples, json_option, show
+from engagement.cli.showing import examples, json_option, logging_to_stderr, show
 
 
 @command(
@@ -87,6 +88,7 @@ def _migration_problems() -> Iterator[None]:
     from alembic.util import CommandError
 
     try:
-        yield
+        with logging_to_stderr(logging.WARNING):
+            yield
     except CommandError as error:
         raise Problem(str(error)) from None
