@@ -168,7 +168,8 @@ class WhatsAppGateway:
         records = value_at(found, "messages", "records")
         for record in records if isinstance(records, list) else []:
             updates = value_at(record, "MessageUpdate")
-            is_refused = isinstance(updates, list) and any(value_at(update, "status") == "ERROR" for update in updates)
+            states = [record, *(updates if isinstance(updates, list) else [])]
+            is_refused = any(value_at(state, "status") == "ERROR" for state in states)
             if value_at(record, "key", "id") == message_id and not is_refused:
                 return Sent(message_id)
         return None

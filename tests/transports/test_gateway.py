@@ -647,6 +647,8 @@ def record(**fields):
         (Reply(200, {"messages": {"records": [record(MessageUpdate=[{"status": "DELIVERY_ACK"}])]}}), Sent(MESSAGE_ID)),
         (Reply(200, {"messages": {"records": [record(MessageUpdate=None)]}}), Sent(MESSAGE_ID)),
         (Reply(200, {"messages": {"records": [record(MessageUpdate=[{"status": "ERROR"}])]}}), None),
+        (Reply(200, {"messages": {"records": [record(status="ERROR")]}}), None),
+        (Reply(200, {"messages": {"records": [record(status="PENDING")]}}), Sent(MESSAGE_ID)),
         (Reply(200, {"messages": {"records": [record(key={"id": "3EB0"})]}}), None),
         (Reply(200, {"messages": {"records": []}}), None),
         (Reply(200, {"messages": {"records": "none"}}), None),
