@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from engagement.messages import OutgoingMessage
 from engagement.outcomes import Outcome, Refused
@@ -30,7 +30,13 @@ Renderer = Callable[[str, Mapping[str, Any], str], str]
 """`renderer(message_key, message_params, locale)` returns the text, or raises `NoWords`. It is called from several
 threads at once."""
 
+Words = TypeVar("Words")
+
 _FLUENT_ID = re.compile(r"[a-zA-Z][a-zA-Z0-9_-]*")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
+_ISOLATES = re.compile(r"[\u2066-\u2069]")
+_END_OF_ISOLATE = "\u2069"
+_DIRECTIONS = re.compile(r"[\u061c\u200e\u200f\u2066-\u2069]")
 
 
 class NoWords(LookupError):  # noqa: N818 - what happened
@@ -58,7 +64,7 @@ def speaking(renderer: Renderer, locale_of: Callable[[OutgoingMessage], str]) ->
             raise LocaleUnknown(f"locale_of raised {type(error).__name__}") from error
         if not isinstance(locale, str):
             raise LocaleUnknown(f"locale_of answered {type(locale).__name__}, not text")
-        text = renderer(message.message_key, message.message_params, locale)
+        text = without_controls(renderer(message.message_key, message.message_params, locale))
         if not isinstance(text, str) or not says_something(text):
             raise NoWords(f"{message.message_key} is empty in {locale}")
         return text
@@ -98,6 +104,37 @@ class Rendered(Gate):
 def says_something(text: str) -> bool:
     """Whether a person would see anything: spaces and invisible characters are nothing."""
     return any(character.isprintable() and not character.isspace() for character in text)
+
+
+def without_controls(words: Words) -> Words:
+    """Return text, and text inside of JSON, without what would act on the words around it.
+
+    Those are control characters other than ends of lines and tabs, what turns a text around (`U+202A` to `U+202E`), and
+    isolates that are not closed: a name may hold them. Isolates that are, such as Fluent's own, are kept.
+    """
+    cleaned: Any = words
+    match words:
+        case str():
+            cleaned = _with_closed_isolates(_CONTROLS.sub("", words))
+        case Mapping():
+            cleaned = {key: without_controls(value) for key, value in words.items()}
+        case list() | tuple():
+            cleaned = [without_controls(value) for value in words]
+    return cast("Words", cleaned)
+
+
+def _with_closed_isolates(text: str) -> str:
+    opened: list[int] = []
+    alone: set[int] = set()
+    for mark in _ISOLATES.finditer(text):
+        if mark[0] != _END_OF_ISOLATE:
+            opened.append(mark.start())
+        elif opened:
+            opened.pop()
+        else:
+            alone.add(mark.start())
+    alone.update(opened)
+    return "".join(letter for place, letter in enumerate(text) if place not in alone) if alone else text
 
 
 def fluent_id(message_key: str) -> str:
@@ -215,6 +252,9 @@ def _bundle(catalogue: Catalogue) -> FluentBundle:
 
 
 def _value(value: Any) -> Any:
+    if isinstance(value, str):
+        # No parameter needs a mark of direction, and the words around it have none of their own to hold against it.
+        return _DIRECTIONS.sub("", _CONTROLS.sub("", value))
     # Fluent takes a bool for a number and would say 1.
     return str(value).lower() if isinstance(value, bool) else value
 

@@ -1,5 +1,6 @@
 """Words: from key, params and locale to text, or to a refusal; and what the linter sees before a person could."""
 
+import json
 import re
 import threading
 import time
@@ -16,7 +17,11 @@ from test_policies import Far, fails
 
 from engagement import NotSent, OutgoingMessage, Refused, Sent, process_message_queue, words
 from engagement.lint_catalogues import Problem, lint_catalogues, read_catalogues
+from engagement.transports.cloud import Template, WhatsAppCloud
+from engagement.transports.dialects import WAHA
+from engagement.transports.gateway import WhatsAppGateway
 from engagement.transports.rendering import words_of
+from engagement.transports.webhook import Webhook
 from engagement.words import CATALOGUES, FluentRenderer, LocaleUnknown, NoWords, Rendered, fluent_id, speaking
 
 DOCS = Path(__file__).parent.parent / "docs" / "words.md"
@@ -404,6 +409,63 @@ def test_our_transports_take_speaking_as_their_render(locale_of, key, kind):
     message = outgoing(message_key=key, message_params={"name": "Ana", "days": 3})
 
     assert isinstance(words_of(say, message), kind)
+
+
+STEERING = [*map(chr, range(9)), "\x0b", "\x1b", "\x7f", "\x85", "\x9b", *map(chr, range(0x202A, 0x202F))]
+ISOLATES = ["\u2066", "\u2067", "\u2068", "\u2069", "\u2069\u2067", "\u2067\u2067\u2069"]
+TURNING = [*STEERING, *ISOLATES, "\u061c", "\u200e", "\u200f"]
+
+
+@pytest.mark.parametrize("mark", TURNING)
+def test_a_name_turns_nothing_around(mark):
+    """What a name holds besides its letters does nothing to the sentence around it."""
+    text = FluentRenderer()("goodbye.14_days", {"name": f"A{mark}na", "days": 3}, "en")
+
+    assert text.startswith("Hi Ana,")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Ana\u200d\U0001f469\u200d\U0001f466", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "A\nB\tC", "e\u0301"],
+)
+def test_a_name_keeps_what_joins_its_letters(name):
+    """Joiners and accents are part of a name, and lines and tabs of a list that is a parameter."""
+    assert FluentRenderer()("goodbye.14_days", {"name": name, "days": 3}, "en").startswith(f"Hi {name},")
+
+
+def sent_by(render):
+    """Return what each transport of ours would send of what `render` says."""
+    rendered = Far()
+    Rendered(rendered, lambda *_: render(None), lambda _: "en").send(outgoing())
+    yield rendered.sent[0].text
+    gateway = WhatsAppGateway(url="http://127.0.0.1:1", key="key", render=render, dialect=WAHA)
+    yield json.loads(gateway.prepare(outgoing()).body)["text"]
+    webhook = Webhook(url="http://127.0.0.1:1", render=render)
+    yield json.loads(webhook.prepare(outgoing()).body)["text"]
+    cloud = WhatsAppCloud(phone_number_id="1", token="token", render=render)
+    yield json.loads(cloud.prepare(outgoing()).body)["text"]["body"]
+    parameter = {"type": "text", "text": render(None)}
+    template = Template("hi", "en", [{"type": "body", "parameters": (parameter,)}])
+    cloud = WhatsAppCloud(phone_number_id="1", token="token", render=lambda _: template)
+    (component,) = json.loads(cloud.prepare(outgoing()).body)["template"]["components"]
+    yield component["parameters"][0]["text"]
+
+
+@pytest.mark.parametrize("mark", [*STEERING, *ISOLATES])
+def test_a_name_in_a_host_s_own_words_turns_nothing_around(mark):
+    """Of a host's own renderer only the words are known: no control in them is kept, and no isolate is left open."""
+    for text in sent_by(lambda _: f"Hi A{mark}na, how are you?"):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
+        assert text.count("\u2069") == sum(map(text.count, "\u2066\u2067\u2068"))
+        assert re.sub("[\u2066-\u2069]", "", text) == "Hi Ana, how are you?"
+
+
+@pytest.mark.parametrize(
+    "words", ["Hi \u2068Ana\u2069!", "\u2067a \u2066b\u2069 c\u2069", "a\nb\tc", "\u200fx\u200e\u061c", "\u200d"]
+)
+def test_what_a_host_s_words_need_is_kept(words):
+    """Fluent's own isolates, nested ones, marks of a direction, lines and joiners are sent as they are."""
+    assert set(sent_by(lambda _: f"{words}.")) == {f"{words}."}
 
 
 def test_an_async_renderer_is_refused_at_once():

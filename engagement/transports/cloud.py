@@ -23,6 +23,7 @@ from engagement.transports.dialects import value_at
 from engagement.transports.http import Answer, bounded
 from engagement.transports.rendering import Render, as_json, refusal_of, words_of
 from engagement.transports.settings import Settings, required
+from engagement.words import without_controls
 
 LONGEST_TEXT = 4096
 """Characters of a text message ("Messages API")."""
@@ -193,7 +194,7 @@ def _content(words: object) -> dict[str, Any] | Refused:
     if isinstance(words, Template):
         template: dict[str, Any] = {"name": words.name, "language": {"code": words.language}}
         if words.components:
-            template["components"] = list(words.components)
+            template["components"] = without_controls(list(words.components))
         return {"type": "template", "template": template}
     refusal = refusal_of(words, most_characters=LONGEST_TEXT)
     return refusal or {"type": "text", "text": {"body": words}}

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from engagement.messages import OutgoingMessage
 from engagement.outcomes import NotSent, Outcome, Refused
 from engagement.policies import for_want_of_a_zone
-from engagement.words import NoWords
+from engagement.words import NoWords, without_controls
 
 Words = TypeVar("Words", bound=object)
 Render = Callable[[OutgoingMessage], Words]
@@ -17,9 +17,12 @@ Render = Callable[[OutgoingMessage], Words]
 
 
 def words_of(render: Render[Words], message: OutgoingMessage) -> Words | Outcome:
-    """Return what `render` says, or the outcome that its error means. The text of the error may be params: dropped."""
+    """Return what `render` says, `without_controls`, or the outcome that its error means.
+
+    The text of the error may be params: it is dropped.
+    """
     try:
-        return render(message)
+        return without_controls(render(message))
     except NoWords as error:
         return Refused(f"no words: {error}")  # Its text never holds params.
     except BaseException as error:  # noqa: BLE001 - whatever it was, `SystemExit` too, nothing was sent
