@@ -1,12 +1,15 @@
 """What a request may do to the page that no browser sends: it gets a short no, and never a traceback."""
 
 import logging
+import random
+import re
 import socket
+from html import unescape
 from urllib.parse import urlencode
 
 import pytest
-from admin_page import admin_of, bring, form_of, press, put, said, send
-from conftest import row
+from admin_page import admin_of, bring, form_of, ids_of, press, put, said, send
+from conftest import new_message, queue, row
 from fastapi import FastAPI
 from test_examples import PATIENCE, served_by_uvicorn
 
@@ -181,6 +184,36 @@ def test_a_sign_in_that_reads_a_form_reads_no_more(engine):
         answer = client.post("messages/1/cancel", data={"who": "x" * LONGEST_FORM})
 
     assert answer.status_code == 413
+
+
+WORDS = ["", "1", "-1", "9" * 30, "x", "%00", "%ff", "%ed%a0%80", "0001-01-01", "9999-12-31", "%F0%9F%98%80", ".."]
+ASKED = ["status", "user", "type", "since", "until", "before", "after", "reveal", "span", "q", "self", "%00", ""]
+PATHS = ["", "messages", "messages/find", "messages/x", "messages/1/cancel", "messages/%00", "messages/%ff/%ff", "//"]
+PATHS += ["static/engagement.css", "static/..%2fx", "static/%00", "static", f"messages/{'9' * 4_000}", "messages;x"]
+HEADERS = ["X: x", "Cookie: a", "Cookie: starlette_admin_csrftoken=\xff", "Cookie: starlette_admin_flash=x.y.z"]
+HEADERS += ["Range: x", "Range: bytes=5-1", "If-Modified-Since: x", "X-CSRFToken: \xff", "X-Forwarded-Proto: ["]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_asked_is_answered(page, engine, seed):
+    """No path, no filter and no header is more than a page that was not found, or a form that is refused."""
+    queue(engine, *(new_message(f"user{number}") for number in range(60)))
+    dice = random.Random(seed)
+    for _ in range(100):
+        asked = "&".join(f"{dice.choice(ASKED)}={dice.choice(WORDS)}" for _ in range(dice.randrange(6)))
+        line = f"{dice.choice(['GET', 'GET', 'HEAD', 'POST', 'FOO'])} /queue/{dice.choice(PATHS)}?{asked} HTTP/1.1"
+        request = f"{line}\r\nHost: x\r\n{dice.choice(HEADERS)}\r\nConnection: close\r\n\r\n"
+        assert 200 <= raw(page, request.encode("latin-1")) < 500, request
+
+
+def test_a_page_of_the_list_keeps_what_was_asked(page, engine):
+    """Also a filter of a name that means something to Python."""
+    queue(engine, *(new_message("user1", message_key=str(number), idempotency_key=str(number)) for number in range(60)))
+
+    older = re.search(r'rel="next" href="([^"]*)"', page.get("messages?self=1&user=user1").text)[1]
+
+    assert set(unescape(older).removeprefix("?").split("&")) >= {"self=1", "user=user1"}
+    assert len(ids_of(page.get(f"messages{unescape(older)}"))) == 10
 
 
 # What may be kept

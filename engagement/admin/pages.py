@@ -9,8 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, tzinfo
 from typing import Any
+from urllib.parse import urlencode
 
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -247,12 +249,15 @@ class MessagesPage(Page):
         reveals = await self.shown.reveals(request)
         if reveals:
             _log(request, "reveal", "revealed", message.id)
+        # To mask a long history, as one written by hand may be, takes its time: other pages need not wait for it.
+        timeline = await run_in_threadpool(inspection.timeline, message, reveal=reveals)
+        facts = await run_in_threadpool(_facts, message, reveal=reveals)
         return await self.render(
             request,
             "message.html",
             message=message,
-            timeline=inspection.timeline(message, reveal=reveals),
-            facts=_facts(message, reveal=reveals),
+            timeline=timeline,
+            facts=facts,
             actions=actions_for(message) if await self.shown.may_act(request) else [],
         )
 
@@ -364,7 +369,7 @@ def _day(asked: Mapping[str, str], name: str, tz: tzinfo, later: timedelta = tim
 
 def _page_link(request: Request, **place: int) -> str:
     kept = {key: value for key, value in request.query_params.items() if key not in {"before", "after"}}
-    return f"?{request.url.replace(query='').include_query_params(**kept, **place).query}"
+    return f"?{urlencode(kept | place)}"
 
 
 def _facts(message: EngagementMessage, *, reveal: bool) -> list[tuple[str, object]]:
