@@ -6,7 +6,9 @@ admin page show is worked out here, so that both tell the same.
 
 from __future__ import annotations
 
+import hmac
 import re
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -37,7 +39,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
 from engagement import statements
-from engagement.messages import BSUID_FORM, checked_flag, checked_id, checked_moment, checked_text, key_hash
+from engagement.messages import BSUID_FORM, checked_flag, checked_id, checked_moment, checked_text
 from engagement.models import EngagementMessage, MessageStatus, qualified_name
 from engagement.statements import (
     FAILED,
@@ -110,9 +112,16 @@ def mask_address(jid: str | None) -> str | None:
     return f"{HIDDEN}{number[-2:] if len(number) > SHORTEST_NUMBER else ''}{at}{domain}"
 
 
-def pseudonym(user_id: str) -> str:
-    """Return eight characters that are the same for all messages of a user, and do not say who it is."""
-    return key_hash(user_id)[:8]
+_OF_THIS_PROCESS = secrets.token_bytes(32)
+
+
+def pseudonym(user_id: str, key: bytes = _OF_THIS_PROCESS) -> str:
+    """Return eight characters that are the same for all messages of a user, and do not say who it is.
+
+    They follow from `key`, a secret: of a plain hash, whoever tries all telephone numbers finds the one. Without a key
+    they are the same as long as this process runs.
+    """
+    return hmac.digest(key, user_id.encode(), "sha256")[:4].hex()
 
 
 # One message ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The admin page over HTTP: who comes in, what it shows and hides, what it does, and how little it reads."""
 
+import hashlib
 import json
 import logging
 import re
@@ -40,6 +41,7 @@ from engagement import migrations, process_message_queue
 from engagement.admin import anyone, create_admin, pages
 from engagement.admin.chart import HEIGHT, WIDTH, chart_of
 from engagement.inspection import Activity
+from engagement.messages import delivery_id
 from engagement.verification import verify
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "admin.md"
@@ -264,6 +266,33 @@ def test_who_may_see_it_has_to_ask_and_is_written_down(engine, caplog):
         for ids in (message_id, f"{other},{message_id}")
     ]
     assert [secret for secret in SECRETS if secret in caplog.text] == []
+
+
+def test_a_list_does_not_say_who_it_is_to_who_tries_all_numbers(engine):
+    """What stands for a person on a masked list follows from a secret: pages that share it show the same."""
+    queue(engine, new_message(NUMBER, destination_jid=f"{NUMBER}@s.whatsapp.net"))
+    shown = []
+    for secret in ("one", "one", "another"):
+        with admin_of(engine, secret_key=secret) as client:
+            page = client.get("messages").text
+            guesses = [NUMBER, f"{NUMBER}@s.whatsapp.net", new_message(NUMBER).key]
+            made = [
+                hashlib.new(name, guess.encode()).hexdigest()[:8]
+                for name in ("md5", "sha1", "sha256")
+                for guess in guesses
+            ]
+            made += [str(delivery_id(guess)) for guess in guesses]
+            assert [text for text in made if text in page] == []
+            shown.append(re.search(r'data-label="User">([0-9a-f]{8})<', page)[1])
+
+    assert shown[0] == shown[1] != shown[2]
+
+
+def test_the_document_says_what_masking_does_not_hide():
+    """A delivery id follows from the key: what is masked is hidden from a glance, not from who computes."""
+    for name in ("admin.md", "cli.md"):
+        said = " ".join((DOCUMENT.parent / name).read_text().split())
+        assert "hides from a glance, not from somebody who computes" in said
 
 
 def test_the_ends_of_the_calendar_can_be_shown(engine):

@@ -1,11 +1,14 @@
 """What a person is shown: timelines that say what is unknown, pages, an overview and activity, and nothing personal."""
 
 import re
+import subprocess
+import sys
 import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from conftest import execute, new_message, queue
+from shell import ROOT
 from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
@@ -346,6 +349,15 @@ def test_addresses_and_users_can_be_told_apart_but_not_known():
     assert mask_address(None) is None
     assert pseudonym("ana") == pseudonym("ana") != pseudonym("ben")
     assert "ana" not in pseudonym("ana")
+
+
+def test_a_pseudonym_is_made_with_a_secret():
+    """Who knows how they are made, and tries all numbers, finds none: another process makes other ones."""
+    assert pseudonym("447700900101", b"one") == pseudonym("447700900101", b"one")
+    assert len({pseudonym("447700900101", key) for key in (b"one", b"another")} | {pseudonym("447700900101")}) == 3
+    code = "from engagement.inspection import pseudonym; print(pseudonym('447700900101'))"
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT) for _ in range(2)]
+    assert len({run.stdout for run in runs}) == 2
 
 
 # Many messages

@@ -58,12 +58,15 @@ def create_admin(
     each page then has a button for it.
 
     Times are shown and read in `tz`. A page whose query takes longer than `patience` says so instead. Where several
-    processes serve the page, give all the same `secret_key`: it signs the tokens of the forms.
+    processes serve the page, give all the same `secret_key`: it signs the tokens of the forms and makes the pseudonyms.
     """
     if not callable(authentication):
         raise TypeError("authentication: must say who asks. To let everybody in, give engagement.admin.anyone")
     queue = Queue(for_own_transactions(engine, schema), schema, patience)
-    shown = Shown(queue, tz, Permission("may_reveal", may_reveal), Permission("may_act", may_act))
+    secret = secret_key or secrets.token_hex(32)
+    shown = Shown(
+        queue, tz, Permission("may_reveal", may_reveal), Permission("may_act", may_act), secret=secret.encode()
+    )
     admin = BaseAdmin(
         title="Engagement",
         base_url="",
@@ -73,7 +76,7 @@ def create_admin(
         templates_dir=str(files(__package__) / "templates"),
         index_view=OverviewPage(shown),
         middlewares=[Middleware(OwnCookies)],
-        secret_key=secret_key or secrets.token_hex(32),
+        secret_key=secret,
         timezone_config=None,
     )
     admin.templates.env.globals.update(path_for=path_for, sign_out=sign_out, **shown.words())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, tzinfo
 from typing import Any
 from urllib.parse import urlencode
@@ -66,6 +66,11 @@ class Shown:
     tz: tzinfo
     may_reveal: Permission
     may_act: Permission
+    secret: bytes = field(repr=False)
+
+    def pseudonym(self, user_id: str) -> str:
+        """Return what stands for a user."""
+        return inspection.pseudonym(user_id, self.secret)
 
     async def reveals(self, request: Request) -> bool:
         """Tell whether this page shows what is personal: it was asked for, and is allowed."""
@@ -215,7 +220,7 @@ class MessagesPage(Page):
             "messages.html",
             messages=page,
             mask=inspection.mask_address,
-            pseudonym=inspection.pseudonym,
+            pseudonym=self.shown.pseudonym,
             problem=problem,
             newer=_page_link(request, after=page[0].id) if page and (there_is_more if goes_up else before) else None,
             older=_page_link(request, before=page[-1].id) if page and (goes_up or there_is_more) else None,
@@ -251,7 +256,7 @@ class MessagesPage(Page):
             _log(request, "reveal", "revealed", message.id)
         # To mask a long history, as one written by hand may be, takes its time: other pages need not wait for it.
         timeline = await run_in_threadpool(inspection.timeline, message, reveal=reveals)
-        facts = await run_in_threadpool(_facts, message, reveal=reveals)
+        facts = await run_in_threadpool(_facts, message, self.shown.pseudonym, reveal=reveals)
         return await self.render(
             request,
             "message.html",
@@ -372,13 +377,13 @@ def _page_link(request: Request, **place: int) -> str:
     return f"?{urlencode(kept | place)}"
 
 
-def _facts(message: EngagementMessage, *, reveal: bool) -> list[tuple[str, object]]:
+def _facts(message: EngagementMessage, pseudonym: Callable[[str], str], *, reveal: bool) -> list[tuple[str, object]]:
     """Return what is known of a message but its timeline, as (name, value) pairs; None is shown as a dash."""
     error, key = message.error_message, message.idempotency_key
     params = json.dumps(message.message_params, ensure_ascii=False, indent=2)
     hidden = inspection.HIDDEN
     return [
-        ("User", message.user_id if reveal else inspection.pseudonym(message.user_id)),
+        ("User", message.user_id if reveal else pseudonym(message.user_id)),
         ("To", message.destination_jid if reveal else inspection.mask_address(message.destination_jid)),
         ("Destination", message.destination),
         ("Type", message.message_type),
