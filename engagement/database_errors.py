@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError
@@ -18,6 +21,35 @@ _NOT_MIGRATED = frozenset({"42P01", "42703", "3F000"})
 
 class CannotConnect(SQLAlchemyError):  # noqa: N818 - what happened
     """No connection could be made, and neither the driver nor the server says so: its cause is a hook of the host's."""
+
+
+class NotReplicated(SQLAlchemyError):  # noqa: N818 - what happened
+    """The server has committed, but warned that it did less than was asked for.
+
+    A synchronous standby that it did not wait for, say: if that one is promoted, nothing of the transaction happened.
+    """
+
+
+@contextmanager
+def transaction(connection: Connection) -> Iterator[None]:
+    """Commit what the block does. Raises `NotReplicated` for a commit that the server warned of."""
+    driver: Any = connection.connection.driver_connection
+    warned: list[str] = []
+
+    def hear(notice: Any) -> None:
+        # By what is the same in every language. A deferred trigger of the host's may warn as well, of what it likes.
+        if notice.severity_nonlocalized == "WARNING" and notice.source_function != "exec_stmt_raise":
+            warned.append(notice.sqlstate)
+
+    driver.add_notice_handler(hear)
+    try:
+        with connection.begin():
+            yield
+            warned.clear()
+    finally:
+        driver.remove_notice_handler(hear)
+    if warned:
+        raise NotReplicated
 
 
 def connect(engine: Engine) -> Connection:
@@ -39,7 +71,7 @@ def sqlstate(error: BaseException) -> str | None:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the database may answer differently later: it was not reached, is starting, or was too busy."""
-    if isinstance(error, PoolTimeout | CannotConnect):
+    if isinstance(error, PoolTimeout | CannotConnect | NotReplicated):
         return True
     if not isinstance(error, DBAPIError):
         return False

@@ -25,7 +25,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engagement import claims, observing
 from engagement.claims import Holder
-from engagement.database_errors import CannotConnect, connect, describe, is_transient, is_undone
+from engagement.database_errors import (
+    CannotConnect,
+    connect,
+    describe,
+    is_transient,
+    is_undone,
+    transaction,
+)
 from engagement.messages import OutgoingMessage
 from engagement.models import EARLIEST, MessageStatus
 from engagement.observing import Round
@@ -531,7 +538,7 @@ class Delivery:
             if not self._database_was_reached and error.__cause__ is not None:
                 raise error.__cause__ from None  # It may never work, and who starts the worker should see why.
             raise
-        with connection, connection.begin():
+        with connection, transaction(connection):
             yield connection
 
     def _gives_up(self, lost_at: float) -> bool:

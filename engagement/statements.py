@@ -320,14 +320,22 @@ RECOVERY = "/recovery/"
 """Comes after the name of who took a message over, and before how many workers were lost with it."""
 _LOST_WORKERS = f"{RECOVERY}([0-9]+)$"
 _WEAK_COMMITS = ("off", "local", "remote_write")
+_MUTE = ("error", "fatal", "panic")
 
 
 def _durably() -> ColumnElement[Any]:
-    """Make this transaction's commit survive a server crash whatever the host's setting: a lost claim is sent again."""
-    setting = _word("synchronous_commit")
-    is_weak = func.current_setting(setting).in_([_word(word) for word in _WEAK_COMMITS])
-    made_strong = case((is_weak, func.set_config(setting, _word("on"), literal_column("true"))))
-    return _unseen(made_strong).label("durable")  # Once, and not for each row.
+    """Make this transaction's commit survive a server crash whatever the host's setting: a lost claim is sent again.
+
+    And let the server warn of a commit that a standby does not have.
+    """
+    made_so = [
+        case((func.current_setting(name).in_([_word(word) for word in unfit]), func.set_config(name, fit, true())))
+        for name, unfit, fit in (
+            (_word("synchronous_commit"), _WEAK_COMMITS, _word("on")),
+            (_word("client_min_messages"), _MUTE, _word("warning")),
+        )
+    ]
+    return _unseen(func.concat(*made_so)).label("durable")  # Once, and not for each row.
 
 
 def _after() -> ColumnElement[bool]:
@@ -511,12 +519,14 @@ def _next_attempt(given: Any) -> ColumnElement[Any]:
 def attempts_of() -> Executable:
     """Return what became of messages whose verdicts were not recorded: (id, attempt, claimed_by, status, latest).
 
-    `latest` is [attempt, event] of the last entry in the history.
+    `latest` is [attempt, event] of the last entry in the history. They are locked: to find them recorded by an earlier
+    commit would commit nothing, and not wait for a standby that lacks that one.
     """
     entry = C.history[-1]
     latest = func.jsonb_build_array(entry["attempt"], entry["event"], type_=JSONB).label("latest")
     columns = C.id, C.attempt, C.claimed_by, C.status, latest
-    return select(*columns).where(C.id == any_(bindparam("ids", type_=ARRAY(BigInteger))))
+    these = C.id == any_(bindparam("ids", type_=ARRAY(BigInteger)))
+    return select(*columns).where(these).order_by(C.id).with_for_update(**_LOCKED)
 
 
 _is_of_another_claim = and_(
