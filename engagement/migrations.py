@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from sqlalchemy import Connection, Engine
 
-from engagement import statements
+from engagement import adopting, statements
 from engagement.models import TABLE_NAME, TextOf, checked_schema
 from engagement.statements import schema_in_force
 
@@ -54,10 +54,30 @@ def upgrade(
     there is no policy. Once it is on it stays on.
     """
     from alembic import command
+    from alembic.util import CommandError
 
     with _connected(bind, schema) as (connection, place):
+        if adopting.is_anothers(connection, place):
+            raise CommandError(f"{TABLE_NAME} is there, and is not ours. See docs/migrations.md, or: engagement adopt")
         config = _config(connection=connection, schema=place, row_level_security=row_level_security)
         command.upgrade(config, revision)
+
+
+def adopt(bind: Engine | Connection, *, schema: str | None = None) -> int:
+    """Make ours what an earlier service queued in a table of our name; return how many messages those were.
+
+    Its keys go on blocking, and what it may have sent is in doubt, not sent again. Its table is moved, as it is, into a
+    new schema `engagement_before`, for you to drop. On an `Engine` this commits; on a `Connection` the caller does.
+    Raises Alembic's `CommandError` if there is no such table.
+    """
+    from alembic.util import CommandError
+
+    with _connected(bind, schema) as (connection, place):
+        if not adopting.is_anothers(connection, place):
+            raise CommandError(f"there is no {TABLE_NAME} of another service to adopt")
+        adopting.set_aside(connection, place)
+        upgrade(connection, schema=place)
+        return adopting.copy(connection, place)
 
 
 def downgrade(bind: Engine | Connection, revision: str = "base", *, schema: str | None = None) -> None:

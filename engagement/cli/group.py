@@ -21,6 +21,7 @@ from engagement.cli.problems import NEEDS_ATTENTION, USAGE, Problem
 SECTIONS = {
     "Set up": {
         "upgrade": "migrating:upgrade",
+        "adopt": "migrating:adopt",
         "downgrade": "migrating:downgrade",
         "current": "migrating:current",
         "demo": "offline:demo",

@@ -44,6 +44,19 @@ def upgrade(database: Database, revision: str, *, sql: bool, row_level_security:
     click.echo(f"already at {now}" if now == before else f"upgraded to {now}")
 
 
+@command(epilog=examples("engagement adopt"))
+@on_database
+def adopt(database: Database) -> None:
+    """Take over the messages of an earlier service, whose table has our name.
+
+    Stop that service first. Its keys go on blocking, what it may have sent is in doubt, and its table is moved into the
+    schema engagement_before.
+    """
+    with _migration_problems(), database.engine() as engine:
+        messages = migrations.adopt(engine, schema=database.schema)
+    click.echo(f"adopted {in_number(messages)}; the earlier table is in the schema engagement_before")
+
+
 @command(epilog=examples("engagement downgrade eng_0001", "engagement downgrade base --yes"))
 @click.argument("revision", default="base")
 @click.option("--yes", is_flag=True, help="Do not ask.")
