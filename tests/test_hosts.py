@@ -408,6 +408,40 @@ def test_a_host_of_dataclasses_maps_the_mixin_beside_them(empty_engine):
     queue_and_send(empty_engine)
 
 
+def test_a_host_of_sqlmodel_maps_the_mixin_beside_its_models(empty_engine, engine):
+    """SQLModel cannot take the mixin; a plain Base on its metadata can, and its models refer to messages."""
+    sqlmodel = pytest.importorskip("sqlmodel")
+    with pytest.raises(Exception, match="schema") as raised:
+        type("Message", (EngagementMessageMixin, sqlmodel.SQLModel), {}, table=True)
+    assert type(raised.value).__name__ == "PydanticSchemaGenerationError"
+    sqlmodel.SQLModel.metadata.clear()
+
+    class PlainBase(DeclarativeBase):
+        metadata = sqlmodel.SQLModel.metadata
+
+    class Message(EngagementMessageMixin, PlainBase):
+        pass
+
+    class Reply(sqlmodel.SQLModel, table=True):
+        id: int | None = sqlmodel.Field(default=None, primary_key=True)
+        message_id: int = sqlmodel.Field(foreign_key="engagement_message_queue.id")
+
+    sqlmodel.SQLModel.metadata.create_all(empty_engine)
+    assert catalogue(empty_engine) == catalogue(engine)
+    message_id = queue_and_send(empty_engine)
+    with sqlmodel.Session(empty_engine) as session:
+        session.add(Reply(message_id=message_id))
+        session.commit()
+        assert session.exec(sqlmodel.select(Message).join(Reply)).one().status is MessageStatus.SENT
+
+
+def test_the_readme_says_what_keeps_a_hosts_autogenerate_from_our_tables():
+    """Who follows the README alone must not be proposed to drop them."""
+    readme = " ".join((TESTS.parent / "README.md").read_text().split())
+
+    assert "`include_name=engagement.migrations.includes_all_but_ours`" in readme
+
+
 def test_a_base_in_a_schema_is_named_to_the_repository_and_the_worker(empty_engine):
     """The host's MetaData has a schema: `schema=` says the same to us, and both see the same rows."""
 
