@@ -116,12 +116,12 @@ def upgrade_sql(
     command.upgrade(config, revision, sql=True)
 
 
-def includes_ours(name: str | None, type_: str, parent_names: Mapping[str, Any]) -> bool:
+def includes_ours(name: str | None, type_: str, parent_names: Mapping[Any, Any]) -> bool:
     """Be the `include_name` of our own autogenerate: the host's tables are none of our business."""
     return type_ == "schema" or _is_ours(name, type_, parent_names)
 
 
-def includes_all_but_ours(name: str | None, type_: str, parent_names: Mapping[str, Any]) -> bool:
+def includes_all_but_ours(name: str | None, type_: str, parent_names: Mapping[Any, Any]) -> bool:
     """Be the `include_name` of a host's autogenerate, which would otherwise propose to drop our tables."""
     return type_ == "schema" or not _is_ours(name, type_, parent_names)
 
@@ -133,7 +133,7 @@ def render_plain_types(type_: str, item: Any, autogen_context: AutogenContext) -
     return False
 
 
-def _is_ours(name: str | None, type_: str, parent_names: Mapping[str, Any]) -> bool:
+def _is_ours(name: str | None, type_: str, parent_names: Mapping[Any, Any]) -> bool:
     table = name if type_ == "table" else parent_names.get("table_name")
     return table in {TABLE_NAME, VERSION_TABLE}
 
