@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.crowded import claim_from_a_crowd
 from benchmarks.draining import drain
+from benchmarks.exchanging import send
 from benchmarks.idling import idle
 from benchmarks.old_snapshot import drain_under_an_old_snapshot
 from benchmarks.queueing import queue_many, queue_one
@@ -26,6 +27,7 @@ WORKS: dict[str, Work] = {
     "old-snapshot": drain_under_an_old_snapshot,
     "idle": idle,
     "vacuum": queue_and_drain_under_autovacuum,
+    "send": send,
 }
 
 

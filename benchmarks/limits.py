@@ -13,6 +13,7 @@ from engagement import OutgoingMessage, Sent
 from engagement.claims import START, Holder, claim, settle
 from engagement.models import Destination
 from engagement.outcomes import decide
+from engagement.sending import Claim
 
 
 class FloorInSQLAlchemy(Floor):
@@ -51,18 +52,18 @@ class OurStatements(Floor):
         )
 
         def drain() -> None:
-            messages: list[OutgoingMessage] = []
+            claims: list[Claim] = []
             position = START
             while True:
                 with engine.begin() as connection:
-                    if messages:
-                        settle(connection, [(message, sent) for message in messages])
+                    if claims:
+                        settle(connection, [(held, sent) for held in claims])
                     claimed = claim(
                         connection, holder, limit=self.batch, after=position, busy=(), one_per_destination=not many
                     )
-                messages = [each.message for each in claimed.claims]
+                claims = claimed.claims
                 position = claimed.go_on_after or position
-                if not messages:
+                if not claims:
                     return
 
         return drain

@@ -22,9 +22,9 @@ from engagement.sending import checked_lease
 from engagement.transports.exchange import Connections
 from engagement.transports.http import Answer, Proof, Silence, what_it_proves
 
-IDLE_CONNECTION_SECONDS = 2.0
-"""Well below the 5 s after which Node's HTTP server closes an idle connection: a request that is written to one that
-is just being closed would be in doubt for nothing."""
+IDLE_CONNECTION_SECONDS = 1.5
+"""Well below the 2 s after which gunicorn closes an idle connection, and the 5 s of Node: a request that is written to
+one that is just being closed would be in doubt for nothing."""
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=1), timedelta(minutes=15)
 PATIENCE_SECONDS = 4.0
 """A pause that is over so soon is waited out by `ready()`: a run for a cron job ends when it hears no."""

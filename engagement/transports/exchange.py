@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
@@ -46,8 +46,9 @@ LARGEST_HEAD = 32 * 1024
 """Bytes of a status line and its headers, of a chunk's size and extension, of trailers."""
 MOST_INTERIM_ANSWERS = 20
 """So many 1xx may come before the answer."""
-SETTLING_SECONDS = 0.001
-"""A connection that became free only now is watched for so long: what was written behind the answer is still coming."""
+SETTLING_SECONDS = 0.0005
+"""A connection that became free only now is watched for so long: what was written behind the answer is still coming.
+So is one that is new: what speaks first is no HTTP server, and what it says is no answer."""
 DISTRUST_SECONDS = 600.0
 """So long no connection is used twice after one of them had something left on it: next time it may come too late to be
 told from the answer to the next request."""
@@ -182,10 +183,15 @@ class Connections:
                     _tunnel(connected, origin, proxy, connect_by)
                 connected.settimeout(_left(connect_by))
                 connected = self._context.wrap_socket(connected, server_hostname=origin.host)
-            return _Connection(connected)
+            connection = _Connection(connected)
         except BaseException:
             connected.close()
             raise
+        connection.look_again(self._idle_seconds)
+        if not connection.is_free:
+            connection.close()
+            raise ConnectError
+        return connection
 
 
 class _Connection:
@@ -199,8 +205,9 @@ class _Connection:
         self._readable.register(connected, select.POLLIN)
         self._writable.register(connected, select.POLLOUT)
         self._wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=LARGEST_HEAD)
-        self._free_since = 0.0
-        self.is_free = self.has_surplus = False
+        self._free_since = monotonic()
+        self.is_free = True
+        self.has_surplus = False
 
     def close(self) -> None:
         self._socket.close()
@@ -209,8 +216,9 @@ class _Connection:
         """Let it not be free any more if it was closed, was idle for too long, or brought what nobody had asked for."""
         idle_for = monotonic() - self._free_since
         self.is_free = idle_for <= idle_seconds
-        settling = math.ceil(max(SETTLING_SECONDS - idle_for, 0) * 1000)
-        if self.is_free and (self._readable.poll(settling) or self._tls is not None):
+        if idle_for < SETTLING_SECONDS:
+            sleep(SETTLING_SECONDS - idle_for)
+        if self.is_free and (self._readable.poll(0) or self._tls is not None):
             try:
                 self.has_surplus = bool(self._socket.recv(1))
                 self.is_free = False

@@ -86,7 +86,7 @@ class ConnectTimeout(NothingWritten):
 
 
 class ConnectError(NothingWritten):
-    """There was no connection: no such name, refused, TLS."""
+    """There was no connection: no such name, refused, TLS; or who answered spoke first."""
 
 
 class ProxyError(NothingWritten):
@@ -123,7 +123,7 @@ def what_it_proves(failure: Answer | Silence) -> Proof:
     |---|---|---|
     | UnsendableRequest | not sent, stopped | HTTP has no such request: the address, session or key is wrong |
     | PoolTimeout, ConnectTimeout, ConnectError, ProxyError | not sent, wait | there was no connection (no free place, \
-DNS, refused, TLS, proxy), so not one byte was written |
+DNS, refused, TLS, proxy, or something that speaks before it is asked), so not one byte was written |
     | WriteTimeout | in doubt | the last byte may have been written before |
     | ReadTimeout, ReadError, RemoteProtocolError, every other error | in doubt | the request was or may have been \
 written, and no answer came |

@@ -1,5 +1,6 @@
 """One exchange: what is shared, what is not, how long it may take, and by which way it goes."""
 
+import contextlib
 import os
 import socket
 import ssl
@@ -70,6 +71,27 @@ def test_a_connection_on_which_something_came_is_not_used_again(scheme):
             assert deliver(one) == Sent("own")
 
         assert (len(server.received), server.connections) == (6, 6)
+
+
+@pytest.mark.parametrize("greeting", [Reply(201, "forged").encode(), b"SSH-2.0-OpenSSH_9.9\r\n", b"\0"])
+def test_what_speaks_first_is_not_written_to(greeting, monkeypatch):
+    """An answer that comes before the question is none: nothing is sent to who gives it."""
+    monkeypatch.setattr("engagement.transports.exchange.SETTLING_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        heard = []
+
+        def greet():
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(greeting)
+                with contextlib.suppress(ConnectionError):
+                    heard.append(connection.recv(1))
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        assert deliver(client(f"http://127.0.0.1:{listener.getsockname()[1]}")) == NotSent("test: ConnectError")
+        thread.join(5)
+        assert not any(heard)
 
 
 def test_a_connection_is_used_again_over_tls():
