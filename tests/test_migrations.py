@@ -102,13 +102,13 @@ def test_a_change_of_a_living_table_does_not_wait_for_ever(empty_engine):
         migrations.upgrade(connection, first)
         event.listen(connection, "before_cursor_execute", lambda _c, _cursor, statement, *_: executed.append(statement))
         for revision in later:
-            executed.append("next")
+            executed.append("-- a step")
             migrations.upgrade(connection, revision)
         for revision in reversed([None, *revisions()[:-1]]):
-            executed.append("next")
+            executed.append("-- a step")
             migrations.downgrade(connection, revision or "base")
 
-    for step in "\n".join(executed).split("next")[1:]:
+    for step in "\n".join(executed).split("-- a step")[1:]:
         changes = [
             step.index(word) for word in ("ALTER TABLE", "DROP TABLE", "CREATE INDEX", "DROP INDEX") if word in step
         ]
