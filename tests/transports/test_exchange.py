@@ -219,6 +219,7 @@ def test_a_proxy_that_is_not_supported_is_refused_at_once(url, monkeypatch):
         client("https://gateway.example")
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # what is tested here
 def test_a_child_process_shares_nothing_with_its_parent():
     """After a fork, also in the middle of a send and of a lock, the child sends over connections of its own."""
     is_held, goes_on = threading.Event(), threading.Event()
