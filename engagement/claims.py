@@ -51,19 +51,17 @@ def claim(
     after: Position,
     busy: Collection[str],
     one_per_destination: bool,
+    broken: Collection[int] = (),
     idempotent: bool = False,
 ) -> Claimed:
-    """Claim up to `limit` due messages behind `after`, oldest first, none to a destination in `busy`.
+    """Claim up to `limit` due messages behind `after`, oldest first, none to a destination in `busy` or in `broken`.
 
     What may have left is only claimed for a transport that is `idempotent`; else it is parked in doubt.
     """
     until = _held_until(holder.lease)
     values = {
+        **where_due(after, busy, broken),
         "limit": limit,
-        "after_at": after[0],
-        "after_id": after[1],
-        # A message that was forgotten while it was being sent goes nowhere.
-        "busy": _pack(jid for jid in busy if jid),
         "lease": holder.lease,
         "worker": holder.name,
         "idempotent": idempotent,
@@ -80,15 +78,33 @@ def claim(
     )
 
 
-def take_over(connection: Connection, holder: Holder, *, limit: int, held: Iterable[int]) -> list[Claim]:
+def where_due(after: Position, busy: Collection[str], broken: Collection[int]) -> dict[str, Any]:
+    """Return the parameters that say which due messages are meant."""
+    return {
+        "after_at": after[0],
+        "after_id": after[1],
+        # A message that was forgotten while it was being sent goes nowhere.
+        "busy": _pack(jid for jid in busy if jid),
+        "broken": _pack(map(str, broken)),
+    }
+
+
+def take_over(
+    connection: Connection, holder: Holder, *, limit: int, held: Collection[int], broken: Collection[int] = ()
+) -> list[Claim]:
     """Take over up to `limit` messages whose worker was lost, under names that `adopt` does not know."""
     until = _held_until(holder.lease)
-    values = {"limit": limit, "held": _pack(map(str, held)), "lease": holder.lease, "recoverer": holder.name}
+    values = {**where_lost(held, broken), "limit": limit, "lease": holder.lease, "recoverer": holder.name}
     rows = connection.execute(statements.take_over_expired_leases(), values)
     return [
         _claim(row, claimed_by, until, lost_workers=int(claimed_by.rpartition(statements.RECOVERY)[2]))
         for *row, claimed_by in rows
     ]
+
+
+def where_lost(held: Collection[int], broken: Collection[int]) -> dict[str, Any]:
+    """Return the parameters that say which messages are not meant, though their leases ran out."""
+    return {"held": _pack(map(str, {*held, *broken}))}
 
 
 def adopt(connection: Connection, holder: Holder, *, names: Collection[str]) -> list[Claim]:

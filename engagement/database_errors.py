@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 # Connection, transaction rollback, resources, operator intervention.
@@ -23,6 +23,10 @@ class CannotConnect(SQLAlchemyError):  # noqa: N818 - what happened
     """No connection could be made, and neither the driver nor the server says so: its cause is a hook of the host's."""
 
 
+class DriverFailed(SQLAlchemyError):  # noqa: N818 - what happened
+    """The driver cannot write a value, or nobody can read one, which is no error of the database: it is the cause."""
+
+
 class NotReplicated(SQLAlchemyError):  # noqa: N818 - what happened
     """The server has committed, but warned that it did less than was asked for.
 
@@ -32,7 +36,10 @@ class NotReplicated(SQLAlchemyError):  # noqa: N818 - what happened
 
 @contextmanager
 def transaction(connection: Connection) -> Iterator[None]:
-    """Commit what the block does. Raises `NotReplicated` for a commit that the server warned of."""
+    """Commit what the block does. Raises `NotReplicated` for a commit that the server warned of.
+
+    What the block raises and is no error of the database becomes a `DriverFailed`, and undoes it as one of those does.
+    """
     driver: Any = connection.connection.driver_connection
     warned: list[str] = []
 
@@ -44,7 +51,12 @@ def transaction(connection: Connection) -> Iterator[None]:
     driver.add_notice_handler(hear)
     try:
         with connection.begin():
-            yield
+            try:
+                yield
+            except SQLAlchemyError:
+                raise
+            except Exception as error:
+                raise DriverFailed from error
             warned.clear()
     finally:
         driver.remove_notice_handler(hear)
@@ -92,6 +104,20 @@ def is_not_migrated(error: BaseException) -> bool:
     return sqlstate(error) in _NOT_MIGRATED
 
 
+# Data, integrity, program limits, RAISE in a trigger, and what is corrupt.
+_OF_DATA_CLASSES = frozenset({"22", "23", "54", "P0", "XX"})
+
+
+def is_of_one_message(error: BaseException) -> bool:
+    """Whether it may be the data of one message, of all that a statement spoke of, that made it fail."""
+    if not isinstance(error, SQLAlchemyError) or isinstance(error, DriverFailed):
+        return True
+    if not isinstance(error, DBAPIError):
+        return isinstance(error, StatementError)
+    state = sqlstate(error)
+    return not is_transient(error) if state is None else state[:2] in _OF_DATA_CLASSES
+
+
 def is_unreadable(error: BaseException) -> bool:
     """Whether a row holds what Python has no value for, such as a moment that is infinity. The driver says so."""
     return isinstance(error, DataError) and sqlstate(error) is None
@@ -99,6 +125,6 @@ def is_unreadable(error: BaseException) -> bool:
 
 def describe(error: BaseException) -> str:
     """Return what a log may say of a database error: no statement, no parameters, no DETAIL with a row in it."""
-    name = type(error.__cause__ if isinstance(error, CannotConnect) else error).__name__
+    name = type(error.__cause__ if isinstance(error, CannotConnect | DriverFailed) else error).__name__
     state = sqlstate(error)
     return name if state is None else f"{name} {state}"

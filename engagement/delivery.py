@@ -18,17 +18,20 @@ from datetime import timedelta
 from functools import partial
 from itertools import count
 from queue import Empty
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from engagement import claims, observing
+from engagement import claims, observing, one_by_one
 from engagement.claims import Holder
 from engagement.database_errors import (
     CannotConnect,
+    DriverFailed,
     connect,
     describe,
+    is_of_one_message,
     is_transient,
     is_undone,
     transaction,
@@ -47,6 +50,7 @@ from engagement.outcomes import (
     clean_reason,
     decide,
     exponential_backoff,
+    storable,
 )
 from engagement.sending import CLOSE_SECONDS, Claim, Position, Sender, clock
 from engagement.tally import ProcessResult, Tally, logger
@@ -66,6 +70,8 @@ LONGEST_RESTART_SECONDS = 60.0
 """But it is put off for no longer: that one took long may also have been a lock, or a machine that slept."""
 LOST = 0.0
 """A lease that ran out long ago, by `clock`."""
+MEND_SECONDS = 60.0
+"""How soon a message that could not be claimed is tried again: somebody may have mended it."""
 EXTEND_AGAIN_SECONDS = 1.0
 """How soon leases that could not be extended are tried again."""
 STOP_SECONDS = 1.0
@@ -98,6 +104,7 @@ class Delivery:
         self._in_hand: dict[int, Claim] = {}
         self._decided: list[tuple[Claim, Verdict]] = []
         self._overdue: set[Claim] = set()
+        self._broken: set[int] = set()
         self._position = claims.START
         self._readiness: Future[Any] | None = None
         self._was_ready = False
@@ -109,7 +116,7 @@ class Delivery:
         self._database_was_reached = False
         self._tally = Tally(errors_kept=None if until_empty else ERRORS_KEPT)
         # When something is to be done next, by `clock`.
-        self._restart_at = self._recover_at = self._ask_at = 0.0
+        self._restart_at = self._recover_at = self._ask_at = self._mend_at = 0.0
         self._latest: Claim | None = None
         self._extend_at = clock() + self._lease / 3
         self._adopt_until = 0.0
@@ -132,7 +139,7 @@ class Delivery:
             self._release_unstarted()
             self._sender.close()
         if self._failure is not None:
-            raise self._failure
+            raise (isinstance(self._failure, DriverFailed) and self._failure.__cause__) or self._failure
         return self._tally.result()
 
     def _is_over(self) -> bool:
@@ -151,9 +158,7 @@ class Delivery:
         if not self._decided and not wanted and not is_to_give_back:
             return False
         try:
-            taken = self._in_transaction(
-                partial(self._settle_and_take, wanted=wanted), known=partial(self._settle_and_take, wanted=0)
-            )
+            taken = self._taken(wanted)
         except SQLAlchemyError as error:
             if self._failure is not None or is_transient(error):
                 raise
@@ -168,23 +173,39 @@ class Delivery:
         was_put_off = wanted > 0 and not taken.name
         return taken.any or was_put_off
 
-    def _settle_and_take(self, connection: Connection, *, wanted: int) -> _Taken:
+    def _taken(self, wanted: int) -> _Taken | None:
+        """Do it with all messages at once, or one by one if the data of one of them make that fail."""
+        for how in (claims, one_by_one):
+            work, known = (partial(self._settle_and_take, how, wanted=number) for number in (wanted, 0))
+            try:
+                return self._in_transaction(work, known=known)
+            except SQLAlchemyError as error:
+                if how is one_by_one or not is_of_one_message(error):
+                    raise
+                logger.warning("engagement.one_by_one error=%s", describe(error))
+                self._name = storable(self._name) or ""
+        raise AssertionError
+
+    def _settle_and_take(self, how: ModuleType, connection: Connection, *, wanted: int) -> _Taken:
         """Change nothing but the database; the whole is done again if the database is lost on the way."""
         taken = _Taken()
         if self._decided:
-            taken.recorded = claims.settle(connection, self._decided)
+            taken.recorded = how.settle(connection, self._decided)
         if not wanted or self._stop.is_set():
             self._give_back_unstarted(connection)
             return taken
         holder = self._next_holder()
         taken.name = holder.name
         taken.claims += self._adopt(connection, holder)
+        if clock() >= self._mend_at:
+            self._mend_at = clock() + MEND_SECONDS
+            self._broken.clear()
         if clock() >= self._recover_at:
-            lost = claims.take_over(connection, holder, limit=wanted, held=self._in_hand)
+            lost = how.take_over(connection, holder, limit=wanted, held=self._in_hand, broken=self._broken)
             taken.recovered_all = len(lost) < wanted
             taken.claims += map(self._unless_it_kills, lost)
         if wanted > len(taken.claims):
-            self._claim(connection, holder, taken, limit=wanted - len(taken.claims))
+            self._claim(how, connection, holder, taken, limit=wanted - len(taken.claims))
         return taken
 
     def _unless_it_kills(self, claim: Claim) -> Claim:
@@ -206,15 +227,16 @@ class Delivery:
         earlier = [name for name in self._unacknowledged if name != holder.name]
         return claims.adopt(connection, holder, names=earlier) if earlier else []
 
-    def _claim(self, connection: Connection, holder: Holder, taken: _Taken, *, limit: int) -> None:
+    def _claim(self, how: ModuleType, connection: Connection, holder: Holder, taken: _Taken, *, limit: int) -> None:
         for after in self._claim_from():
             asked_at = clock()
-            claimed = claims.claim(
+            claimed = how.claim(
                 connection,
                 holder,
                 limit=limit,
                 after=after,
                 busy=self._busy(taken.claims),
+                broken=self._broken,
                 one_per_destination=not self._sender.sends_many,
                 idempotent=self._sender.idempotent,
             )
@@ -455,8 +477,14 @@ class Delivery:
             return
         held = list(self._in_hand.values())
         try:
-            with self._begin() as connection:
-                extended = claims.extend(connection, self._worker.lease, held)
+            try:
+                with self._begin() as connection:
+                    extended = claims.extend(connection, self._worker.lease, held)
+            except SQLAlchemyError as error:
+                if not is_of_one_message(error):
+                    raise
+                with self._begin() as connection:
+                    extended = one_by_one.extend(connection, self._worker.lease, held)
         except SQLAlchemyError as error:
             if not is_transient(error):
                 self._failure = self._failure or error  # What is in hand is finished before it is raised.

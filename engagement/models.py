@@ -37,6 +37,10 @@ LATEST = datetime(9999, 12, 30, tzinfo=UTC)
 """The moments that both PostgreSQL and Python can hold in every time zone."""
 
 
+MOST_COUNTED = 1_000_000_000
+"""What `attempt` and `retry_count` can be: so much is added to neither that PostgreSQL has no integer for it."""
+
+
 class MessageStatus(StrEnum):
     """Where a message stands. `pending → sending → sent`, and what else can become of it."""
 
@@ -184,6 +188,9 @@ class EngagementMessageMixin:
             _check("message_params_is_object", "jsonb_typeof(message_params) = 'object'"),
             _check("history_is_array", "jsonb_typeof(history) = 'array'"),
             _check("counters_not_negative", "attempt >= 0 AND retry_count >= 0"),
+            # What a claim, a settlement and a recovery reckon with must have a next number.
+            _check("counters_bounded", f"attempt <= {MOST_COUNTED} AND retry_count <= {MOST_COUNTED}"),
+            _check("claimed_by_form", "char_length(claimed_by) <= 3000 AND claimed_by !~ '/recovery/[0-9]{7,}$'"),
             _check("sent_iff_sent_at", "(status = 'sent') = (sent_at IS NOT NULL)"),
             _check("sending_iff_lease", "(status = 'sending') = (lease_expires_at IS NOT NULL)"),
             _check("ended_without_doubt", f"NOT (has_doubt AND status IN ({_words(FINISHED)}))"),

@@ -250,3 +250,8 @@ def clean_reason(text: object) -> str | None:
         return text or None  # As a provider's message id is.
     printable = "".join(character if character.isprintable() else " " for character in text[: 2 * MAX_REASON])
     return " ".join(printable.split())[:MAX_REASON] or None
+
+
+def storable(text: str | None) -> str | None:
+    """Return a text as a database of any encoding can store it, in ASCII: an arrow as a backslash and `u2192`."""
+    return None if text is None else text.encode("ascii", "backslashreplace").decode("ascii")

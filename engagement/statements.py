@@ -58,7 +58,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.schema import CreateTable, DropTable
 from sqlalchemy.types import TypeEngine
 
-from engagement.models import FINISHED, EngagementMessage, checked_schema
+from engagement.models import FINISHED, MOST_COUNTED, EngagementMessage, checked_schema
 
 QUEUE: Table = EngagementMessage.__table__  # type: ignore[assignment]  # declared as FromClause
 C = QUEUE.c
@@ -318,7 +318,9 @@ _LOCKED: dict[str, Any] = {"key_share": True}
 _LOCKED_UNLESS_BY_OTHERS: dict[str, Any] = {**_LOCKED, "skip_locked": True}
 RECOVERY = "/recovery/"
 """Comes after the name of who took a message over, and before how many workers were lost with it."""
-_LOST_WORKERS = f"{RECOVERY}([0-9]+)$"
+MOST_LOST_WORKERS = 999_999
+"""As far as they are counted."""
+_LOST_WORKERS = f"{RECOVERY}([0-9]{{1,6}})$"
 _WEAK_COMMITS = ("off", "local", "remote_write")
 _MUTE = ("error", "fatal", "panic")
 
@@ -351,18 +353,7 @@ def claim(*, one_per_destination: bool) -> Executable:
     have left, unless the transport is `idempotent`: only under one delivery id with one effect may they be sent again.
     With `one_per_destination` only the first to each destination is claimed, so that one worker keeps their order.
     """
-    due = (
-        select(_ctid, C.id, C.destination_jid, C.next_attempt_at)
-        .where(
-            is_due,
-            _after(),
-            C.destination_jid != _each_of("busy", Text()),
-        )
-        .order_by(C.next_attempt_at, C.id)
-        .limit(_unseen(_limit))
-        .with_for_update(**_LOCKED_UNLESS_BY_OTHERS)
-        .subquery("due")
-    )
+    due = _due(_ctid, C.id, C.destination_jid, C.next_attempt_at).limit(_unseen(_limit)).subquery("due")
     chosen = _first_of_each_destination(due) if one_per_destination else select(due.c.ctid)
     expired = C.expires_at <= NOW
     may_have_left = and_(C.has_doubt, ~bindparam("idempotent", type_=Boolean))
@@ -384,6 +375,23 @@ def claim(*, one_per_destination: bool) -> Executable:
     )
 
 
+def _due(*columns: ColumnElement[Any]) -> Select[Any]:
+    return (
+        select(*columns)
+        .where(
+            is_due, _after(), C.destination_jid != _each_of("busy", Text()), C.id != _each_of("broken", BigInteger())
+        )
+        .order_by(C.next_attempt_at, C.id)
+        .with_for_update(**_LOCKED_UNLESS_BY_OTHERS)
+    )
+
+
+@cache
+def next_due() -> Executable:
+    """Return the id of what `claim` comes to first, and lock it."""
+    return _due(C.id).limit(_number(1))
+
+
 def _first_of_each_destination(due: Subquery) -> Select[Any]:
     place = func.row_number().over(partition_by=due.c.destination_jid, order_by=(due.c.next_attempt_at, due.c.id))
     numbered = select(due.c.ctid, place.label("place")).subquery("numbered")
@@ -397,18 +405,28 @@ def take_over_expired_leases() -> Executable:
     So a late worker can still settle its attempt, and two processors do not recover the same message at once. Returns
     the name that each is held by, which ends in how many workers were lost with it.
     """
-    lost = (
+    lost = _lost().limit(_unseen(_limit))
+    # Cut, so that no number of a hand-written name is too large.
+    so_far = cast(func.substring(C.claimed_by, literal_column(f"'{_LOST_WORKERS}'")), Integer)
+    lost_workers = func.least(func.coalesce(so_far, _number(0)), _number(MOST_LOST_WORKERS - 1)) + _number(1)
+    name = func.concat(bindparam("recoverer", type_=Text), literal_column(f"'{RECOVERY}'"), lost_workers)
+    return _leased(lost, name).returning(*OUTGOING, _durably(), C.claimed_by)
+
+
+def _lost() -> Select[Any]:
+    return (
         select(C.id)
         # What the caller holds itself is not lost, also when it could not extend its leases in time.
         .where(C.status == SENDING, C.lease_expires_at <= NOW, C.id != _each_of("held", BigInteger()))
         .order_by(C.lease_expires_at)
-        .limit(_unseen(_limit))
         .with_for_update(**_LOCKED_UNLESS_BY_OTHERS)
     )
-    so_far = cast(func.substring(C.claimed_by, literal_column(f"'{_LOST_WORKERS}'")), Integer)
-    lost_workers = func.coalesce(so_far, _number(0)) + _number(1)
-    name = func.concat(bindparam("recoverer", type_=Text), literal_column(f"'{RECOVERY}'"), lost_workers)
-    return _leased(lost, name).returning(*OUTGOING, _durably(), C.claimed_by)
+
+
+@cache
+def next_lost() -> Executable:
+    """Return the id of what `take_over_expired_leases` comes to first, and lock it."""
+    return _lost().limit(_number(1))
 
 
 @cache
@@ -470,7 +488,7 @@ def settle_if_claimed() -> Executable:
             has_doubt=has_doubt,
             lease_expires_at=null(),
             sent_at=case((given.status == SENT, NOW)),
-            retry_count=C.retry_count + given.failures,
+            retry_count=func.least(C.retry_count, _number(MOST_COUNTED - 1)) + given.failures,
             next_attempt_at=case((given.status == PENDING, _next_attempt(given)), else_=C.next_attempt_at),
             provider_message_id=case((_is_forgotten, null()), else_=given.provider_message_id),
             error_message=case((_is_forgotten, null()), else_=func.coalesce(reason, C.error_message)),

@@ -20,6 +20,8 @@ from engagement.repository import LONGEST_AGE
 from engagement.sending import Transport
 from engagement.tally import ProcessResult
 
+LONGEST_NAME = 200
+
 
 class DeliveryOptions(TypedDict, total=False):
     """The keywords that `process_message_queue` and `Worker` share; `Worker` describes them."""
@@ -105,7 +107,8 @@ class Worker:
         _check(min_interval >= timedelta(0), "min_interval", "must not be negative")
         _check(send_timeout is None or send_timeout > timedelta(0), "send_timeout", "must be positive")
         _check(isinstance(backoff(1), timedelta), "backoff", "must return a timedelta")
-        _check(worker_name is None or worker_name.isprintable(), "worker_name", "must be printable")
+        is_name = worker_name is None or (worker_name.isprintable() and len(worker_name) <= LONGEST_NAME)
+        _check(is_name, "worker_name", f"must be printable, and at most {LONGEST_NAME} characters")
         _check(poll_interval > timedelta(0), "poll_interval", "must be positive")
         keeps_long_enough = prune_older_than is None or timedelta(0) <= prune_older_than <= LONGEST_AGE
         _check(keeps_long_enough, "prune_older_than", f"must be from zero to {LONGEST_AGE.days} days")

@@ -34,6 +34,7 @@ from engagement import (
     claims,
     delivery,
     migrations,
+    one_by_one,
     process_message_queue,
     sending,
 )
@@ -1609,8 +1610,9 @@ def test_an_extension_that_says_that_a_claim_was_lost_is_believed(engine):
     assert (row(engine, first).status, row(engine, second).status) == ("sent", "in_doubt")
 
 
-def test_an_error_of_the_claim_does_not_delay_what_is_known(engine, break_when):
+def test_an_error_of_the_claim_does_not_delay_what_is_known(engine, break_when, monkeypatch):
     """When claiming breaks for good, what was just sent is settled at once, and then the error is raised."""
+    monkeypatch.setattr(one_by_one, "MOST_BROKEN", 1)
     sent, waiting = queue(engine, new_message("sent"), new_message("waiting"))
 
     def send(_):

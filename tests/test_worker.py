@@ -1147,6 +1147,7 @@ def test_the_table_may_be_in_a_schema(empty_engine):
         ({"concurrency": 0}, "concurrency"),
         ({"lease": timedelta(0)}, "lease"),
         ({"worker_name": "a\nb"}, "worker_name"),
+        ({"worker_name": "a" * 201}, "worker_name"),
         ({"max_retries": 0}, "max_retries"),
         ({"min_interval": timedelta(seconds=-1)}, "min_interval"),
         ({"send_timeout": timedelta(0)}, "send_timeout"),

@@ -1,0 +1,131 @@
+"""What `claims` does to many messages at once, message by message: for when the data of one of them make it fail.
+
+Each has a savepoint of its own. One that fails is logged and left out, and harms no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from typing import TypeVar
+
+from sqlalchemy import Connection
+
+from engagement import claims, statements
+from engagement.claims import Claimed, Holder
+from engagement.database_errors import describe, is_of_one_message
+from engagement.models import MessageStatus
+from engagement.outcomes import Verdict, storable
+from engagement.sending import Claim, Position
+from engagement.tally import logger
+
+T = TypeVar("T")
+
+MOST_BROKEN = 100
+"""If so many fail and nothing else is there, it is not they who are broken."""
+
+
+def settle(connection: Connection, verdicts: Iterable[tuple[Claim, Verdict]]) -> dict[Claim, MessageStatus]:
+    """Record verdicts. A reason that the database cannot store is replaced by one that it can."""
+    recorded: dict[Claim, MessageStatus] = {}
+    for claim, verdict in sorted(verdicts, key=lambda pair: pair[0].message.id):
+        reason, provider_message_id = storable(verdict.reason), storable(verdict.provider_message_id)
+        plain = replace(verdict, reason=reason, provider_message_id=provider_message_id)
+        for each in (verdict, plain):
+            done = _apart(connection, claim.message.id, partial(claims.settle, connection, [(claim, each)]))
+            if not isinstance(done, Exception):
+                recorded |= done
+                break
+    return recorded
+
+
+def claim(
+    connection: Connection,
+    holder: Holder,
+    *,
+    limit: int,
+    after: Position,
+    busy: Collection[str],
+    broken: set[int],
+    one_per_destination: bool,
+    idempotent: bool = False,
+) -> Claimed:
+    """Claim due messages, and add those that cannot be claimed to `broken`."""
+    claimed = Claimed([], {}, None)
+    while len(claimed.claims) + len(claimed.ended) < limit:
+        taken = {claim.message.destination_jid for claim in claimed.claims} if one_per_destination else set()
+        place, not_to = claimed.go_on_after or after, taken.union(busy)
+        message_id = connection.execute(statements.next_due(), claims.where_due(place, not_to, broken)).scalar()
+        if message_id is None:
+            break
+        claim_one = partial(
+            claims.claim,
+            connection,
+            holder,
+            limit=1,
+            after=place,
+            busy=not_to,
+            broken=broken,
+            one_per_destination=one_per_destination,
+            idempotent=idempotent,
+        )
+        done = _apart(connection, message_id, claim_one)
+        if isinstance(done, Exception):
+            _add(message_id, to=broken, error=done)
+        else:
+            claimed = Claimed(claimed.claims + done.claims, claimed.ended | done.ended, done.go_on_after)
+    return claimed
+
+
+def take_over(
+    connection: Connection, holder: Holder, *, limit: int, held: Collection[int], broken: set[int]
+) -> list[Claim]:
+    """Take over messages whose worker was lost, and add those with which that fails to `broken`."""
+    taken: list[Claim] = []
+    while len(taken) < limit:
+        not_lost = [*held, *(claim.message.id for claim in taken)]
+        message_id = connection.execute(statements.next_lost(), claims.where_lost(not_lost, broken)).scalar()
+        if message_id is None:
+            break
+        take_one = partial(claims.take_over, connection, holder, limit=1, held=not_lost, broken=broken)
+        done = _apart(connection, message_id, take_one)
+        if isinstance(done, Exception):
+            _add(message_id, to=broken, error=done)
+        else:
+            taken += done
+    return taken
+
+
+def extend(connection: Connection, lease: timedelta, held: Iterable[Claim]) -> dict[Claim, float]:
+    """Extend the leases of what is in hand. Raises the last error if that is what became of each of them."""
+    extended: list[dict[Claim, float]] = []
+    failed: list[Exception] = []
+    for claim in held:
+        done = _apart(connection, claim.message.id, partial(claims.extend, connection, lease, [claim]))
+        if isinstance(done, Exception):
+            failed.append(done)
+        else:
+            extended.append(done)
+    if failed and not extended:
+        raise failed[-1]
+    return {claim: until for each in extended for claim, until in each.items()}
+
+
+def _apart(connection: Connection, message_id: int, work: Callable[[], T]) -> T | Exception:
+    """Return what `work` returns, or the error by which the message's data undid it."""
+    try:
+        with connection.begin_nested():
+            return work()
+    except Exception as error:
+        if not is_of_one_message(error):
+            raise
+        logger.error("engagement.message_broken message_id=%s error=%s", message_id, describe(error))
+        return error
+
+
+def _add(message_id: int, *, to: set[int], error: Exception) -> None:
+    to.add(message_id)
+    if len(to) >= MOST_BROKEN:
+        raise error
