@@ -10,6 +10,7 @@ from engagement.messages import (
     QueuedMany,
     StatusCounts,
     idempotency_key,
+    weekly_idempotency_key,
 )
 from engagement.models import Destination, EngagementMessage, EngagementMessageMixin, MessageStatus
 from engagement.outcomes import InDoubt, NotSent, Outcome, Postpone, Refused, Sent, Withdraw, exponential_backoff
@@ -47,4 +48,5 @@ __all__ = [
     "idempotency_key",
     "process_message_queue",
     "verify",
+    "weekly_idempotency_key",
 ]

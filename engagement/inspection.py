@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cache
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from uuid import UUID
 
 from sqlalchemy import (
     BigInteger,
@@ -39,7 +40,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
 from engagement import statements
-from engagement.messages import BSUID_FORM, checked_flag, checked_id, checked_moment, checked_text
+from engagement.messages import BSUID_FORM, checked_flag, checked_id, checked_moment, checked_text, checked_user_id
 from engagement.models import EngagementMessage, MessageStatus, qualified_name
 from engagement.statements import (
     FAILED,
@@ -241,7 +242,7 @@ class Filters(TypedDict, total=False):
     """Which messages: all that fit every filter given. Moments are aware; `since` is included, `until` is not."""
 
     status: Sequence[MessageStatus | str]
-    user_id: str
+    user_id: str | UUID
     message_type: str
     created_since: datetime
     created_until: datetime
@@ -310,7 +311,7 @@ def _conditions(filters: Filters) -> Iterator[ColumnElement[bool]]:
         words = [literal_column(f"'{MessageStatus(status)}'", Text) for status in statuses]
         yield words[0] == C.status if len(words) == 1 else C.status.in_(words)
     if (user_id := filters.get("user_id")) is not None:
-        yield C.user_id == checked_text("user_id", user_id)
+        yield C.user_id == checked_user_id(user_id)
     if (message_type := filters.get("message_type")) is not None:
         yield C.message_type == checked_text("message_type", message_type)
     if (blanked := filters.get("blanked")) is not None:

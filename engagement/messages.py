@@ -9,9 +9,9 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta, tzinfo
+from datetime import UTC, date, datetime, timedelta, tzinfo
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -80,6 +80,11 @@ def checked_text(name: str, value: object, *, max_characters: int = MAX_TEXT) ->
     return value if type(value) is str else str.__str__(value)
 
 
+def checked_user_id(value: object) -> str:
+    """Return `value` as `checked_text` does, or the text of a UUID, in lower case: that is its one reading."""
+    return str(value) if isinstance(value, uuid.UUID) else checked_text("user_id", value)
+
+
 def checked_moment(name: str, value: object) -> datetime:
     """Return `value` if it is an aware datetime that PostgreSQL and Python can hold, or raise `InvalidMessage`."""
     if not isinstance(value, datetime):
@@ -115,21 +120,32 @@ def id_typed(text: str) -> int:
     return checked_id(int(text) if is_number else None)
 
 
-def idempotency_key(user_id: str, event_type: str, when: datetime | None = None, *, tz: tzinfo = UTC) -> str:
+def idempotency_key(user_id: str | uuid.UUID, event_type: str, when: date | None = None, *, tz: tzinfo = UTC) -> str:
     """Return `{user_id}:{event_type}:{YYYY-MM-DD}`, the date being that of `when` (default: now) in `tz`.
 
     >>> from datetime import UTC, datetime
     >>> idempotency_key("user123", "goodbye", datetime(2025, 11, 21, 23, 30, tzinfo=UTC))
     'user123:goodbye:2025-11-21'
 
-    The key has one reading, also when the user id holds a colon: neither the type nor the date can. Raises
-    `InvalidMessage` for what could not be a message's user id, type or time.
+    A `when` that is a date and no moment is that day. The key has one reading, also when the user id holds a colon:
+    neither the type nor the date can. Raises `InvalidMessage` for what could not be a message's user id, type or time.
     """
-    user_id = checked_text("user_id", user_id)
-    event_type = _checked_type("event_type", event_type)
-    if when is not None:
-        when = checked_moment("when", when)
-    return _daily_key(user_id, event_type, when, _checked_tz(tz))
+    return _key_of_day(user_id, event_type, when, tz, date.isoformat)
+
+
+def weekly_idempotency_key(
+    user_id: str | uuid.UUID, event_type: str, when: date | None = None, *, tz: tzinfo = UTC
+) -> str:
+    """Return `{user_id}:{event_type}:{year}-W{week}`, the ISO week of `when` (default: now) in `tz`.
+
+    >>> from datetime import UTC, datetime
+    >>> weekly_idempotency_key("user123", "weekly_review", datetime(2027, 1, 1, tzinfo=UTC))
+    'user123:weekly_review:2026-W53'
+
+    The year is the week's, not the calendar's: Thursday, 2026-12-31 and Friday, 2027-01-01 have one key. Otherwise it
+    is as `idempotency_key`.
+    """
+    return _key_of_day(user_id, event_type, when, tz, _iso_week)
 
 
 def delivery_id(idempotency_key: str) -> uuid.UUID:
@@ -169,7 +185,7 @@ class NewMessage:
     def __init__(
         self,
         *,
-        user_id: str,
+        user_id: str | uuid.UUID,
         message_type: str,
         message_key: str,
         message_params: Mapping[str, Any] = _NO_PARAMS,
@@ -186,7 +202,7 @@ class NewMessage:
         put(self, "scheduled_for", scheduled_for)
         put(self, "expires_at", expires_at)
         put(self, "tz", _checked_tz(tz))
-        put(self, "user_id", checked_text("user_id", user_id))
+        put(self, "user_id", checked_user_id(user_id))
         put(self, "message_type", _checked_type("message_type", message_type))
         put(self, "message_key", checked_text("message_key", message_key))
         put(self, "message_params", {} if message_params is _NO_PARAMS else message_params)
@@ -343,7 +359,10 @@ def _check_times(scheduled_for: datetime | None, expires_at: datetime | None) ->
 
 def _checked_key(message: NewMessage) -> str:
     if message.idempotency_key is None:
-        key = _daily_key(message.user_id, message.message_type, message.scheduled_for, message.tz)
+        day = (
+            datetime.now(message.tz) if message.scheduled_for is None else message.scheduled_for.astimezone(message.tz)
+        )
+        key = f"{message.user_id}:{message.message_type}:{day.date().isoformat()}"
     else:
         key = checked_text("idempotency_key", message.idempotency_key, max_characters=MAX_KEY_BYTES)
     if len(key) * 4 > MAX_KEY_BYTES and len(key.encode()) > MAX_KEY_BYTES:
@@ -351,9 +370,20 @@ def _checked_key(message: NewMessage) -> str:
     return key
 
 
-def _daily_key(user_id: str, message_type: str, when: datetime | None, tz: tzinfo) -> str:
-    date = (datetime.now(tz) if when is None else when.astimezone(tz)).date()
-    return f"{user_id}:{message_type}:{date.isoformat()}"
+def _key_of_day(user_id: object, event_type: object, when: object, tz: object, named: Callable[[date], str]) -> str:
+    user_id, event_type, zone = checked_user_id(user_id), _checked_type("event_type", event_type), _checked_tz(tz)
+    if when is None:
+        day = datetime.now(zone).date()
+    elif isinstance(when, date) and not isinstance(when, datetime):
+        day = when
+    else:
+        day = checked_moment("when", when).astimezone(zone).date()
+    return f"{user_id}:{event_type}:{named(day)}"
+
+
+def _iso_week(day: date) -> str:
+    year, week, _ = day.isocalendar()
+    return f"{year:04}-W{week:02}"
 
 
 def _checked_params(params: object) -> str:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from uuid import UUID
 
 from sqlalchemy import Executable, Select
 from sqlalchemy.exc import StatementError
@@ -27,6 +28,7 @@ from engagement.messages import (
     checked_id,
     checked_moment,
     checked_text,
+    checked_user_id,
 )
 from engagement.models import EngagementMessage, MessageStatus, checked_schema
 from engagement.outcomes import clean_reason
@@ -135,9 +137,9 @@ class EngagementMessageRepository:
         """Return the message that holds the key, or None."""
         return self._entity(statements.message_by("idempotency_key"), {"value": _checked_key(idempotency_key)})
 
-    def get_pending_messages(self, user_id: str) -> list[EngagementMessage]:
+    def get_pending_messages(self, user_id: str | UUID) -> list[EngagementMessage]:
         """Return the user's pending messages, next first."""
-        return list(self._entities(statements.pending_of_user(), {"of_user": checked_text("user_id", user_id)}))
+        return list(self._entities(statements.pending_of_user(), {"of_user": checked_user_id(user_id)}))
 
     def count_by_status(self) -> StatusCounts:
         """Count the messages in each status, zeros included, and tell how long the oldest due one has been waiting."""
@@ -162,11 +164,11 @@ class EngagementMessageRepository:
         return Cancellation("already_cancelled" if before == MessageStatus.CANCELLED else "too_late", now or before)
 
     def cancel_pending_messages(
-        self, user_id: str, message_type: str | None = None, reason: str | None = None, *, by: str | None = None
+        self, user_id: str | UUID, message_type: str | None = None, reason: str | None = None, *, by: str | None = None
     ) -> int:
         """Cancel what is pending for the user, of one type or of all, and return how many messages that were."""
         statement = statements.cancel_pending_of_user(of_one_type=message_type is not None)
-        values = {"of_user": checked_text("user_id", user_id), **_decision(by, reason)}
+        values = {"of_user": checked_user_id(user_id), **_decision(by, reason)}
         if message_type is not None:
             values["of_type"] = checked_text("message_type", message_type)
         return sum(status == MessageStatus.CANCELLED for status in self._execute(statement, values).scalars())
@@ -196,14 +198,12 @@ class EngagementMessageRepository:
         values = {"message_id": checked_id(message_id), **_decision(by, reason)}
         return self._changed(statements.resolve_if_in_doubt(sent=sent), values)
 
-    def forget_user(self, user_id: str) -> Forgotten:
+    def forget_user(self, user_id: str | UUID) -> Forgotten:
         """Cancel what is pending for the user, and blank params, destination, errors and provider ids everywhere.
 
         Keys stay, and still block. A message that is being sent at this moment is blanked too, and not tried again.
         """
-        were_cancelled = (
-            self._execute(statements.forget_user(), {"of_user": checked_text("user_id", user_id)}).scalars().all()
-        )
+        were_cancelled = self._execute(statements.forget_user(), {"of_user": checked_user_id(user_id)}).scalars().all()
         return Forgotten(cancelled=sum(were_cancelled), blanked=len(were_cancelled))
 
     def prune_messages(self, older_than: timedelta, limit: int = 10_000) -> int:
@@ -264,7 +264,7 @@ class AsyncEngagementMessageRepository:
         """Return the message that holds the key, or None."""
         return await self._run(EngagementMessageRepository.get_message_by_key, idempotency_key)
 
-    async def get_pending_messages(self, user_id: str) -> list[EngagementMessage]:
+    async def get_pending_messages(self, user_id: str | UUID) -> list[EngagementMessage]:
         """Return the user's pending messages, next first."""
         return await self._run(EngagementMessageRepository.get_pending_messages, user_id)
 
@@ -279,7 +279,7 @@ class AsyncEngagementMessageRepository:
         return await self._run(EngagementMessageRepository.cancel_message, message_id, reason, by=by)
 
     async def cancel_pending_messages(
-        self, user_id: str, message_type: str | None = None, reason: str | None = None, *, by: str | None = None
+        self, user_id: str | UUID, message_type: str | None = None, reason: str | None = None, *, by: str | None = None
     ) -> int:
         """Cancel what is pending for the user, and return how many messages that were."""
         return await self._run(
@@ -300,7 +300,7 @@ class AsyncEngagementMessageRepository:
         """Say what became of a message in doubt."""
         return await self._run(EngagementMessageRepository.resolve_message, message_id, sent, reason, by=by)
 
-    async def forget_user(self, user_id: str) -> Forgotten:
+    async def forget_user(self, user_id: str | UUID) -> Forgotten:
         """Cancel what is pending for the user, and blank what is personal everywhere."""
         return await self._run(EngagementMessageRepository.forget_user, user_id)
 

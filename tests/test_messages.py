@@ -29,7 +29,9 @@ from engagement import (
     Queued,
     idempotency_key,
     repository,
+    weekly_idempotency_key,
 )
+from engagement.inspection import list_messages
 from engagement.messages import MAX_PARAMS_BYTES, MAX_PARAMS_DEPTH, MAX_TEXT, MAX_TYPE, delivery_id
 from engagement.models import EARLIEST, LATEST, MessageStatus
 
@@ -487,6 +489,64 @@ def test_the_day_of_a_message_without_a_time_is_today():
         assert keys <= {f"u:t:{day}" for day in (before, datetime.now(tz).date())}
 
 
+@pytest.mark.parametrize("tz", [UTC, timezone(timedelta(hours=14)), timezone(timedelta(hours=-12))])
+def test_a_date_is_that_day_wherever_it_is_spent(tz):
+    """A date has one reading as the day of a key; midnight of some zone would make it another one."""
+    assert idempotency_key("u", "t", date(2025, 11, 21), tz=tz) == "u:t:2025-11-21"
+    assert weekly_idempotency_key("u", "t", date(2025, 11, 21), tz=tz) == "u:t:2025-W47"
+
+
+@pytest.mark.parametrize(
+    ("moment", "tz", "week"),
+    [
+        (datetime(2026, 12, 31, 12, tzinfo=UTC), UTC, "2026-W53"),
+        (datetime(2027, 1, 1, 12, tzinfo=UTC), UTC, "2026-W53"),
+        (datetime(2027, 1, 3, 23, 59, tzinfo=UTC), UTC, "2026-W53"),
+        (datetime(2027, 1, 4, tzinfo=UTC), UTC, "2027-W01"),
+        (datetime(2027, 1, 4, 2, 59, tzinfo=UTC), timezone(timedelta(hours=-3)), "2026-W53"),
+        (datetime(2024, 12, 30, tzinfo=UTC), UTC, "2025-W01"),
+        (EARLIEST, UTC, "0001-W01"),
+    ],
+)
+def test_a_weekly_key_has_the_year_of_its_week(moment, tz, week):
+    """Around New Year a week has one key, and weeks a year apart have two; Monday begins where the person is."""
+    assert weekly_idempotency_key("u", "weekly_review", moment, tz=tz) == f"u:weekly_review:{week}"
+
+
+def test_this_week_is_that_of_now():
+    """Without `when` the week is this one, in `tz`."""
+    before = datetime.now(UTC)
+    key = weekly_idempotency_key("u", "t")
+
+    assert key in {f"u:t:{now:%G-W%V}" for now in (before, datetime.now(UTC))}
+
+
+def message_of(user, **fields):
+    jid = "5511999999999@s.whatsapp.net"
+    given = {"message_type": "goodbye", "message_key": "goodbye", "destination": "individual", "destination_jid": jid}
+    return NewMessage(user_id=user, scheduled_for=NOON, **given | fields)
+
+
+def test_a_user_is_found_by_the_uuid_that_was_queued(session):
+    """Whatever takes a user id takes a UUID: else a host that forgets a user would forget nobody."""
+    user = uuid.UUID("0190F8A1-5C5B-7CC0-9C3A-0A1B2C3D4E5F")
+    messages = EngagementMessageRepository(session)
+    messages.queue_messages([message_of(user), message_of(user, message_type="review")])
+
+    assert len(messages.get_pending_messages(user)) == len(list_messages(session, user_id=user)) == 2
+    assert messages.cancel_pending_messages(user, "review") == 1
+    assert (messages.forget_user(user).cancelled, messages.forget_user(user).blanked) == (1, 0)
+
+
+def test_a_uuid_is_a_user_id():
+    """It has one reading, that of `str`: a message and its key hold that."""
+    user = uuid.UUID("0190F8A1-5C5B-7CC0-9C3A-0A1B2C3D4E5F")
+    message = message_of(user)
+
+    assert message.user_id == str(user) == "0190f8a1-5c5b-7cc0-9c3a-0a1b2c3d4e5f"
+    assert message.key == idempotency_key(user, "goodbye", NOON) == idempotency_key(str(user), "goodbye", NOON)
+
+
 def test_a_given_key_is_kept():
     """A host's own key replaces the daily one, whatever it looks like."""
     assert new_message(idempotency_key="invoice 7 / é").key == "invoice 7 / é"
@@ -509,10 +569,11 @@ def test_a_key_has_one_reading():
         (("u", "goodbye", "2025-11-21"), "when"),
     ],
 )
-def test_a_key_of_bad_input_is_refused(arguments, field):
-    """The function refuses what a message would refuse, and names its own parameter."""
+@pytest.mark.parametrize("make_key", [idempotency_key, weekly_idempotency_key])
+def test_a_key_of_bad_input_is_refused(make_key, arguments, field):
+    """The functions refuse what a message would refuse, and name their own parameters."""
     with pytest.raises(InvalidMessage) as caught:
-        idempotency_key(*arguments)
+        make_key(*arguments)
 
     assert_names(caught.value, field)
     assert SECRET not in str(caught.value)
