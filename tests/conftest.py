@@ -155,6 +155,7 @@ def _shared_engine(url_of, migrated_template) -> Iterator[Engine]:
 @pytest.fixture(name="engine")
 def _engine(shared_engine: Engine) -> Iterator[Engine]:
     """An engine on a migrated database with an empty queue: for tests that commit."""
+    _begin_with_message_1(shared_engine)
     yield shared_engine
     with shared_engine.begin() as connection:
         connection.execute(text("TRUNCATE engagement_message_queue RESTART IDENTITY"))
@@ -163,14 +164,18 @@ def _engine(shared_engine: Engine) -> Iterator[Engine]:
 @pytest.fixture(name="session")
 def _session(shared_engine: Engine) -> Iterator[Session]:
     """A session on an empty queue, whose commits are savepoints of a transaction that is rolled back at the end."""
+    _begin_with_message_1(shared_engine)
     with shared_engine.connect() as connection:
         transaction = connection.begin()
         with Session(connection, join_transaction_mode="create_savepoint") as session:
             yield session
         transaction.rollback()
-        # A sequence does not roll back, and a test after this one may ask for message 1.
-        connection.execute(text("ALTER SEQUENCE engagement_message_queue_id_seq RESTART"))
-        connection.commit()
+
+
+def _begin_with_message_1(engine: Engine) -> None:
+    # A sequence does not roll back with the messages of the test before.
+    with engine.begin() as connection:
+        connection.execute(text("SELECT setval('engagement_message_queue_id_seq', 1, false)"))
 
 
 @pytest.fixture(name="repository")
