@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import date, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -20,6 +22,7 @@ from engagement.sending import Transport
 
 if TYPE_CHECKING:
     from fluent.runtime import FluentBundle
+    from fluent.runtime.resolver import Pattern
 
     from engagement.lint_catalogues import Catalogue
 
@@ -161,7 +164,9 @@ class FluentRenderer:
     Numbers are given as JSON numbers, true and false as the words for variants, and dates as ISO 8601 text that the
     catalogue declares to be a date: `{ DATETIME($day, dateStyle: "long") }`. A time is shown in its own offset.
 
-    Thread-safe. Raises `ValueError` if a file cannot be parsed, or `default` has no catalogue.
+    A text is parsed when it is first asked for, but those of `default`, which everybody may need, at once. Thread-safe.
+    Raises `ValueError` if one of these cannot be parsed, or there is no catalogue for `default`; a text of another
+    locale that cannot be parsed raises `BrokenCatalogue`, which is `NotSent` to a transport: it may be mended.
     """
 
     def __init__(
@@ -171,35 +176,29 @@ class FluentRenderer:
         default: str = "en",
         fallbacks: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        from engagement.lint_catalogues import read_catalogues
+        from engagement.lint_catalogues import Chain, read_catalogues, tag_of
 
         if not Path(path).is_dir():
             raise ValueError("catalogues: the path is no folder")
         catalogues = read_catalogues(path)
+        self._chain = Chain(catalogues, default, fallbacks)
+        self._voices = {tag_of(locale): _Voice(catalogue) for locale, catalogue in catalogues.items()}
+        for catalogue in catalogues.values():
+            if tag_of(catalogue.locale) == tag_of(default):
+                catalogue.messages  # noqa: B018 - parses them all
         unreadable = [str(problem) for catalogue in catalogues.values() for problem in catalogue.problems]
         if unreadable:
             raise ValueError(f"catalogues: {'; '.join(unreadable)}")
-        self._voices = {_tag(locale): _Voice(catalogue) for locale, catalogue in catalogues.items()}
-        self._fallbacks = {_tag(locale): list(map(_tag, others)) for locale, others in (fallbacks or {}).items()}
-        self._longest = max(map(len, (*self._voices, *self._fallbacks)), default=0)
-        self._default = _tag(default)
-        if self._default not in self._voices:
+        if tag_of(default) not in self._voices:
             raise ValueError(f"default: there is no catalogue for {default}")
 
     def __call__(self, message_key: str, message_params: Mapping[str, Any], locale: str) -> str:
         """Return the text, or raise `NoWords`."""
         name = fluent_id(message_key)
-        for voice in self._chain(locale):
-            if voice.knows(name):
-                return voice.say(name, message_params)
+        for tag in self._chain.of(locale):
+            if self._voices[tag].knows(name):
+                return self._voices[tag].say(name, message_params)
         raise NoWords(f"{name} is in no catalogue for {locale}")
-
-    def _chain(self, locale: str) -> list[_Voice]:
-        tags: list[str] = []
-        # What is longer than any tag is none: each form of a locale of 65,000 dashes takes as much memory as the last.
-        for tag in (*_shorter_forms(_tag(locale)[: self._longest + 1]), *_shorter_forms(self._default)):
-            tags += [tag, *self._fallbacks.get(tag, ())]
-        return [self._voices[tag] for tag in dict.fromkeys(tags) if tag in self._voices]
 
 
 def __getattr__(name: str) -> Any:
@@ -215,21 +214,40 @@ def __getattr__(name: str) -> Any:
 
 
 class _Voice:
-    """One locale's catalogue, ready to speak."""
+    """One locale's catalogue, ready to speak what it is asked for."""
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._locale = catalogue.locale
-        self._bundle = _bundle(catalogue)
-        # Found now, since Fluent itself shows some of them to the person without calling them errors.
-        self._faults = {key: needs.faults for key in catalogue.messages if (needs := catalogue.needs(key)).faults}
+        self._catalogue = catalogue
+        self._faults: dict[str, list[str]] = {}
+        self._preparing = threading.Lock()
 
     def knows(self, name: str) -> bool:
-        return self._bundle.has_message(name)
+        return name in self._catalogue
+
+    @cached_property
+    def _bundle(self) -> FluentBundle:
+        from fluent.runtime import FluentBundle
+
+        # Isolation marks would stay visible in what a person copies out of a chat.
+        return FluentBundle([self._locale], functions={"DATETIME": _datetime}, use_isolating=False)
+
+    def _prepare(self, name: str) -> None:
+        """Parse a text and all that it refers to; `BrokenCatalogue` if that cannot be done."""
+        from fluent.syntax import ast
+
+        with self._preparing:
+            # Faults are looked for, since Fluent itself shows some of them to the person without calling them errors.
+            faults = self._catalogue.needs(name).faults
+            self._bundle.add_resource(ast.Resource([*self._catalogue.parsed_since()]))
+            self._faults[name] = faults
 
     def say(self, name: str, params: Mapping[str, Any]) -> str:
-        pattern = self._bundle.get_message(name).value
-        if pattern is None or name in self._faults:
-            raise NoWords(f"{name} in {self._locale} {'; '.join(self._faults.get(name, ['has no text']))}")
+        if name not in self._faults:
+            self._prepare(name)
+        if self._faults[name]:
+            raise NoWords(f"{name} in {self._locale} {'; '.join(self._faults[name])}")
+        pattern = cast("Pattern", self._bundle.get_message(name).value)
         try:
             text, errors = self._bundle.format_pattern(pattern, {key: _value(params[key]) for key in params})
         except Exception as error:  # noqa: BLE001 - whatever it is, the text is not whole
@@ -239,16 +257,6 @@ class _Voice:
         if not isinstance(text, str) or not says_something(text):
             raise NoWords(f"{name} in {self._locale} is empty")
         return text
-
-
-def _bundle(catalogue: Catalogue) -> FluentBundle:
-    from fluent.runtime import FluentBundle
-    from fluent.syntax import ast
-
-    # Isolation marks would stay visible in what a person copies out of a chat.
-    bundle = FluentBundle([catalogue.locale], functions={"DATETIME": _datetime}, use_isolating=False)
-    bundle.add_resource(ast.Resource([*catalogue.messages.values(), *catalogue.terms.values()]))
-    return bundle
 
 
 def _value(value: Any) -> Any:
@@ -279,12 +287,3 @@ def _without_values(error: Exception) -> str:
     return (
         str(error) if isinstance(error, FluentReferenceError) else f"a parameter does not fit: {type(error).__name__}"
     )
-
-
-def _tag(locale: str) -> str:
-    return re.split(r"[.@]", locale, maxsplit=1)[0].replace("_", "-").lower()
-
-
-def _shorter_forms(tag: str) -> list[str]:
-    parts = tag.split("-")
-    return ["-".join(parts[:length]) for length in range(len(parts), 0, -1)]

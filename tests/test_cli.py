@@ -815,15 +815,29 @@ def test_broken_promises_are_named(run, engine):
 
 
 def test_problems_of_catalogues_are_told(run, tmp_path):
-    """The shipped catalogues have none; a key that one locale lacks is told, with exit status 1."""
+    """The shipped catalogues have none; a key that nobody asked can say is told, with exit status 1."""
     assert run("lint-catalogues", ROOT / "engagement" / "catalogues")[:2] == (0, "no problem found\n")
 
-    for locale, words in (("en", "hello = Hello\nbye = Bye\n"), ("pt-BR", "hello = Olá\n")):
+    for locale, words in (("en", "hello = Hello\n"), ("pt-BR", "hello = Olá\nbye = Tchau\n")):
         (tmp_path / "locales" / locale).mkdir(parents=True)
         (tmp_path / "locales" / locale / "messages.ftl").write_text(words)
     told = run("lint-catalogues", tmp_path / "locales")
     assert told.status == 1
-    assert "pt-BR: bye" in told.out
+    assert told.out == "en: bye: is missing\n"
+
+
+def test_the_linter_is_told_which_catalogues_are_asked(run, tmp_path):
+    """A default and fallbacks as the renderer has them make what is missing; what is none is said."""
+    for locale, words in {"en": "hi = Hi", "es": "hi = Ola\nyo = Yo", "gl": "hi = Ola"}.items():
+        (tmp_path / locale).mkdir()
+        (tmp_path / locale / "messages.ftl").write_text(words)
+
+    assert run("lint-catalogues", tmp_path).out == "en: yo: is missing\ngl: yo: is missing\n"
+    assert run("lint-catalogues", tmp_path, "--fallback", "gl=es").out == "en: yo: is missing\n"
+    assert run("lint-catalogues", tmp_path, "--default", "es").out == "no problem found\n"
+    for wrong in ("gl", "=es", "gl=", "gl=es,"):
+        ran = run("lint-catalogues", tmp_path, "--fallback", wrong)
+        assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1)
 
 
 def test_the_console_shows_the_words_or_says_that_there_are_none(engine):
@@ -835,5 +849,5 @@ def test_the_console_shows_the_words_or_says_that_there_are_none(engine):
 
     process_message_queue(engine, console)
 
-    assert shown.getvalue().splitlines()[1:] == ["    Hello?[2J", "    there"]
+    assert shown.getvalue().splitlines()[1:] == ["    Hello[2J", "    there"]
     assert (row(engine, said).status, row(engine, unsaid).status) == ("sent", "failed")

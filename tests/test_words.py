@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_policies import Far, fails
 
 from engagement import NotSent, OutgoingMessage, Refused, Sent, process_message_queue, words
-from engagement.lint_catalogues import Problem, lint_catalogues, read_catalogues
+from engagement.lint_catalogues import BrokenCatalogue, Problem, lint_catalogues, read_catalogues
 from engagement.transports.cloud import Template, WhatsAppCloud
 from engagement.transports.dialects import WAHA
 from engagement.transports.gateway import WhatsAppGateway
@@ -277,6 +277,25 @@ def test_broken_catalogues_stop_the_renderer_at_its_start(catalogues, texts, opt
         FluentRenderer(catalogues(**texts), **options)
 
 
+def test_only_what_is_asked_for_is_parsed(catalogues):
+    """What another locale holds costs nothing before somebody needs it, broken or not; then it may be mended."""
+    path = catalogues(
+        en="hi = Hi\nyo = Yo",
+        pt="-b = { $x }\n# Comment\nhi = Oi { -b(x: 1) }\n    .t = x\n"
+        "yo = { $n ->\n[1] um\n*[other] {\nhi\n}\n}!\nno = {",
+        de="hi = Hi {\nyo = { hi }",
+    )
+    renderer = FluentRenderer(path)
+
+    assert renderer("hi", {}, "en") == "Hi"
+    assert (renderer("yo", {"n": 2}, "pt"), renderer("yo", {"n": 1}, "pt")) == ("Oi 1!", "um!")
+    for key, locale, line in [("no", "pt", 11), ("hi", "de", 2), ("yo", "de", 2)]:
+        with pytest.raises(BrokenCatalogue, match=f"^{locale}: messages.ftl:{line}: cannot be parsed"):
+            renderer(key, {}, locale)
+    say = speaking(renderer, lambda _: "de")
+    assert words_of(say, outgoing(message_key="hi")) == NotSent("render raised BrokenCatalogue")
+
+
 def test_a_path_without_catalogues_is_refused_at_the_start(tmp_path):
     """A wrong path is told at once."""
     with pytest.raises(ValueError, match="no folder"):
@@ -505,8 +524,19 @@ def test_a_host_that_only_configures_has_a_render(catalogues, monkeypatch):
     ("texts", "problems"),
     [
         ({"en": "hi = Hi { $a }", "pt": "hi = Oi { $a }"}, []),
-        ({"en": "hi = Hi\nyo = Yo", "pt": "hi = Oi"}, ["pt: yo: is missing"]),
+        # What another catalogue of the chain answers is not missing.
+        ({"en": "hi = Hi\nyo = Yo", "pt": "hi = Oi"}, []),
         ({"en": "hi = Hi", "pt": "hi = Oi\nyo = Yo"}, ["en: yo: is missing"]),
+        (
+            {"en": "hi = Hi", "pt": "hi = Oi\nyo = Yo", "pt_BR": "hi = Oi", "de": "hi = Ho"},
+            ["de: yo: is missing", "en: yo: is missing"],
+        ),
+        ({"pt": "hi = Oi\nyo = Yo", "de": "hi = Ho"}, ["de: yo: is missing"]),
+        # What one translator made up is told once, and not of each other locale.
+        (
+            {"en": "hi = { $a }", "pt": "hi = { $a } { $b }", "de": "hi = { $a }", "fr": "hi = { $a }"},
+            ["en: hi: does not use $b, which another locale does"],
+        ),
         ({"en": "hi = Hi { $a }", "pt": "hi = Oi"}, ["pt: hi: does not use $a, which another locale does"]),
         (
             {"en": "hi = Hi { $name }", "pt": "hi = Oi { $nome }"},
@@ -570,6 +600,35 @@ def test_the_linter_finds_what_is_wrong(catalogues, texts, problems):
     found = lint_catalogues(catalogues(**texts))
 
     assert list(map(str, found)) == problems
+
+
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        ({}, ["ca", "en", "gl"]),
+        ({"default": "es"}, []),
+        ({"fallbacks": {"gl": ["es"]}}, ["ca", "en"]),
+        ({"fallbacks": {"en": ["es"]}}, []),
+        ({"default": "en", "fallbacks": {"GL": ["fr", "es_ES"], "ca": ["es"]}}, ["ca", "en", "gl"]),
+    ],
+)
+def test_the_linter_asks_the_catalogues_that_the_renderer_asks(catalogues, options, missing):
+    """Told with the renderer's default and fallbacks, what is missing is what the renderer could not say."""
+    path = catalogues(en="hi = Hi", es="hi = Ola\nyo = Yo", gl="hi = Ola", ca="hi = Hola")
+    options = {"fallbacks": {}} | options
+    if "ca" in options["fallbacks"]:
+        options["fallbacks"]["ca"] = ["fr"]
+    renderer = FluentRenderer(path, **options)
+
+    assert [(found.locale, found.problem) for found in lint_catalogues(path, **options)] == [
+        (locale, "is missing") for locale in missing
+    ]
+    for locale in ("en", "es", "gl", "ca"):
+        if locale in missing:
+            with pytest.raises(NoWords):
+                renderer("yo", {}, locale)
+        else:
+            assert renderer("yo", {}, locale) == "Yo"
 
 
 def test_the_linter_finds_files_that_nobody_reads(tmp_path):

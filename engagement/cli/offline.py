@@ -9,18 +9,35 @@ from engagement.cli.problems import Problem, needs_attention
 from engagement.cli.showing import examples
 
 
-@command("lint-catalogues", epilog=examples("engagement lint-catalogues locales"))
+def fallback(text: str) -> tuple[str, list[str]]:
+    """Read `pt=pt-BR,es`."""
+    locale, _, others = text.partition("=")
+    if not locale or not all(others.split(",")):
+        raise click.BadParameter("must be a locale, and others that are asked after it, such as pt=pt-BR.")
+    return locale, others.split(",")
+
+
+@command(
+    "lint-catalogues",
+    epilog=examples(
+        "engagement lint-catalogues locales", "engagement lint-catalogues locales --default pt-BR --fallback pt=pt-BR"
+    ),
+)
 @click.argument("folder", type=click.Path(exists=True, file_okay=False))
-def lint_catalogues(folder: str) -> None:
+@click.option("--default", default="en", show_default=True, metavar="LOCALE", help="Is asked for what others lack.")
+@click.option(
+    "--fallback", type=fallback, multiple=True, metavar="LOCALE=LOCALE,...", help="Are asked after that locale."
+)
+def lint_catalogues(folder: str, default: str, fallback: tuple[tuple[str, list[str]], ...]) -> None:
     """Check that each key can be said in each locale.
 
-    It must exist in each, with the same parameters.
+    It must exist in a catalogue that is asked for the locale, and have the same parameters in each.
     """
     try:
         from engagement.lint_catalogues import lint_catalogues as problems_of
     except ModuleNotFoundError as missing:
         raise Problem(f"{missing.name} is missing. Run: pip install 'engagement[words]'") from None
-    problems = problems_of(folder)
+    problems = problems_of(folder, default=default, fallbacks=dict(fallback))
     for problem in problems:
         click.echo(str(problem))
     if problems:
