@@ -24,10 +24,13 @@ def is_anothers(connection: Connection, schema: str | None) -> bool:
 
 
 def set_aside(connection: Connection, schema: str | None) -> None:
-    """Move the earlier table out of the way. Whoever writes to it at this moment is waited for."""
+    """Move the earlier table out of the way. Whoever uses it at this moment is waited for, but not for long."""
     connection.exec_driver_sql(f"CREATE SCHEMA {SET_ASIDE}")
     queue = qualified_name(schema).replace("%", "%%")
+    before = connection.scalar(text("SELECT current_setting('lock_timeout')"))
+    connection.exec_driver_sql("SET LOCAL lock_timeout = '5s'")
     connection.exec_driver_sql(f"ALTER TABLE {queue} SET SCHEMA {SET_ASIDE}")
+    connection.execute(text("SELECT set_config('lock_timeout', :before, true)"), {"before": before})
 
 
 def copy(connection: Connection, schema: str | None) -> int:

@@ -7,7 +7,7 @@ import pytest
 from alembic.util import CommandError
 from conftest import execute
 from sqlalchemy import inspect, text
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.exc import OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
 
 from engagement import EngagementMessageRepository, migrations, process_message_queue
@@ -136,6 +136,18 @@ def test_the_earlier_table_is_kept(theirs):
     with pytest.raises(CommandError, match="no engagement_message_queue of another service"):
         migrations.adopt(theirs)
     migrations.upgrade(theirs)
+
+
+def test_a_service_that_was_not_stopped_is_not_waited_for_for_ever(theirs):
+    """It gives up, and nothing has changed; a connection of the caller's keeps its own time-out."""
+    with theirs.connect() as reader:
+        reader.execute(text("SELECT FROM engagement_message_queue"))
+        with pytest.raises(OperationalError, match="lock timeout"):
+            migrations.adopt(theirs)
+    with theirs.begin() as connection:
+        connection.execute(text("SET LOCAL lock_timeout = '1234ms'"))
+        assert migrations.adopt(connection) == len(ROWS)
+        assert connection.scalar(text("SHOW lock_timeout")) == "1234ms"
 
 
 def test_a_table_with_less_will_do(empty_engine):
