@@ -7,9 +7,7 @@ taken for the answer of the next. Nothing is kept of an answer (no cookies), fol
 
 from __future__ import annotations
 
-import base64
 import math
-import re
 import select
 import socket
 import ssl
@@ -17,12 +15,8 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future
 from contextlib import suppress
 from time import monotonic, sleep
-from typing import Any
-from urllib.parse import SplitResult, quote, unquote, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass
 
 import h11
 
@@ -39,6 +33,7 @@ from engagement.transports.http import (
     UnsendableRequest,
     WriteTimeout,
 )
+from engagement.transports.reaching import Origin, connected_to, proxy_of, seconds_left, tls_context
 
 LARGEST_ANSWER = 256 * 1024
 """Bytes that are read of an answer, its chunk sizes and trailers included."""
@@ -70,9 +65,9 @@ class Connections:
         limit: int,
         verify: ssl.SSLContext | bool,
     ) -> None:
-        self._origin = _Origin(url)
-        self._proxy = _proxy_of(self._origin)
-        self._context = _context(verify) if self._origin.is_https else None
+        self._origin = Origin(url)
+        self._proxy = proxy_of(self._origin)
+        self._context = tls_context(verify) if self._origin.is_https else None
         given = {name.lower() for name in headers}
         self._headers = [
             ("Host", self._origin.authority),
@@ -176,12 +171,12 @@ class Connections:
 
     def _new_one(self, connect_by: float) -> _Connection:
         origin, proxy = self._origin, self._proxy
-        connected = _connected(proxy or origin, connect_by)
+        connected = connected_to(proxy or origin, connect_by)
         try:
             if self._context is not None:
                 if proxy is not None:
                     _tunnel(connected, origin, proxy, connect_by)
-                connected.settimeout(_left(connect_by))
+                connected.settimeout(seconds_left(connect_by))
                 connected = self._context.wrap_socket(connected, server_hostname=origin.host)
             connection = _Connection(connected)
         except BaseException:
@@ -300,104 +295,7 @@ class _Connection:
         self.is_free = True
 
 
-_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]*:[0-9a-f:.]*(%[a-z0-9._-]+)?")
-
-
-class _Origin:
-    """Where requests go, or a proxy. `basic` are the credentials in its URL."""
-
-    def __init__(self, url: str, name: str = "url", schemes: tuple[str, ...] = ("http", "https")) -> None:
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except (ValueError, AttributeError, TypeError):
-            parts, port = SplitResult("", "", "", "", ""), None
-        host = parts.hostname or ""
-        if parts.scheme not in schemes or not _HOST.fullmatch(host):
-            raise ValueError(f"{name}: must be an {' or '.join(schemes)} URL with a host")
-        self.is_https = parts.scheme == "https"
-        self.host = host
-        self.port = port or (443 if self.is_https else 80)
-        named = f"[{host}]" if ":" in host else host
-        self.address = f"{named}:{self.port}"
-        self.authority = f"{named}:{port}" if port else named
-        self.basic = _basic(parts)
-        self._path = _quoted(parts.path)
-        self._query = f"?{_quoted(parts.query)}" if parts.query else ""
-
-    def target(self, path: str) -> str:
-        """Return what is asked for: `path` below the URL's, or the URL's own path and query."""
-        return self._path.rstrip("/") + _quoted(path) if path else (self._path or "/") + self._query
-
-
-def _quoted(path: str) -> str:
-    return quote(path, safe="/?:@!$&'()*+,;=%~[]")
-
-
-def _basic(parts: SplitResult) -> str | None:
-    if parts.username is None and parts.password is None:
-        return None
-    given = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
-    return f"Basic {base64.b64encode(given.encode()).decode()}"
-
-
-def _proxy_of(origin: _Origin) -> _Origin | None:
-    proxies = getproxies_environment()
-    name = "https" if origin.is_https else "http"
-    url = proxies.get(name) or proxies.get("all")
-    if not url or proxy_bypass(origin.address):
-        return None
-    return _Origin(url if "://" in url else f"http://{url}", f"{name.upper()}_PROXY", ("http",))
-
-
-def _context(verify: ssl.SSLContext | bool) -> ssl.SSLContext:
-    if isinstance(verify, ssl.SSLContext):
-        return verify
-    if verify:
-        return ssl.create_default_context()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def _connected(to: _Origin, deadline: float) -> socket.socket:
-    """Connect to the first address that lets us; each has its share of the time that is left."""
-    addresses = _addresses(to, deadline)
-    error: OSError = ConnectionError("no address")
-    for others, (family, kind, protocol, _, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
-        connected = socket.socket(family, kind, protocol)
-        try:
-            connected.settimeout(_left(deadline) / others)
-            connected.connect(address)
-            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except BaseException as failure:
-            connected.close()
-            if not isinstance(failure, OSError):
-                raise
-            error = failure
-        else:
-            return connected
-    raise error
-
-
-def _addresses(to: _Origin, deadline: float) -> list[Any]:
-    with suppress(socket.gaierror):
-        return socket.getaddrinfo(to.host, to.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    # A name server that is silent is waited for in a thread: nothing else can be given a time.
-    found: Future[list[Any]] = Future()
-
-    def look_up() -> None:
-        try:
-            found.set_result(socket.getaddrinfo(to.host, to.port, type=socket.SOCK_STREAM))
-        except BaseException as error:  # noqa: BLE001 - the future hands it on
-            found.set_exception(error)
-
-    threading.Thread(target=look_up, name="engagement-look-up", daemon=True).start()
-    return found.result(_left(deadline))
-
-
-def _tunnel(connected: socket.socket, to: _Origin, proxy: _Origin, deadline: float) -> None:
+def _tunnel(connected: socket.socket, to: Origin, proxy: Origin, deadline: float) -> None:
     headers = [("Host", to.address)] + ([("Proxy-Authorization", proxy.basic)] if proxy.basic else [])
     request = h11.Request(method="CONNECT", target=to.address, headers=headers)
     try:
@@ -412,13 +310,6 @@ def _wait(poller: select.poll, deadline: float, error: type[Exception]) -> None:
     left = deadline - monotonic()
     if left <= 0 or not poller.poll(math.ceil(left * 1000)):
         raise error
-
-
-def _left(deadline: float) -> float:
-    left = deadline - monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
 
 
 def _kind(error: Exception) -> type[Exception]:
