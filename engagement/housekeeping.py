@@ -15,13 +15,13 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Float, Row, func, select
+from sqlalchemy import Row, func, select
 from sqlalchemy.orm import Session
 
 from engagement import statements
 from engagement.database_errors import describe
 from engagement.repository import EngagementMessageRepository
-from engagement.statements import schema_in_force
+from engagement.statements import schema_in_session
 from engagement.tally import logger
 from engagement.verification import verify
 
@@ -46,7 +46,6 @@ class Housekeeping:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._over = threading.Event()
-        self._lock_names = f"engagement_housekeeping:{schema_in_force(worker.schema, worker.engine) or ''}"
         self._holders: dict[str, Sequence[Row[Any]]] = {}
 
     @contextmanager
@@ -92,10 +91,8 @@ class Housekeeping:
 
     def _now(self) -> float:
         """Return the database's clock, in seconds since 1970."""
-        epoch = func.date_part("epoch", func.clock_timestamp(), type_=Float)
         with self._worker.engine.connect() as connection:
-            now: float = connection.execute(select(epoch)).scalar_one()
-        return now
+            return float(connection.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one())
 
     def _prune(self, older_than: timedelta) -> None:
         pruned, batch = 0, PRUNE_BATCH
@@ -114,10 +111,11 @@ class Housekeeping:
             if not self._is_our_turn(session, "verify"):
                 return
             violations = verify(session, schema=self._worker.schema)
+            for violation in violations:
+                logger.error("engagement.violation promise=%s message_id=%s", violation.promise, violation.message_id)
+            logger.info("engagement.verified violations=%s", len(violations))
+            session.execute(select(func.set_config("idle_in_transaction_session_timeout", "0", True)))  # noqa: FBT003
             self._over.wait(min(GRACE_SECONDS, every.total_seconds() / 2))
-        for violation in violations:
-            logger.error("engagement.violation promise=%s message_id=%s", violation.promise, violation.message_id)
-        logger.info("engagement.verified violations=%s", len(violations))
 
     def _is_our_turn(self, session: Session, task: str) -> bool:
         """Take the lock of `task` until the end of the transaction, unless another worker has it.
@@ -125,7 +123,7 @@ class Housekeeping:
         Any role that may connect can hold it. A worker's transaction ends before the next turn: if the same one has it
         then, nobody does the work, and that is an error.
         """
-        name = f"{self._lock_names}:{task}"
+        name = f"engagement_housekeeping:{schema_in_session(self._worker.schema, session)}:{task}"
         if session.scalar(statements.take_turn(name)):
             self._holders.pop(task, None)
             return True

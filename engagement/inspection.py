@@ -42,6 +42,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 from engagement import statements
 from engagement.messages import BSUID_FORM, checked_flag, checked_id, checked_moment, checked_text, checked_user_id
 from engagement.models import EngagementMessage, MessageStatus, qualified_name
+from engagement.reading import readable
 from engagement.statements import (
     FAILED,
     IN_DOUBT,
@@ -55,6 +56,7 @@ from engagement.statements import (
     is_older,
     is_prunable,
     schema_in_session,
+    time_since,
 )
 
 if TYPE_CHECKING:
@@ -277,7 +279,8 @@ def list_messages(
     is_upwards = after is not None and before is None
     page = chosen.order_by(C.id if is_upwards else C.id.desc()).limit(limit)
     # What the session loaded earlier may have been changed by a worker since.
-    found = session.scalars(page.execution_options(populate_existing=True), **in_session(schema)).all()
+    with readable(session):
+        found = session.scalars(page.execution_options(populate_existing=True), **in_session(schema)).all()
     return list(reversed(found)) if is_upwards else list(found)
 
 
@@ -376,7 +379,8 @@ def overview(session: Session, *, schema: str | None = None, count_up_to: int | 
     if not counts:
         found = session.execute(statements.count_by_status(), **keywords)
         counts = {word: count for word, count, _ in found}
-    table_facts = session.execute(_table_facts(), queue, **keywords).one()
+    with readable(session):
+        table_facts = session.execute(_table_facts(), queue, **keywords).one()
     return Overview(
         by_status=dict.fromkeys(MessageStatus, 0) | {MessageStatus(word): count for word, count in counts.items()},
         is_rough=is_rough,
@@ -466,15 +470,15 @@ def _queue_facts() -> Executable:
     pending = select(C.has_doubt).where(C.status == PENDING).limit(bindparam("most", type_=BigInteger)).subquery()
     questions: dict[str, Select[Any]] = {
         "due": _count_up_to_most(is_due),
-        "oldest_due": select(NOW - func.min(C.next_attempt_at)).where(is_due),
+        "oldest_due": select(time_since(func.min(C.next_attempt_at))).where(is_due),
         "waiting_for": statements.waiting_for(),
         "leases_expired": select(func.count()).where(C.status == SENDING, C.lease_expires_at <= NOW),
         "pending_in_doubt": select(func.count()).select_from(pending).where(pending.c.has_doubt),
-        "oldest_in_doubt": select(NOW - func.min(C.next_attempt_at)).where(C.status == IN_DOUBT),
+        "oldest_in_doubt": select(time_since(func.min(C.next_attempt_at))).where(C.status == IN_DOUBT),
     }
     for name, found in (("queued", newest), ("sent", last_sent)):
         questions[name] = select(func.count()).select_from(found).where(found.c.at > long_ago)
-        questions[f"{name}_over"] = select(NOW - func.min(found.c.at)).where(found.c.at > long_ago)
+        questions[f"{name}_over"] = select(time_since(func.min(found.c.at))).where(found.c.at > long_ago)
     return select(*(question.scalar_subquery().label(name) for name, question in questions.items()))
 
 
@@ -520,12 +524,17 @@ def activity(session: Session, since: datetime, bucket: timedelta, *, schema: st
         raise ValueError("bucket: must be more than nothing")
     keywords = in_session(schema)
     values = {"since": since, "bucket": bucket, "latest": LATEST_SEND}
-    now: datetime = session.execute(select(NOW), **keywords).scalar_one()
-    if (buckets := (now - since) // bucket + 1) > MOST_BUCKETS:
+    past: timedelta = session.execute(_time_since(), values, **keywords).scalar_one()
+    if (buckets := past // bucket + 1) > MOST_BUCKETS:
         raise ValueError(f"bucket: makes {buckets} buckets, more than {MOST_BUCKETS}")
     rows = session.execute(_activity(), values, **keywords)
     counts = {number: (due, sent) for number, due, sent in rows}
     return [Activity(since + number * bucket, *counts.get(number, (0, 0))) for number in range(buckets)]
+
+
+@cache
+def _time_since() -> Executable:
+    return select(time_since(bindparam("since", type_=TIMESTAMP(timezone=True))))
 
 
 @cache

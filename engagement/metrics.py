@@ -33,7 +33,8 @@ from engagement.database_errors import describe
 from engagement.messages import Queued, QueuedMany
 from engagement.models import MessageStatus
 from engagement.observing import QueueEnd, Round
-from engagement.statements import FAILED, IN_DOUBT, NOW, PENDING, SENDING, C, in_schema, is_due, schema_in_force
+from engagement.own_transactions import SAFE_PATH, find_schema, with_schema
+from engagement.statements import FAILED, IN_DOUBT, NOW, PENDING, SENDING, C, is_due, schema_in_force
 
 logger = logging.getLogger("engagement")
 
@@ -154,22 +155,22 @@ class QueueReader:
         if timeout < timedelta(milliseconds=1):
             raise ValueError("timeout: must be at least a millisecond")
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
-        schema = schema_in_force(schema, engine)
-        where = in_schema(schema) | {"render_schema_translate": True}
-        statement = _queue_as_samples().compile(
-            engine, compile_kwargs={"literal_binds": True}, **({} if schema is None else where)
-        )
+        self._schema = schema_in_force(schema, engine)
+        statement = _queue_as_samples().compile(engine, compile_kwargs={"literal_binds": True})
         # Two statements in one message are one transaction, whose end takes the settings back. Where the statistics are
         # from before a backlog, a planner that may sort reads all of it, to count the first of it.
-        local = {"statement_timeout": timeout // timedelta(milliseconds=1), "enable_sort": "off"}
-        settings = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in local.items())
+        local = {"statement_timeout": timeout // timedelta(milliseconds=1), "enable_sort": "off", "jit": "off"}
+        local |= {"search_path": SAFE_PATH, "extra_float_digits": 1}
+        settings = ", ".join(f"pg_catalog.set_config('{name}', '{value}', true)" for name, value in local.items())
         self.sql = f"SELECT {settings}; {statement}"
 
     def read(self) -> list[Sample]:
         """Return the samples of `QUEUE`, or only that it is not `UP`: this does not raise what the database does."""
         try:
             with self._engine.connect() as connection:
-                cursor: Any = connection.exec_driver_sql(self.sql).cursor
+                self._schema = self._schema or find_schema(connection)
+                sql = self.sql if self._schema is None else with_schema(self.sql, self._schema, connection)
+                cursor: Any = connection.exec_driver_sql(sql).cursor
                 cursor.nextset()
                 rows = cursor.fetchall()
         except SQLAlchemyError as error:

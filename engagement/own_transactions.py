@@ -1,38 +1,135 @@
-"""Transactions of our own, on the host's engine: a worker's, the command's and the admin page's."""
+"""Transactions of our own, on the host's engine: a worker's, the command's and the admin page's.
+
+They do the same whatever the database, the role or an older connection has set. Whoever may create functions and
+operators in a schema of the search path could otherwise have them called in place of PostgreSQL's, with the rights of
+who calls (CVE-2018-1058). So ours search `pg_catalog` alone, and name the table with its schema.
+"""
 
 from __future__ import annotations
 
-from sqlalchemy import Engine, ExceptionContext, event
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import Connection, Engine, ExceptionContext, event
 
 from engagement.database_errors import sqlstate
-from engagement.statements import in_schema
+from engagement.models import TABLE_NAME
+from engagement.statements import OUR_SCHEMA, schema_in_force
 
-_OURS = "engagement_own_transactions"
+_WAS_GIVEN = "engagement_schema_was_given"
+
+# Temporary tables last: else they come first, and anybody's function could make one.
+SAFE_PATH = "pg_catalog, pg_temp"
+# Under a stricter isolation the claims of two workers would fail each other.
+_TRANSACTION = "ISOLATION LEVEL READ COMMITTED"
+# Every name is PostgreSQL's own, whatever is planted where: no function is called that takes more than one type.
+_FIND_TABLE = """
+SELECT nspname FROM pg_catalog.pg_namespace
+JOIN pg_catalog.pg_class ON pg_namespace.oid OPERATOR(pg_catalog.=) relnamespace
+WHERE pg_class.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass(%(table)s::pg_catalog.text)
+"""
+# FOR UPDATE OF takes no schema.
+_TABLE = re.compile(rf"(?<![.\w])(?<!OF ){TABLE_NAME}\b")
 
 _READ_ONLY = "25006"
+_NOT_FOUND = frozenset({"42P01", "3F000"})
 # What a session was given when it began and keeps to its end: time-outs, the search path, the role.
-_MAY_BE_STALE = frozenset({_READ_ONLY, "57014", "55P03", "42P01", "42703", "42883", "3F000", "42501"})
+_MAY_BE_STALE = _NOT_FOUND | {_READ_ONLY, "57014", "55P03", "42703", "42883", "42501"}
 
 
 def for_own_transactions(engine: Engine, schema: str | None = None) -> Engine:
-    """Return `engine` for transactions of our own, which find the table in `schema`.
+    """Return `engine` for transactions of our own, which find the table in `schema`, or on the search path.
 
     A connection keeps what the server, the database or the role was set to when it was made: that it is read-only, or
     a `statement_timeout`. One that such a setting may have failed is not used again, so that the next one is made under
     what holds now.
     """
+    given = schema_in_force(schema, engine)
+    ours = engine.execution_options(**{OUR_SCHEMA: given, _WAS_GIVEN: given is not None})
+    event.listen(ours, "begin", _begin)
+    event.listen(ours, "before_cursor_execute", _name_schema, retval=True)
     event.listen(engine, "handle_error", _distrust)  # Once, however often this is called.
-    # Under a stricter isolation the claims of two workers would fail each other, and AUTOCOMMIT has no transaction to
-    # settle and claim in.
-    return engine.execution_options(isolation_level="READ COMMITTED", **{_OURS: True}, **in_schema(schema))
+    return ours
+
+
+def find_schema(connection: Connection) -> str | None:
+    """Return the schema in which the search path finds the table, or None."""
+    found: str | None = connection.exec_driver_sql(_FIND_TABLE, {"table": TABLE_NAME}).scalar()
+    return found
+
+
+def with_schema(statement: str, schema: str, connection: Connection) -> str:
+    """Return the text of a statement that names the table with its schema."""
+    return _with_schema(statement, connection.dialect.identifier_preparer.quote_schema(schema))
+
+
+@lru_cache(maxsize=1_000)
+def _with_schema(statement: str, schema: str) -> str:
+    # SQLAlchemy's translation does so anew for each column, each time: a tenth of what a claim takes.
+    return _TABLE.sub(lambda name: f"{schema}.{name[0]}", statement)
+
+
+def _begin(connection: Connection) -> None:
+    driver: Any = connection.connection.driver_connection
+    if driver.autocommit:  # There would be no transaction to settle and claim in.
+        connection.execution_options(isolation_level="READ COMMITTED")
+    if connection.get_execution_options()[OUR_SCHEMA] is None:
+        found = find_schema(connection)
+        connection.connection.rollback()
+        connection.engine.update_execution_options(**{OUR_SCHEMA: found})
+        connection.execution_options(**{OUR_SCHEMA: found})
+    settings = "; ".join((_TRANSACTION, *_settings(driver)))
+    if not _begun_at_once(driver, f"BEGIN {settings}"):
+        for setting in f"SET TRANSACTION {settings}".split("; "):
+            connection.exec_driver_sql(setting)
+
+
+def _settings(driver: Any) -> Iterator[str]:
+    yield f"SET LOCAL search_path = {SAFE_PATH}"
+    reported = driver.info.parameter_status
+    if not reported("DateStyle").startswith("ISO"):
+        yield "SET LOCAL datestyle = ISO"  # psycopg reads no moment in another style.
+    if reported("server_encoding") == "UTF8" != reported("client_encoding"):
+        yield "SET LOCAL client_encoding = UTF8"  # One text that it lacks would fail all that is read with it.
+
+
+def _begun_at_once(driver: Any, begin: str) -> bool:
+    """Send BEGIN and our settings as one message, which costs no round trip more than BEGIN alone.
+
+    Whatever prevents it is met again by what is executed next, and told as everything is.
+    """
+    try:
+        from psycopg import Connection as Psycopg
+        from psycopg import Error, generators
+        from psycopg.pq import ExecStatus, TransactionStatus
+    except ImportError:
+        return False
+    if not isinstance(driver, Psycopg) or driver.pgconn.transaction_status != TransactionStatus.IDLE:
+        return False
+    try:
+        driver.pgconn.send_query(begin.encode())
+        results = driver.wait(generators.execute(driver.pgconn))
+    except Error:
+        return False
+    return all(result.status == ExecStatus.COMMAND_OK for result in results)
+
+
+def _name_schema(connection: Connection, _cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+    schema = connection.get_execution_options()[OUR_SCHEMA]
+    return (statement if schema is None else with_schema(statement, schema, connection)), parameters
 
 
 def _distrust(context: ExceptionContext) -> None:
     # The event is the dialect's, and so also hears of what the host does on this engine.
-    if context.connection is None or not context.connection.get_execution_options().get(_OURS):
+    options = {} if context.connection is None else context.connection.get_execution_options()
+    if _WAS_GIVEN not in options:
         return
     state = sqlstate(context.sqlalchemy_exception) if context.sqlalchemy_exception else None
     if state in _MAY_BE_STALE:
         context.is_disconnect = True
         # All connections of that time are read-only. A time-out may be the fault of the statement.
         context.invalidate_pool_on_disconnect = state == _READ_ONLY
+    if state in _NOT_FOUND and not options[_WAS_GIVEN] and context.engine is not None:
+        context.engine.update_execution_options(**{OUR_SCHEMA: None})  # The table may have moved.

@@ -23,6 +23,7 @@ from engagement.database_errors import connect, is_transient
 from engagement.messages import InvalidMessage, OutgoingMessage, checked_destination, checked_flag, checked_jid
 from engagement.models import EARLIEST, Destination, MessageStatus
 from engagement.outcomes import NotSent, Outcome, Postpone, Refused, Sent, Withdraw, causes
+from engagement.own_transactions import for_own_transactions
 from engagement.sending import LeaseRanOut, MayHaveLeft, Transport, checked_lease, logger
 
 A_MINUTE = timedelta(minutes=1)
@@ -251,8 +252,7 @@ class FrequencyCap(Gate):
             raise ValueError("per: must be day or week")
         if isinstance(message_types, str):
             raise TypeError("message_types: must be a collection of types")
-        # Two queries that need no common snapshot: nothing stays open.
-        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT", **statements.in_schema(schema))
+        self._engine = for_own_transactions(engine, schema)
         self._tz_of = plain_function("tz_of", tz_of)
         self._limit = limit
         self._per = per
@@ -268,7 +268,7 @@ class FrequencyCap(Gate):
         try:
             while True:
                 waited = monotonic() - began
-                with connect(self._engine) as connection:
+                with connect(self._engine) as connection, connection.begin():
                     answer = self._count(connection, message, tz, waited)
                 if answer is not None:
                     return answer

@@ -32,6 +32,7 @@ from engagement.messages import (
 )
 from engagement.models import EngagementMessage, MessageStatus, checked_schema
 from engagement.outcomes import clean_reason
+from engagement.reading import readable
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -139,7 +140,7 @@ class EngagementMessageRepository:
 
     def get_pending_messages(self, user_id: str | UUID) -> list[EngagementMessage]:
         """Return the user's pending messages, next first."""
-        return list(self._entities(statements.pending_of_user(), {"of_user": checked_user_id(user_id)}))
+        return self._entities(statements.pending_of_user(), {"of_user": checked_user_id(user_id)})
 
     def count_by_status(self) -> StatusCounts:
         """Count the messages in each status, zeros included, and tell how long the oldest due one has been waiting."""
@@ -230,11 +231,11 @@ class EngagementMessageRepository:
     def _changed(self, statement: Executable, values: Mapping[str, Any]) -> bool:
         return self._execute(statement, values).scalar_one_or_none() is not None
 
-    def _entities(self, statement: Select[Any], values: Mapping[str, Any]) -> Iterable[EngagementMessage]:
+    def _entities(self, statement: Select[Any], values: Mapping[str, Any]) -> list[EngagementMessage]:
         # What the session loaded earlier may have been changed by a worker since.
-        found: Iterable[EngagementMessage] = self._execute(
-            statement.execution_options(populate_existing=True), values
-        ).scalars()
+        statement = statement.execution_options(populate_existing=True)
+        with readable(self._session, {"mapper": EngagementMessage, "clause": statement}):
+            found: list[EngagementMessage] = self._execute(statement, values).scalars().all()
         return found
 
     def _entity(self, statement: Select[Any], values: Mapping[str, Any]) -> EngagementMessage | None:

@@ -8,6 +8,7 @@ Statuses are literals, not parameters: PostgreSQL cannot prove that a parameter 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -18,12 +19,14 @@ from sqlalchemy import (
     Column,
     ColumnElement,
     Connection,
+    Dialect,
     Engine,
     Executable,
     Float,
     Integer,
     Interval,
     MetaData,
+    Numeric,
     Select,
     Subquery,
     Table,
@@ -56,7 +59,7 @@ from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.orm import Session
 from sqlalchemy.schema import CreateTable, DropTable
-from sqlalchemy.types import TypeEngine
+from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from engagement.models import FINISHED, MOST_COUNTED, EngagementMessage, checked_schema
 
@@ -73,15 +76,36 @@ SEPARATOR = "\x1f"
 the client. No text that passed our checks holds it; a missing value is the empty text."""
 
 
+class Length(TypeDecorator[timedelta]):
+    """A length of time, read as a number of seconds: of intervals, psycopg reads PostgreSQL's own style only."""
+
+    impl = Numeric
+    cache_ok = True
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> timedelta | None:  # noqa: ARG002
+        """Return the length."""
+        return None if value is None else timedelta(seconds=float(value))
+
+
+def time_since(moment: ColumnElement[Any]) -> ColumnElement[timedelta]:
+    """Return how long ago a moment was, by the database's clock."""
+    return type_coerce(func.extract("epoch", NOW - moment), Length)
+
+
 def in_schema(schema: str | None) -> dict[str, Any]:
     """Return the execution options with which a statement finds the table there; None is the search path."""
     return {} if checked_schema(schema) is None else {"schema_translate_map": {None: schema}}
 
 
+OUR_SCHEMA = "engagement_schema"
+"""The execution option that says where our own transactions have found the table; None if they have not yet."""
+
+
 def schema_in_force(schema: str | None, bind: Engine | Connection) -> str | None:
     """Return where a statement finds the table: in `schema`, or where the host's `bind` sends what names none."""
-    translated = bind.get_execution_options().get("schema_translate_map") or {}
-    return checked_schema(schema) or translated.get(None)
+    options = bind.get_execution_options()
+    translated = options.get("schema_translate_map") or {}
+    return checked_schema(schema) or options.get(OUR_SCHEMA) or translated.get(None)
 
 
 def schema_in_session(schema: str | None, session: Session) -> str | None:
@@ -816,5 +840,5 @@ def prune_finished() -> Executable:
 @cache
 def count_by_status() -> Executable:
     """Return (status, count, how long the oldest due message has been waiting)."""
-    oldest_due = select(NOW - func.min(C.next_attempt_at)).where(is_due).scalar_subquery()
+    oldest_due = select(time_since(func.min(C.next_attempt_at))).where(is_due).scalar_subquery()
     return select(C.status, func.count(), oldest_due).group_by(C.status)

@@ -60,7 +60,7 @@ def queue_finished(engine, *, days_ago: int, how_many: int = 1, schema: str | No
 @contextmanager
 def lock_of(engine, task: str):
     """Be another worker that is at `task`."""
-    key = func.hashtextextended(f"engagement_housekeeping::{task}", 0)
+    key = func.hashtextextended(f"engagement_housekeeping:public:{task}", 0)
     with engine.begin() as connection:
         until(lambda: connection.scalar(select(func.pg_try_advisory_xact_lock(key))))
         yield
@@ -146,7 +146,7 @@ def test_who_never_gives_a_turn_back_is_named(engine, caplog, task, lock):
     wanted = {"prune": {"prune_older_than": DAY}, "verify": {"verify_every": OFTEN}}[task]
     with engine.connect() as stranger:
         pid = stranger.scalar(text("SELECT pg_backend_pid()"))
-        stranger.execute(text(f"SELECT {lock}(hashtextextended('engagement_housekeeping::{task}', 0))"))
+        stranger.execute(text(f"SELECT {lock}(hashtextextended('engagement_housekeeping:public:{task}', 0))"))
         if lock == "pg_advisory_lock":
             stranger.commit()
         with Running(engine, lambda _: Sent(), **wanted):

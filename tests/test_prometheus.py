@@ -28,6 +28,7 @@ from engagement import (
 )
 from engagement.metrics import COUNTERS, DUE_TO_SENT, QUEUE, QueueReader
 from engagement.models import TABLE_NAME
+from engagement.own_transactions import with_schema
 from engagement.prometheus import EngagementCollector
 
 ROOT = Path(__file__).parent.parent
@@ -156,7 +157,9 @@ def plan_of_a_scrape(engine) -> str:
     settings, statement = QueueReader(engine).sql.split("; ")
     with engine.begin() as connection:
         connection.exec_driver_sql(settings)
-        return "\n".join(connection.exec_driver_sql(f"EXPLAIN {statement}").scalars())
+        return "\n".join(
+            connection.exec_driver_sql(f"EXPLAIN {with_schema(statement, 'public', connection)}").scalars()
+        )
 
 
 def run_alone(engine, sql) -> None:

@@ -1002,7 +1002,7 @@ def test_a_worker_plans_its_statements_once(engine):
         plans = connection.execute(
             text(
                 "SELECT generic_plans, custom_plans FROM pg_prepared_statements"
-                " WHERE statement LIKE 'UPDATE engagement%'"
+                " WHERE statement LIKE 'UPDATE public.engagement%'"
             )
         ).all()
     own.dispose()

@@ -20,6 +20,7 @@ from engagement.cli.problems import DatabaseProblem, Problem
 from engagement.database_errors import is_not_migrated, is_unreadable, sqlstate
 from engagement.messages import InvalidMessage
 from engagement.models import EngagementMessage
+from engagement.own_transactions import for_own_transactions
 from engagement.repository import EngagementMessageRepository
 from engagement.statements import in_schema
 
@@ -39,7 +40,7 @@ class Database:
     schema: str | None
 
     @contextmanager
-    def engine(self) -> Iterator[Engine]:
+    def engine(self, *, to_migrate: bool = False) -> Iterator[Engine]:
         """Hand out an engine, and turn the database's errors into problems."""
         url = _checked_url(self.given_url)
         try:
@@ -53,7 +54,7 @@ class Database:
         # It would log, past our one line, how it cancels the query that Ctrl-C interrupts.
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
         try:
-            yield engine
+            yield engine if to_migrate else for_own_transactions(engine, self.schema)
         except InvalidMessage as error:
             raise Problem(str(error)) from None
         except SQLAlchemyError as error:

@@ -37,7 +37,7 @@ def upgrade(database: Database, revision: str, *, sql: bool, row_level_security:
         if sql:
             migrations.upgrade_sql(sys.stdout, revision, schema=database.schema, row_level_security=row_level_security)
             return
-        with database.engine() as engine:
+        with database.engine(to_migrate=True) as engine:
             before = migrations.current(engine, schema=database.schema)
             migrations.upgrade(engine, revision, schema=database.schema, row_level_security=row_level_security)
             now = migrations.current(engine, schema=database.schema)
@@ -67,7 +67,7 @@ def downgrade(database: Database, revision: str, *, yes: bool) -> None:
     The default, base, drops it with all messages and their keys; what was sent can then be queued, and sent, again.
     Asks first if there are any messages.
     """
-    with _migration_problems(), database.engine() as engine:
+    with _migration_problems(), database.engine(to_migrate=True) as engine:
         if migrations.current(engine, schema=database.schema) is not None:
             if not yes:
                 _ask_to_downgrade(database, revision)
@@ -88,7 +88,7 @@ def _ask_to_downgrade(database: Database, revision: str) -> None:
 @on_database
 def current(database: Database, *, as_json: bool) -> None:
     """Show which revision the database is at. The exit status is 3 if an upgrade is due."""
-    with _migration_problems(), database.engine() as engine:
+    with _migration_problems(), database.engine(to_migrate=True) as engine:
         now = migrations.current(engine, schema=database.schema)
     newest = migrations.head()
     show("revision", {"revision": now, "newest": newest}, as_json=as_json)
