@@ -96,6 +96,7 @@ def test_no_error_leaves_a_transport(monkeypatch, step, kind):
     def fail(*arguments):
         raise kind(f"{KEY} {arguments}")
 
+    monkeypatch.setattr("engagement.transports.client.FIRST_PAUSE", timedelta(microseconds=1))
     monkeypatch.setattr(f"engagement.transports.exchange.{step}", fail)
     with serving(lambda _: Reply(500)) as server:
         for transport in transports(server.url):
