@@ -162,7 +162,7 @@ def _settled_before(
         lost = {"message_id": row.id, "of_attempt": attempt, "of_name": name}
         if (row.attempt, row.claimed_by) == (attempt, name):
             # What was forgotten or has a doubt ends otherwise than its verdict says, but its history tells of it.
-            if row.status == verdict.status or row.latest == [attempt, verdict.event]:
+            if row.status == verdict.status or row.event == verdict.event:
                 yield claim, row.status
         elif verdict.status is MessageStatus.SENT:
             # Who took a message over has not sent it, but found out that it was.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from sqlalchemy import Connection, Engine
 
 from engagement import adopting, statements
-from engagement.models import TABLE_NAME, TextOf, checked_schema
+from engagement.models import TABLE_NAME, ReadableJson, TextOf, checked_schema
 from engagement.statements import schema_in_force
 
 if TYPE_CHECKING:
@@ -130,6 +130,9 @@ def render_plain_types(type_: str, item: Any, autogen_context: AutogenContext) -
     """Be the `render_item` of a host that maps our mixin, so that its migrations hold SQLAlchemy's types only."""
     if type_ == "type" and isinstance(item, TextOf):
         return f"{autogen_context.opts['sqlalchemy_module_prefix']}Text()"
+    if type_ == "type" and isinstance(item, ReadableJson):
+        autogen_context.imports.add("from sqlalchemy.dialects import postgresql")
+        return "postgresql.JSONB()"
     return False
 
 

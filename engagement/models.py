@@ -6,6 +6,8 @@ test compares the two. All names start with `engagement`, since the table is a g
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -22,7 +24,9 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     Text,
     UniqueConstraint,
+    cast,
     text,
+    type_coerce,
 )
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column
@@ -98,6 +102,59 @@ def checked_schema(schema: str | None) -> str | None:
     return schema
 
 
+class ReadableJson(TypeDecorator[Any]):
+    """A JSONB column that can always be read, whatever somebody wrote by hand; what is beyond Python is `UNREADABLE`.
+
+    It is read as text: drivers take JSON for UTF-8 whatever the client's encoding, and one number of 5,000 digits, or a
+    list of 5,000 levels, would break the fetch of every row beside it.
+    """
+
+    impl = JSONB
+    cache_ok = True
+
+    def column_expression(self, column: Any) -> Any:
+        """Select the text."""
+        return type_coerce(cast(column, Text), self)
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any]:  # noqa: ARG002
+        """Return what reads the text."""
+        return _read_json
+
+    def coerce_compared_value(self, op: Any, value: Any) -> Any:
+        """Index and compare as JSONB does."""
+        return self.impl_instance.coerce_compared_value(op, value)
+
+
+UNREADABLE = "cannot be read by Python"
+_DEEPEST = 500
+"""Levels of a JSON value that whoever shows it gets through, too."""
+
+
+def _read_json(text: Any) -> Any:
+    try:
+        value = json.loads(text) if isinstance(text, str) else text
+        if not _is_deeper(value, _DEEPEST):
+            return value
+    except (ValueError, RecursionError):
+        pass
+    return {UNREADABLE: True} if text[:1] == "{" else [UNREADABLE]
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    level = [value]
+    for _ in range(levels):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
 def qualified_name(schema: str | None, table: str = TABLE_NAME) -> str:
     """Return a table's name as SQL and `to_regclass` read it. SQLAlchemy would double a %, for its own statements."""
     schema = checked_schema(schema)
@@ -140,7 +197,7 @@ class EngagementMessageMixin:
     message_type: Mapped[str] = mapped_column(Text)
     message_key: Mapped[str] = mapped_column(Text)
     """What the renderer turns into words, with `message_params`, when the message is sent."""
-    message_params: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default=text("'{}'"))
+    message_params: Mapped[dict[str, Any]] = mapped_column(ReadableJson, server_default=text("'{}'"))
     destination: Mapped[Destination] = mapped_column(TextOf(Destination))
     destination_jid: Mapped[str | None] = mapped_column(Text)
     """A JID, or Meta's business-scoped id of a person without a number. None once it was forgotten or pruned."""
@@ -166,7 +223,7 @@ class EngagementMessageMixin:
     provider_message_id: Mapped[str | None] = mapped_column(Text)
     error_message: Mapped[str | None] = mapped_column(Text)
     """The last thing that went wrong; `history` has all of them."""
-    history: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=text("'[]'"))
+    history: Mapped[list[dict[str, Any]]] = mapped_column(ReadableJson, server_default=text("'[]'"))
     """One entry for each thing that went other than well: at, attempt, event, reason."""
     idempotency_key: Mapped[str] = mapped_column(Text(collation="C"))
     """Unique, and never freed: it outlives what the message said. Collated as bytes, so that sorting a batch by it

@@ -16,6 +16,7 @@ from sqlalchemy import Executable, Select
 from sqlalchemy.exc import StatementError
 
 from engagement import observing, statements
+from engagement.encodings import with_storable_texts
 from engagement.messages import (
     MAX_KEY_BYTES,
     Cancellation,
@@ -222,6 +223,7 @@ class EngagementMessageRepository:
 
     # `Any`: SQLAlchemy 2.0 and 2.1 give the rows of a result different types.
     def _execute(self, statement: Executable, values: Mapping[str, Any] | None = None) -> Any:
+        values = with_storable_texts(values or {}, self._session, self._keywords["bind_arguments"])
         try:
             return self._session.execute(statement, values, **self._keywords)
         except StatementError as error:

@@ -559,14 +559,14 @@ def _next_attempt(given: Any) -> ColumnElement[Any]:
 
 @cache
 def attempts_of() -> Executable:
-    """Return what became of messages whose verdicts were not recorded: (id, attempt, claimed_by, status, latest).
+    """Return what became of messages whose verdicts were not recorded: (id, attempt, claimed_by, status, event).
 
-    `latest` is [attempt, event] of the last entry in the history. They are locked: to find them recorded by an earlier
-    commit would commit nothing, and not wait for a standby that lacks that one.
+    `event` is the last one in the history, if it is one of this attempt. They are locked: to find them recorded by an
+    earlier commit would commit nothing, and not wait for a standby that lacks that one.
     """
     entry = C.history[-1]
-    latest = func.jsonb_build_array(entry["attempt"], entry["event"], type_=JSONB).label("latest")
-    columns = C.id, C.attempt, C.claimed_by, C.status, latest
+    is_of_this = entry["attempt"].astext == cast(C.attempt, Text)
+    columns = C.id, C.attempt, C.claimed_by, C.status, case((is_of_this, entry["event"].astext)).label("event")
     these = C.id == any_(bindparam("ids", type_=ARRAY(BigInteger)))
     return select(*columns).where(these).order_by(C.id).with_for_update(**_LOCKED)
 
@@ -638,10 +638,23 @@ def _oldest_due(wanted: ColumnElement[Any]) -> Select[Any]:
 
 def _doubted_at() -> ColumnElement[Any]:
     """Return when the last doubt was recorded, which is never before the send; of a forgotten message, when it was."""
-    entries = func.jsonb_array_elements(C.history).table_valued(column("entry", JSONB), name="entries").render_derived()
-    event, at = entries.c.entry.op("->>")("event"), cast(entries.c.entry.op("->>")("at"), _MOMENT)
+    is_list = func.jsonb_typeof(C.history) == _word("array")
+    history = case((is_list, C.history), else_=literal_column("'[]'::jsonb", JSONB))
+    entries = func.jsonb_array_elements(history).table_valued(column("entry", JSONB), name="entries").render_derived()
+    event, at = entries.c.entry.op("->>")("event"), _moment_in(entries.c.entry.op("->>")("at"))
     latest = func.coalesce(func.max(at).filter(event == "in_doubt"), func.max(at))
     return select(latest).select_from(entries).scalar_subquery()
+
+
+def _moment_in(written: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return the moment that an entry of a history names; NULL if it names none, since anybody may have written it."""
+    date, time = r"[1-9]\d{3}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?"
+    form: ColumnElement[Any] = literal_column(rf"'^{date}T{time}[+-](0\d|1[0-5]):[0-5]\d$'")
+    # Reckoned from the first of its month, which has that day in any case: the 31st of June would be an error.
+    first = cast(func.concat(func.left(written, 8), _word("01"), func.substr(written, 11)), _MOMENT)
+    days = cast(func.substr(written, 9, 2), Integer) - _number(1)
+    moment = first + days * literal_column("interval '24 hours'", Interval)
+    return case((written.op("~")(form), moment))
 
 
 # What the frequency cap asks -----------------------------------------------------------------------------------------
@@ -785,7 +798,7 @@ def resolve_if_in_doubt(*, sent: bool) -> Executable:
     resolved = update(QUEUE).where(_id, C.status == IN_DOUBT).returning(C.id)
     history = _history_with(_word("resolved"), _text("reason"), sent=true() if sent else false(), by=_text("by"))
     if sent:
-        return resolved.values(status=SENT, has_doubt=False, sent_at=func.coalesce(_doubted_at(), NOW), history=history)
+        return resolved.values(status=SENT, has_doubt=False, sent_at=func.least(_doubted_at(), NOW), history=history)
     return resolved.where(C.destination_jid.is_not(None)).values(
         status=PENDING, has_doubt=False, retry_count=0, next_attempt_at=NOW, history=history
     )
