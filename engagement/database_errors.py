@@ -76,7 +76,8 @@ def connect(engine: Engine) -> Connection:
 
 def sqlstate(error: BaseException) -> str | None:
     """Return what the server calls the error; None if it did not come from there."""
-    state: str | None = getattr(getattr(error, "orig", None), "sqlstate", None)
+    original = getattr(error, "orig", None)
+    state: str | None = getattr(original, "sqlstate", None) or getattr(original, "pgcode", None)  # psycopg2's
     # It is logged: what answers in the database's place could write lines of its own there.
     return state and re.sub("[^0-9A-Z]", "?", state)[:5]
 

@@ -33,7 +33,7 @@ from engagement.database_errors import describe
 from engagement.messages import Queued, QueuedMany
 from engagement.models import MessageStatus
 from engagement.observing import QueueEnd, Round
-from engagement.own_transactions import SAFE_PATH, find_schema, with_schema
+from engagement.own_transactions import SAFE_PATH, check_engine, find_schema, with_schema
 from engagement.statements import FAILED, IN_DOUBT, NOW, PENDING, SENDING, C, is_due, schema_in_force
 
 logger = logging.getLogger("engagement")
@@ -150,8 +150,7 @@ class QueueReader:
     """
 
     def __init__(self, engine: Engine, *, schema: str | None = None, timeout: timedelta = timedelta(seconds=2)) -> None:
-        if not isinstance(engine, Engine) or engine.dialect.driver != "psycopg":
-            raise ValueError("engine: must be a sync Engine of psycopg")
+        check_engine(engine)
         if timeout < timedelta(milliseconds=1):
             raise ValueError("timeout: must be at least a millisecond")
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")

@@ -44,14 +44,24 @@ def for_own_transactions(engine: Engine, schema: str | None = None) -> Engine:
 
     A connection keeps what the server, the database or the role was set to when it was made: that it is read-only, or
     a `statement_timeout`. One that such a setting may have failed is not used again, so that the next one is made under
-    what holds now.
+    what holds now. Raises `ValueError` for an engine that is none of psycopg 3.
     """
+    check_engine(engine)
     given = schema_in_force(schema, engine)
     ours = engine.execution_options(**{OUR_SCHEMA: given, _WAS_GIVEN: given is not None})
     event.listen(ours, "begin", _begin)
     event.listen(ours, "before_cursor_execute", _name_schema, retval=True)
     event.listen(engine, "handle_error", _distrust)  # Once, however often this is called.
     return ours
+
+
+def check_engine(engine: Engine) -> None:
+    """Raise `ValueError` if the engine is none that we can have transactions of our own on, and say which one is."""
+    is_one = isinstance(engine, Engine)
+    if not is_one or engine.dialect.is_async or engine.dialect.driver != "psycopg":
+        found = f"one of {engine.dialect.driver}" if is_one else type(engine).__name__
+        wanted = "must be a sync Engine of psycopg 3, made by create_engine('postgresql+psycopg://…')"
+        raise ValueError(f"engine: {wanted}, and not {found}")
 
 
 def find_schema(connection: Connection) -> str | None:
@@ -100,13 +110,10 @@ def _begun_at_once(driver: Any, begin: str) -> bool:
 
     Whatever prevents it is met again by what is executed next, and told as everything is.
     """
-    try:
-        from psycopg import Connection as Psycopg
-        from psycopg import Error, generators
-        from psycopg.pq import ExecStatus, TransactionStatus
-    except ImportError:
-        return False
-    if not isinstance(driver, Psycopg) or driver.pgconn.transaction_status != TransactionStatus.IDLE:
+    from psycopg import Error, generators
+    from psycopg.pq import ExecStatus, TransactionStatus
+
+    if driver.pgconn.transaction_status != TransactionStatus.IDLE:
         return False
     try:
         driver.pgconn.send_query(begin.encode())

@@ -234,8 +234,9 @@ def _start(scheduled_for: ColumnElement[Any], expires_at: ColumnElement[Any]) ->
 @cache
 def insert_message() -> Executable:
     """Insert one message and return its id, or nothing if its key exists."""
-    scheduled_for = bindparam("scheduled_for", type_=_MOMENT)
-    expires_at = bindparam("expires_at", type_=_MOMENT)
+    # Cast, since psycopg2 writes values into the statement: what is NULL there is of no type.
+    scheduled_for = cast(bindparam("scheduled_for", type_=_MOMENT), _MOMENT)
+    expires_at = cast(bindparam("expires_at", type_=_MOMENT), _MOMENT)
     values = {name: _text(name) for name in (*_GIVEN, "idempotency_key", "trace_context")} | {
         "message_params": cast(bindparam("message_params", type_=Text), JSONB),
         "scheduled_for": _start(scheduled_for, expires_at),

@@ -100,7 +100,6 @@ class Worker:
         prune_older_than: timedelta | None = None,
         verify_every: timedelta | None = None,
     ) -> None:
-        _check(isinstance(engine, Engine), "engine", "must be a sync Engine; make one from an AsyncEngine's url")
         _check(concurrency >= 1, "concurrency", "must be at least 1")
         _check(lease > timedelta(0), "lease", "must be positive")
         _check(max_retries >= 1, "max_retries", "must be at least 1")
