@@ -6,6 +6,7 @@ It executes statements and shapes their answers. It never commits, rolls back or
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import chain, islice
@@ -34,6 +35,7 @@ from engagement.messages import (
 from engagement.models import EngagementMessage, MessageStatus, checked_schema
 from engagement.outcomes import clean_reason
 from engagement.reading import readable
+from engagement.sorting import SortedTexts
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -94,40 +96,32 @@ class EngagementMessageRepository:
         """Store all messages whose keys are new, in any number and in constant memory, and count the duplicates.
 
         Of messages with the same key the first is stored. Concurrent batches never deadlock each other: each takes
-        its keys in one order. What `messages` raises passes through; nothing of the last chunks is stored then, and
-        the caller decides about its transaction.
+        its keys in one order. So nothing is stored before all messages are known: more than 5,000 wait in a temporary
+        file of this process. What `messages` raises passes through, and nothing of the batch is stored then.
         """
         return observing.queueing(None, partial(self._queue_many, messages))
 
     def _queue_many(self, messages: Iterable[NewMessage], trace_context: str | None) -> QueuedMany:
         chunks = _chunks(messages)
         first, second = next(chunks, []), next(chunks, [])
-        if not first:
-            return QueuedMany(0, 0)
         if not second:
-            values = {**_packed(first), "trace_context": trace_context}
-            created = self._execute(statements.insert_packed(), values).rowcount
+            created = self._insert([row for _, row in first], trace_context, is_part=False) if first else 0
             return QueuedMany(created, len(first) - created)
-        return self._queue_batch(first, second, chunks, trace_context)
-
-    def _queue_batch(
-        self,
-        first: list[NewMessage],
-        second: list[NewMessage],
-        more: Iterator[list[NewMessage]],
-        trace_context: str | None,
-    ) -> QueuedMany:
-        self._execute(statements.drop_batch)  # A batch whose iterable raised may have left one behind.
-        self._execute(statements.create_batch)
-        self._execute(statements.store_batch_plainly)
-        given = 0
-        for place, chunk in enumerate(chain([first, second], more)):
-            self._execute(statements.fill_batch(), {**_packed(chunk), "place": place})
-            given += len(chunk)
-            chunk.clear()  # Or the first two would be held to the end.
-        created = self._execute(statements.insert_batch(), {"trace_context": trace_context}).rowcount
-        self._execute(statements.drop_batch)
+        given = created = 0
+        with closing(SortedTexts()) as waiting:
+            for chunk in chain((first, second), chunks):
+                waiting.add(chunk)
+                given += len(chunk)
+                chunk.clear()  # Or the first two would be held to the end.
+            for rows in waiting.pieces(CHUNK):
+                created += self._insert(rows, trace_context, is_part=True)
         return QueuedMany(created, given - created)
+
+    def _insert(self, rows: list[str], trace_context: str | None, *, is_part: bool) -> int:
+        """Insert rows whose keys are new, and return how many those were."""
+        values = {**_packed(rows), "trace_context": trace_context}
+        created: int = self._execute(statements.insert_packed(is_part=is_part), values).rowcount
+        return created
 
     # Looking
 
@@ -320,12 +314,13 @@ class AsyncEngagementMessageRepository:
         return await self._session.run_sync(call)
 
 
-def _chunks(messages: Iterable[NewMessage]) -> Iterator[list[NewMessage]]:
+def _chunks(messages: Iterable[NewMessage]) -> Iterator[list[tuple[str, str]]]:
+    """Yield (key, row) of the messages, so many at a time."""
     remaining = iter(messages)
     while chunk := list(islice(remaining, CHUNK)):
         for message in chunk:
             _check_message(message)
-        yield chunk
+        yield [(message.key, _row(message)) for message in chunk]
 
 
 def _check_message(message: object) -> None:
@@ -356,19 +351,28 @@ def _parameters(message: NewMessage, trace_context: str | None) -> dict[str, Any
     }
 
 
-def _packed(chunk: list[NewMessage]) -> dict[str, str]:
-    join = statements.SEPARATOR.join
-    return {
-        "user_id": join([message.user_id for message in chunk]),
-        "message_type": join([message.message_type for message in chunk]),
-        "message_key": join([message.message_key for message in chunk]),
-        "message_params": join([message.params_json for message in chunk]),
-        "destination": join([message.destination for message in chunk]),
-        "destination_jid": join([message.destination_jid for message in chunk]),
-        "scheduled_for": join([_moment_text(message.scheduled_for) for message in chunk]),
-        "expires_at": join([_moment_text(message.expires_at) for message in chunk]),
-        "idempotency_key": join([message.key for message in chunk]),
-    }
+def _row(message: NewMessage) -> str:
+    """Return what is stored of a message, in the order of `PACKED`."""
+    return statements.SEPARATOR.join(
+        (
+            message.user_id,
+            message.message_type,
+            message.message_key,
+            message.params_json,
+            message.destination,
+            message.destination_jid,
+            _moment_text(message.scheduled_for),
+            _moment_text(message.expires_at),
+            message.key,
+        )
+    )
+
+
+def _packed(rows: list[str]) -> dict[str, str]:
+    """Return the columns of rows."""
+    join, names = statements.SEPARATOR.join, statements.PACKED
+    values = join(rows).split(statements.SEPARATOR)
+    return {name: join(values[place :: len(names)]) for place, name in enumerate(names)}
 
 
 def _decision(by: str | None, reason: str | None) -> dict[str, str | None]:

@@ -7,7 +7,6 @@ Statuses are literals, not parameters: PostgreSQL cannot prove that a parameter 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -16,7 +15,6 @@ from sqlalchemy import (
     ARRAY,
     BigInteger,
     Boolean,
-    Column,
     ColumnElement,
     Connection,
     Dialect,
@@ -25,7 +23,6 @@ from sqlalchemy import (
     Float,
     Integer,
     Interval,
-    MetaData,
     Numeric,
     Select,
     Subquery,
@@ -42,14 +39,12 @@ from sqlalchemy import (
     column,
     false,
     func,
-    insert,
     literal_column,
     not_,
     null,
     or_,
     select,
     table,
-    text,
     true,
     tuple_,
     type_coerce,
@@ -58,7 +53,6 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.orm import Session
-from sqlalchemy.schema import CreateTable, DropTable
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from engagement.models import FINISHED, MOST_COUNTED, EngagementMessage, checked_schema
@@ -190,6 +184,15 @@ def _unseen(value: ColumnElement[Any]) -> ColumnElement[Any]:
     return select(value).scalar_subquery()
 
 
+def _planned_anew() -> ColumnElement[bool]:
+    """Return a condition that holds, and for which PostgreSQL plans a statement each time that it is executed.
+
+    With the value at hand nothing is left of it; a plan for any value would seem to cost a fortune, and is not kept.
+    """
+    dear = select(func.count()).select_from(func.generate_series(*map(_number, (1, 1_000_000_000))).alias("dear"))
+    return or_(bindparam("planned_anew", value=True, type_=Boolean), dear.scalar_subquery() == _number(0))
+
+
 _limit = bindparam("limit", type_=BigInteger)
 # No parameter of an UPDATE is named as a column: SQLAlchemy would set it.
 _id = C.id == bindparam("message_id", type_=BigInteger)
@@ -252,68 +255,31 @@ def find_key() -> Executable:
     return select(C.id, C.status).where(C.idempotency_key == bindparam("idempotency_key"))
 
 
-_PACKED = (*_GIVEN, "scheduled_for", "expires_at", "idempotency_key")
-
-# Batches that do not fit in one statement are gathered here first, packed as they came: were they inserted piece by
-# piece, two batches that meet in different pieces would wait for each other's keys for ever.
-BATCH = Table(
-    "engagement_batch",
-    MetaData(),
-    *(Column(name, Text) for name in _PACKED),
-    Column("place", Integer),
-    schema="pg_temp",
-    prefixes=["TEMPORARY"],
-    postgresql_on_commit="DROP",
-)
-create_batch = CreateTable(BATCH)
-# PostgreSQL would compress what is unpacked in a moment.
-store_batch_plainly = text(
-    f"ALTER TABLE {BATCH.fullname} {', '.join(f'ALTER {name} SET STORAGE EXTERNAL' for name in _PACKED)}"
-)
-drop_batch = DropTable(BATCH, if_exists=True)
+PACKED = (*_GIVEN, "scheduled_for", "expires_at", "idempotency_key")
 
 
 @cache
-def fill_batch() -> Executable:
-    """Gather packed rows; `place` keeps the order of what was given."""
-    return insert(BATCH)
-
-
-@cache
-def insert_packed() -> Executable:
-    """Insert packed rows whose keys are new; the row count says how many."""
-    rows = _unpacked({name: _packed(name) for name in _PACKED})
-    return _insert_sorted(rows, select(), place=[rows.c.ordinal])
-
-
-@cache
-def insert_batch() -> Executable:
-    """Insert what was gathered where keys are new; the row count says how many."""
-    rows = _unpacked({name: _split(BATCH.c[name]) for name in _PACKED})
-    # Most of a batch may be there: without this, each would be sorted, numbered and checked before it is turned down.
-    is_there = select(C.id).where(C.idempotency_key == rows.c.idempotency_key).exists()
-    wanted = select().select_from(BATCH.join(rows, true())).where(~is_there)
-    return _insert_sorted(rows, wanted, place=[BATCH.c.place, rows.c.ordinal])
-
-
-def _unpacked(arrays: Mapping[str, ColumnElement[Any]]) -> TableValuedAlias:
-    columns = [column(name, Text) for name in arrays]
-    unnested = func.unnest(*arrays.values()).table_valued(*columns, with_ordinality="ordinal")
-    return unnested.render_derived(name="given")
-
-
-def _insert_sorted(rows: TableValuedAlias, wanted: Select[Any], *, place: list[ColumnElement[Any]]) -> Executable:
-    given = {name: rows.c[name] for name in _PACKED} | {
-        "message_params": cast(rows.c.message_params, JSONB),
-        "scheduled_for": cast(rows.c.scheduled_for, _MOMENT),
-        "expires_at": cast(rows.c.expires_at, _MOMENT),
+def insert_packed(*, is_part: bool) -> Executable:
+    """Insert packed rows whose keys are new; the row count says how many. They may be part of a larger batch."""
+    columns = [column(name, Text) for name in PACKED]
+    unnested = func.unnest(*(_packed(name) for name in PACKED)).table_valued(*columns, with_ordinality="ordinal")
+    rows = unnested.render_derived(name="given").c
+    start = _start(cast(rows.scheduled_for, _MOMENT), cast(rows.expires_at, _MOMENT))
+    chosen = {name: rows[name] for name in PACKED} | {
+        "message_params": cast(rows.message_params, JSONB),
+        "expires_at": cast(rows.expires_at, _MOMENT),
+        "scheduled_for": start,
+        "next_attempt_at": start,
+        "trace_context": _text("trace_context"),
     }
-    start = _start(given["scheduled_for"], given["expires_at"])
-    chosen = given | {"scheduled_for": start, "next_attempt_at": start, "trace_context": _text("trace_context")}
     # Keys are taken in one order by everybody, or concurrent batches would deadlock. Of a repeated key the first wins.
-    ordered = wanted.add_columns(*(chosen[name].label(name) for name in _INSERTED)).order_by(
-        rows.c.idempotency_key.collate("C"), *place
+    ordered = select(*(chosen[name].label(name) for name in _INSERTED)).order_by(
+        rows.idempotency_key.collate("C"), rows.ordinal
     )
+    if is_part:
+        # Most may be there: without this, each would be numbered and checked before it is turned down.
+        is_new = ~select(C.id).where(C.idempotency_key == rows.idempotency_key).exists()
+        ordered = ordered.where(is_new, _planned_anew())
     created = postgresql_insert(QUEUE).from_select(_INSERTED, ordered).on_conflict_do_nothing(**_KEY)
     return created.execution_options(preserve_rowcount=True)
 

@@ -17,11 +17,12 @@ from types import SimpleNamespace
 
 import click
 import pytest
-from conftest import new_message, queue, row
+from conftest import new_message, queue, row, wait_until_blocked
 from shell import PATIENCE, ROOT, killed_at_the_end, program, terminal, url_of
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
-from engagement import migrations, process_message_queue
+from engagement import EngagementMessageRepository, migrations, process_message_queue
 from engagement.cli import cli
 from engagement.cli.connecting import Database
 from engagement.cli.parameters import duration, positive_duration
@@ -292,16 +293,14 @@ def test_a_file_without_bad_lines_is_status_0_also_the_second_time(run, engine):
 
 def test_a_file_is_queued_whole_or_not_at_all(engine):
     """Interrupted half-way, with thousands of lines already at the server, nothing is queued, and the status is 130."""
-    many = "".join(line(f"user{number}") for number in range(10_050)).encode()
-    with killed_at_the_end(program("queue", "-", on=engine)) as process:
+    many = "".join(line(f"user{number}", idempotency_key=f"k{number:06}") for number in range(10_050)).encode()
+    with Session(engine) as holder, killed_at_the_end(program("queue", "-", on=engine)) as process:
+        EngagementMessageRepository(holder).queue_message(new_message(idempotency_key="k010049"))
         process.stdin.write(many)
-        process.stdin.flush()
-        gathered = (
-            "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle in transaction'"
-            " AND query LIKE 'INSERT INTO pg_temp%' AND datname = current_database()"
-        )
-        wait_until(lambda: scalar(engine, gathered))
+        process.stdin.close()
+        wait_until_blocked(engine, 1)
         process.send_signal(signal.SIGINT)
+        process.stdin = None
         _, err = process.communicate(timeout=PATIENCE)
 
     assert (process.returncode, err.strip()) == (130, b"engagement: interrupted")

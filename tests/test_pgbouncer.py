@@ -52,7 +52,7 @@ def left_behind(engine: Engine) -> list:
     question = text("""
         SELECT name FROM pg_settings WHERE name IN ('synchronous_commit', 'lock_timeout', 'search_path')
                                        AND setting NOT IN ('off', '0', '"$user", public')
-        UNION ALL SELECT relname FROM pg_class WHERE relname = 'engagement_batch'
+        UNION ALL SELECT relname FROM pg_class WHERE relpersistence = 't'
         UNION ALL SELECT name FROM pg_prepared_statements
         UNION ALL SELECT locktype FROM pg_locks WHERE locktype = 'advisory'
               AND database = (SELECT oid FROM pg_database WHERE datname = current_database())""")

@@ -1044,7 +1044,7 @@ def test_counting_reads_an_index_instead_of_the_table(full_engine):
 
 PACKAGE = Path(engagement.__file__).parent
 LAYERS = [
-    ["database_errors", "models", "observing"],
+    ["database_errors", "models", "observing", "sorting"],
     ["messages"],
     ["outcomes"],
     ["encodings", "statements"],
