@@ -113,6 +113,8 @@ class Housekeeping:
             violations = verify(session, schema=self._worker.schema)
             for violation in violations:
                 logger.error("engagement.violation promise=%s message_id=%s", violation.promise, violation.message_id)
+                if violation.more:
+                    logger.error("engagement.more_violations promise=%s", violation.promise)
             logger.info("engagement.verified violations=%s", len(violations))
             session.execute(select(func.set_config("idle_in_transaction_session_timeout", "0", True)))  # noqa: FBT003
             self._over.wait(min(GRACE_SECONDS, every.total_seconds() / 2))

@@ -52,6 +52,8 @@ class Violation:
     promise: str
     message_id: int | None
     problem: str
+    more: bool = False
+    """Whether it is the last one named of its promise, and more messages break that."""
 
 
 def verify(
@@ -63,9 +65,9 @@ def verify(
 ) -> list[Violation]:
     """Return the broken promises in the queue: none if it is healthy, also while it is busy.
 
-    Names up to `limit` messages for each promise. That a message has been due, or a lease has been over, for longer
-    than `overdue` is a broken promise too: nobody delivers. It only reads, in the session's transaction; most of it
-    reads the whole table, so run it nightly, not every minute.
+    Names up to `limit` messages for each promise; `more` of the last one says whether there are others. That a message
+    has been due, or a lease has been over, for longer than `overdue` is a broken promise too: nobody delivers. It only
+    reads, in the session's transaction; most of it reads the whole table, so run it nightly, not every minute.
 
     Any key of the host's own is fine, but for one that reads as the daily key of another user's message of this type,
     or of this user's message of another type, which it would block. The key's date says nothing: a message may have
@@ -77,12 +79,19 @@ def verify(
         raise ValueError("limit: must be at least 1")
     found = list(_missing_guards(session, schema))
     for promise in _promises():
-        ids = session.execute(
-            promise.messages_that_break_it(),
-            {"overdue": overdue, "at_most": limit},
-            **in_session(schema),
-        ).scalars()
-        found += [Violation(promise.name, message_id, promise.problem) for message_id in ids]
+        ids = (
+            session.execute(
+                promise.messages_that_break_it(),
+                {"overdue": overdue, "at_most": limit + 1},
+                **in_session(schema),
+            )
+            .scalars()
+            .all()
+        )
+        found += [
+            Violation(promise.name, message_id, promise.problem, more=number == limit < len(ids))
+            for number, message_id in enumerate(ids[:limit], 1)
+        ]
     return found
 
 

@@ -813,6 +813,22 @@ def test_broken_promises_are_named(run, engine):
     assert run("verify", "--overdue", "1d").status == 0
 
 
+def test_verify_says_that_it_stopped(run, engine):
+    """Of more than a hundred messages that break a promise a hundred are named, and that there are more is said."""
+    queue(engine, *(new_message(f"user{number}") for number in range(101)))
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE engagement_message_queue SET next_attempt_at = now() - interval '2 h'"))
+
+    told = run("verify", on=engine).out.splitlines()
+    assert len(told) == 101
+    assert told[-1] == "due_is_claimed: and more messages: of each promise at most 100 are named"
+    assert [violation["more"] for violation in json.loads(run("verify", "--json").out)] == [False] * 99 + [True]
+
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE engagement_message_queue SET next_attempt_at = now() WHERE id = 1"))
+    assert "more" not in run("verify").out
+
+
 def test_problems_of_catalogues_are_told(run, tmp_path):
     """The shipped catalogues have none; a key that nobody asked can say is told, with exit status 1."""
     assert run("lint-catalogues", ROOT / "engagement" / "catalogues")[:2] == (0, "no problem found\n")

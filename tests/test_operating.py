@@ -1,6 +1,8 @@
 """Looking at messages and acting on them from a shell: honest, asked for, in batches, and without personal data."""
 
 import json
+import os
+import pwd
 import re
 import shlex
 import subprocess
@@ -346,6 +348,43 @@ def test_reasons_and_times_reach_the_message(run, engine):
 
 
 # Acting on many
+
+
+@pytest.mark.parametrize(
+    ("status", "command", "event"),
+    [
+        ("pending", ["cancel"], "cancelled"),
+        ("failed", ["retry"], "retried"),
+        ("in_doubt", ["resolve", "--sent"], "resolved"),
+        ("in_doubt", ["resolve", "--not-sent"], "resolved"),
+    ],
+)
+def test_the_history_names_the_operator(run, engine, monkeypatch, status, command, event):  # noqa: PLR0917 - fixtures
+    """Who typed it is kept: the system's user, or the name that is given."""
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(variable, "root")
+    monkeypatch.setenv("LOGNAME", "ana\x1b")
+
+    names = []
+    ids = messages(engine, status, status)
+    for message_id, given in zip(ids, ([], ["--by", "Bia Souza"]), strict=True):
+        assert run(*command, message_id, *given, on=engine).status == 0
+        (entry,) = row(engine, message_id).history
+        names.append((entry["event"], entry["by"]))
+
+    assert names == [(event, "ana"), (event, "Bia Souza")]
+
+
+def test_an_operator_without_a_name_is_known_by_number(run, engine, monkeypatch):
+    """In a container a user may have no name; nobody is kept from deciding for that."""
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    (message_id,) = messages(engine, "failed")
+
+    assert run("retry", message_id, on=engine).status == 0
+    assert row(engine, message_id).history[0]["by"] == f"user {os.getuid()}"
+
 
 DONE = {"cancel": "cancelled", "reschedule": "rescheduled", "retry": "retried", "resolve": "resolved"}
 MANY = [

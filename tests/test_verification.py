@@ -241,6 +241,18 @@ def test_at_most_limit_messages_are_named(session):
     assert {each.message_id for each in verify(session, limit=3)} == ids
 
 
+@pytest.mark.parametrize(("limit", "more"), [(1, [True]), (2, [False, True]), (3, [False] * 3), (4, [False] * 3)])
+def test_it_is_said_that_there_are_more(session, limit, more):
+    """The last one that is named says whether more messages break its promise; another promise is another matter."""
+    for number in range(3):
+        planted(session, "attempt = 1, retry_count = 2", user_id=f"user{number}")
+    planted(session, "next_attempt_at = now() - interval '5 hours'", user_id="late")
+    found = verify(session, limit=limit)
+
+    assert [each.more for each in found if each.promise == "failure_is_attempt"] == more
+    assert [each.more for each in found if each.promise == "due_is_claimed"] == [False]
+
+
 @pytest.mark.parametrize("wrong", [{"overdue": timedelta(seconds=-1)}, {"limit": 0}])
 def test_impossible_options_are_refused(session, wrong):
     """Options that cannot be meant are refused."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 from datetime import datetime
 
 import click
@@ -17,6 +19,18 @@ PENDING, FAILED, EXPIRED = MessageStatus.PENDING, MessageStatus.FAILED, MessageS
 IN_DOUBT = MessageStatus.IN_DOUBT
 BLANKED = "it was forgotten or pruned"
 
+
+def operator() -> str:
+    """Return who types: the system's name of the user, or the number if there is none, as in a container."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"user {os.getuid()}"
+
+
+by_option = click.option(
+    "--by", default=operator, show_default="the system's user", metavar="NAME", help="Who decides; kept in the history."
+)
 reason_option = click.option("--reason", metavar="TEXT", help="Kept in the message's history; nothing personal.")
 
 
@@ -29,8 +43,9 @@ reason_option = click.option("--reason", metavar="TEXT", help="Kept in the messa
 )
 @on_messages(PENDING)
 @reason_option
+@by_option
 @on_database
-def cancel(database: Database, request: Request, reason: str | None) -> None:
+def cancel(database: Database, request: Request, reason: str | None, by: str) -> None:
     """Cancel pending messages.
 
     Those named, or all that fit the filters. It never says cancelled of a message that is or may have been sent;
@@ -40,7 +55,7 @@ def cancel(database: Database, request: Request, reason: str | None) -> None:
         "cancel",
         "cancelled",
         (PENDING,),
-        lambda queue, message_id: queue.cancel_message(message_id, reason).is_cancelled,
+        lambda queue, message_id: queue.cancel_message(message_id, reason, by=by).is_cancelled,
     )
     act_on(database, request, act)
 
@@ -80,8 +95,9 @@ def reschedule(database: Database, request: Request, to: datetime) -> None:
     )
 )
 @on_messages(FAILED, EXPIRED)
+@by_option
 @on_database
-def retry(database: Database, request: Request) -> None:
+def retry(database: Database, request: Request, by: str) -> None:
     """Make failed or expired messages due again.
 
     Those named, or all that fit the filters: with all their retries, under the same keys. An expiry that has passed is
@@ -91,7 +107,7 @@ def retry(database: Database, request: Request) -> None:
         "retry",
         "retried",
         (FAILED, EXPIRED),
-        lambda queue, message_id: queue.retry_message(message_id),
+        lambda queue, message_id: queue.retry_message(message_id, by=by),
         unless=BLANKED,
         also={"blanked": False},
     )
@@ -109,8 +125,9 @@ def retry(database: Database, request: Request) -> None:
 @click.option("--sent", is_flag=True, help="They were sent.")
 @click.option("--not-sent", is_flag=True, help="They were not, and are sent again.")
 @reason_option
+@by_option
 @on_database
-def resolve(database: Database, request: Request, reason: str | None, *, sent: bool, not_sent: bool) -> None:
+def resolve(database: Database, request: Request, reason: str | None, by: str, *, sent: bool, not_sent: bool) -> None:
     """Say what became of messages in doubt.
 
     They were sent, or they were not, and then they are due again. Look at the provider (its log, the chat) with the
@@ -122,7 +139,7 @@ def resolve(database: Database, request: Request, reason: str | None, *, sent: b
         "resolve",
         "resolved",
         (IN_DOUBT,),
-        lambda queue, message_id: queue.resolve_message(message_id, sent, reason),
+        lambda queue, message_id: queue.resolve_message(message_id, sent, reason, by=by),
         how=" as sent" if sent else " as not sent, and send again",
         unless=BLANKED,
         also={} if sent else {"blanked": False},

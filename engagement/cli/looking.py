@@ -49,6 +49,9 @@ def _seconds(length: timedelta | None) -> float | None:
     return None if length is None else round(length.total_seconds(), 1)
 
 
+NAMED = 100
+
+
 @command(epilog=examples("engagement verify", "engagement verify --overdue 15m --json"))
 @click.option(
     "--overdue",
@@ -63,17 +66,20 @@ def _seconds(length: timedelta | None) -> float | None:
 def verify(database: Database, overdue: timedelta, *, as_json: bool) -> None:
     """Look for broken promises in the queue, and name them. The exit status is 1 if there are any.
 
-    It only reads, but most of the table: for every night, not for every minute.
+    Of each up to 100 messages are named, and that there are more is said. It only reads, but most of
+    the table: for every night, not for every minute.
     """
     from engagement.verification import verify as broken_promises
 
     with database.session() as session:
-        violations = broken_promises(session, schema=database.schema, overdue=overdue)
+        violations = broken_promises(session, schema=database.schema, overdue=overdue, limit=NAMED)
     if as_json:
         click.echo(json_of([asdict(violation) for violation in violations]))
     for violation in () if as_json else violations:
         where = "table" if violation.message_id is None else f"message {violation.message_id}"
         click.echo(f"{violation.promise}: {where}: {violation.problem}")
+        if violation.more:
+            click.echo(f"{violation.promise}: and more messages: of each promise at most {NAMED} are named")
     if violations:
         raise needs_attention()
     if not as_json:
