@@ -7,17 +7,21 @@ who calls (CVE-2018-1058). So ours search `pg_catalog` alone, and name the table
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Connection, Engine, ExceptionContext, event
+from sqlalchemy.pool import ConnectionPoolEntry, Pool
 
 from engagement.database_errors import sqlstate
 from engagement.models import TABLE_NAME
 from engagement.statements import OUR_SCHEMA, schema_in_force
 
+_MADE_IN = "engagement_made_in"
+_IMPORTED_IN = os.getpid()
 _WAS_GIVEN = "engagement_schema_was_given"
 
 # Temporary tables last: else they come first, and anybody's function could make one.
@@ -81,7 +85,26 @@ def _with_schema(statement: str, schema: str) -> str:
     return _TABLE.sub(lambda name: f"{schema}.{name[0]}", statement)
 
 
+class MadeInAnotherProcess(RuntimeError):  # noqa: N818 - what happened
+    """The connection is also another process's, on whose answers this one would wait, or which it would take away."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this engine made its connections in another process, before a fork: "
+            "call engine.dispose(close=False) in this one before a worker runs"
+        )
+
+
+@event.listens_for(Pool, "connect")
+def _note_process(_: object, record: ConnectionPoolEntry) -> None:
+    # Of every pool, since what a host has connected by itself is what a fork leaves behind.
+    record.info[_MADE_IN] = os.getpid()
+
+
 def _begin(connection: Connection) -> None:
+    # What was made before this module was there was made before any fork that matters.
+    if connection.info.get(_MADE_IN, _IMPORTED_IN) != os.getpid():
+        raise MadeInAnotherProcess
     driver: Any = connection.connection.driver_connection
     if driver.autocommit:  # There would be no transaction to settle and claim in.
         connection.execution_options(isolation_level="READ COMMITTED")
