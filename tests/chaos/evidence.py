@@ -22,7 +22,7 @@ CREATE TABLE chaos_change (
     message_id bigint, attempt int, was text, became text, was_held_by text, held_by text,
     at timestamptz DEFAULT clock_timestamp()
 );
-CREATE FUNCTION chaos_record() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION chaos_record() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 BEGIN
     INSERT INTO chaos_change
     VALUES (new.id, new.attempt, old.status, new.status, old.claimed_by, new.claimed_by);

@@ -10,7 +10,7 @@ from engagement import InDoubt, NotSent, delivery
 
 from .orders import Sabotage
 
-FENCE = re.compile(r"AND engagement_message_queue\.attempt = given\.attempt AND \(.*?\)(?= RETURNING)", re.DOTALL)
+FENCE = re.compile(r"AND \([\w.]*engagement_message_queue\.status = 'sending' AND .*?\)(?= RETURNING)", re.DOTALL)
 
 
 def commit_sabotage(kind: Sabotage, engine: Engine) -> None:
@@ -23,8 +23,8 @@ def send_before_the_commit(_: Engine) -> None:
     """Commit the claim when its message is sent, as most queues do."""
     settle_and_take = delivery.Delivery._settle_and_take
 
-    def and_send(self, connection, *, wanted):
-        taken = settle_and_take(self, connection, wanted=wanted)
+    def and_send(self, how, connection, *, wanted):
+        taken = settle_and_take(self, how, connection, wanted=wanted)
         self._sender.start(taken.claims)
         for claim in taken.claims:
             while claim.handle is not None and not claim.handle.done():
