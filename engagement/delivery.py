@@ -345,7 +345,7 @@ class Delivery:
 
     def _note_readiness(self, why_not: str | None) -> None:
         if why_not is not None and why_not != self._not_ready:
-            logger.warning("engagement.not_ready%s", why_not and f" reason={why_not}")
+            logger.warning("engagement.not_ready reason=%s", why_not or "unknown")
         if why_not is None or self._not_ready is None:
             self._tell_at = clock() + TELL_SECONDS
         self._not_ready = why_not

@@ -791,7 +791,7 @@ def test_a_transport_that_is_not_ready_is_logged_once(engine, caplog):
     with caplog.at_level(logging.WARNING, logger="engagement"):
         assert process_message_queue(engine, Transport()).processed == 0
 
-    assert [record.getMessage() for record in caplog.records] == ["engagement.not_ready"]
+    assert [record.getMessage() for record in caplog.records] == ["engagement.not_ready reason=unknown"]
 
 
 class _Waiting:

@@ -93,7 +93,7 @@ def test_only_a_yes_is_ready(engine, answer, caplog):
     assert row(engine, message_id).attempt == 0
     assert caplog.messages == [
         f"engagement.ready_failed error=TypeError answered={type(answer).__name__}",
-        "engagement.not_ready",
+        "engagement.not_ready reason=unknown",
     ]
 
 
