@@ -105,7 +105,7 @@ class EngagementMessageRepository:
         chunks = _chunks(messages)
         first, second = next(chunks, []), next(chunks, [])
         if not second:
-            created = self._insert([row for _, row in first], trace_context, is_part=False) if first else 0
+            created = self._insert([row for _, row in first], trace_context) if first else 0
             return QueuedMany(created, len(first) - created)
         given = created = 0
         with closing(SortedTexts()) as waiting:
@@ -113,14 +113,17 @@ class EngagementMessageRepository:
                 waiting.add(chunk)
                 given += len(chunk)
                 chunk.clear()  # Or the first two would be held to the end.
+            most_are_there = False
             for rows in waiting.pieces(CHUNK):
-                created += self._insert(rows, trace_context, is_part=True)
+                new = self._insert(rows, trace_context, most_are_there=most_are_there)
+                created += new
+                most_are_there = 2 * new < len(rows)  # Mostly, the next piece is like this one.
         return QueuedMany(created, given - created)
 
-    def _insert(self, rows: list[str], trace_context: str | None, *, is_part: bool) -> int:
+    def _insert(self, rows: list[str], trace_context: str | None, *, most_are_there: bool = False) -> int:
         """Insert rows whose keys are new, and return how many those were."""
         values = {**_packed(rows), "trace_context": trace_context}
-        created: int = self._execute(statements.insert_packed(is_part=is_part), values).rowcount
+        created: int = self._execute(statements.insert_packed(most_are_there=most_are_there), values).rowcount
         return created
 
     # Looking

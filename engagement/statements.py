@@ -259,8 +259,8 @@ PACKED = (*_GIVEN, "scheduled_for", "expires_at", "idempotency_key")
 
 
 @cache
-def insert_packed(*, is_part: bool) -> Executable:
-    """Insert packed rows whose keys are new; the row count says how many. They may be part of a larger batch."""
+def insert_packed(*, most_are_there: bool = False) -> Executable:
+    """Insert packed rows whose keys are new; the row count says how many. It is faster if it knows of many repeats."""
     columns = [column(name, Text) for name in PACKED]
     unnested = func.unnest(*(_packed(name) for name in PACKED)).table_valued(*columns, with_ordinality="ordinal")
     rows = unnested.render_derived(name="given").c
@@ -276,8 +276,8 @@ def insert_packed(*, is_part: bool) -> Executable:
     ordered = select(*(chosen[name].label(name) for name in _INSERTED)).order_by(
         rows.idempotency_key.collate("C"), rows.ordinal
     )
-    if is_part:
-        # Most may be there: without this, each would be numbered and checked before it is turned down.
+    if most_are_there:
+        # Without this, each would be numbered and checked before it is turned down.
         is_new = ~select(C.id).where(C.idempotency_key == rows.idempotency_key).exists()
         ordered = ordered.where(is_new, _planned_anew())
     created = postgresql_insert(QUEUE).from_select(_INSERTED, ordered).on_conflict_do_nothing(**_KEY)
