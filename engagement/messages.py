@@ -224,13 +224,23 @@ class Queued:
     """What became of one `queue_message`.
 
     `created` is False for a duplicate; `message_id` and `status` are then those of the message that was there. They
-    are None only under REPEATABLE READ or SERIALIZABLE, if that message is not visible to the caller's snapshot.
+    are None if the caller cannot see that message: it is newer than the snapshot (REPEATABLE READ, SERIALIZABLE),
+    row-level security hides it, such as another tenant's, or somebody has just deleted its row.
     """
 
     created: bool
     message_id: int | None
     idempotency_key: str = field(repr=False)
     status: MessageStatus | None
+    differs_in: tuple[str, ...] | None = field(default=(), compare=False)
+    """The fields of a duplicate that the message that was there has other values of, such as `("message_params",)`: of
+    `user_id`, `message_type`, `message_key`, `message_params`, `destination` and `destination_jid`. What was blanked
+    since is not compared. None if the caller cannot see that message, or may not read those columns."""
+
+    @property
+    def is_of_another_user(self) -> bool:
+        """Whether the key is that of another user's message: then nothing was queued for this one."""
+        return self.differs_in is not None and "user_id" in self.differs_in
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ from engagement.messages import (
     checked_text,
     checked_user_id,
 )
-from engagement.models import EngagementMessage, MessageStatus, checked_schema
+from engagement.models import EngagementMessage, MessageStatus, checked_schema, qualified_name
+from engagement.observing import logger
 from engagement.outcomes import clean_reason
 from engagement.reading import readable
 from engagement.sorting import SortedTexts
@@ -64,6 +65,7 @@ class EngagementMessageRepository:
 
     def __init__(self, session: Session, *, schema: str | None = None) -> None:
         self._session = session
+        self._schema = schema
         self._keywords = statements.in_session(schema)
 
     # Queueing
@@ -71,9 +73,10 @@ class EngagementMessageRepository:
     def queue_message(self, message: NewMessage | None = None, /, **fields: Any) -> Queued:
         """Store a message as pending, or find that its key exists: `created` tells. Takes the fields as keywords too.
 
-        A duplicate is no error, and the message that was there stays untouched. If another transaction has queued
-        the same key and is still open, this waits for its end. Under REPEATABLE READ and SERIALIZABLE, a duplicate
-        that was committed after the snapshot raises the database's serialization error.
+        A duplicate is no error, and the message that was there stays untouched. That it has other content, or is
+        another user's, is a mistake in the key: `differs_in` and a warning in the log name the fields. If another
+        transaction has queued the same key and is still open, this waits for its end. Under REPEATABLE READ and
+        SERIALIZABLE, a duplicate that was committed after the snapshot raises the database's serialization error.
         """
         if message is None:
             message = NewMessage(**fields)
@@ -86,11 +89,27 @@ class EngagementMessageRepository:
     def _queue(self, message: NewMessage, trace_context: str | None) -> Queued:
         values = _parameters(message, trace_context)
         created_id = self._execute(statements.insert_message(), values).scalar_one_or_none()
-        if created_id is not None:
-            return Queued(True, created_id, message.key, MessageStatus.PENDING)  # noqa: FBT003 - a value's first field
-        found = self._execute(statements.find_key(), {"idempotency_key": message.key}).one_or_none()
-        message_id, status = found or (None, None)
-        return Queued(False, message_id, message.key, status)  # noqa: FBT003
+        if created_id is None:
+            return self._duplicate(message, values)
+        logger.debug("engagement.queued message_id=%s", created_id)
+        return Queued(True, created_id, message.key, MessageStatus.PENDING)  # noqa: FBT003 - a value's first field
+
+    def _duplicate(self, message: NewMessage, values: Mapping[str, Any]) -> Queued:
+        key = {"idempotency_key": message.key}
+        queue = {"queue": qualified_name(statements.schema_in_session(self._schema, self._session))}
+        found = self._execute(statements.find_key(), key | queue).one_or_none()
+        message_id, status, may_compare = found or (None, None, False)
+        differs_in = None
+        if may_compare:
+            given = {f"given_{name}": value for name, value in values.items()}
+            compared = self._execute(statements.differences(), key | given).mappings().one_or_none()
+            differs_in = tuple(name for name, differs in (compared or {}).items() if differs)
+        if differs_in:
+            fields = ",".join(differs_in)
+            logger.warning("engagement.duplicate_differs message_id=%s fields=%s", message_id, fields)
+        else:
+            logger.debug("engagement.duplicate message_id=%s status=%s", message_id, status)
+        return Queued(False, message_id, message.key, status, differs_in)  # noqa: FBT003
 
     def queue_messages(self, messages: Iterable[NewMessage]) -> QueuedMany:
         """Store all messages whose keys are new, in any number and in constant memory, and count the duplicates.
@@ -99,7 +118,9 @@ class EngagementMessageRepository:
         its keys in one order. So nothing is stored before all messages are known: more than 5,000 wait in a temporary
         file of this process. What `messages` raises passes through, and nothing of the batch is stored then.
         """
-        return observing.queueing(None, partial(self._queue_many, messages))
+        queued = observing.queueing(None, partial(self._queue_many, messages))
+        logger.debug("engagement.queued_many created=%s duplicates=%s", queued.created, queued.duplicates)
+        return queued
 
     def _queue_many(self, messages: Iterable[NewMessage], trace_context: str | None) -> QueuedMany:
         chunks = _chunks(messages)

@@ -251,8 +251,28 @@ def insert_message() -> Executable:
 
 @cache
 def find_key() -> Executable:
-    """Return id and status of the message that holds a key."""
-    return select(C.id, C.status).where(C.idempotency_key == bindparam("idempotency_key"))
+    """Return id and status of the message that holds a key, and whether the caller may read what `differences` reads.
+
+    A host may be granted no more columns than queueing needs.
+    """
+    queue = _text("queue")
+    may_compare = and_(*(func.has_column_privilege(queue, _word(name), _word("SELECT")) for name in _GIVEN))
+    return select(C.id, C.status, may_compare).where(C.idempotency_key == bindparam("idempotency_key"))
+
+
+@cache
+def differences() -> Executable:
+    """Return, for each field that is given, whether the message that holds the key has another value.
+
+    Of a message that was forgotten or pruned, what was blanked is not compared.
+    """
+    given = {name: _text(f"given_{name}") for name in _GIVEN}
+    given["message_params"] = cast(given["message_params"], JSONB)
+    differs = {name: type_coerce(C[name], value.type) != value for name, value in given.items()}
+    differs["message_params"] = and_(differs["message_params"], not_(_is_forgotten))
+    return select(*(func.coalesce(differs[name], false()).label(name) for name in _GIVEN)).where(
+        C.idempotency_key == bindparam("idempotency_key")
+    )
 
 
 PACKED = (*_GIVEN, "scheduled_for", "expires_at", "idempotency_key")

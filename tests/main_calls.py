@@ -50,12 +50,13 @@ def host_calls(session: Session, schema: str | None = None) -> None:
     late = queue.queue_message(of("late", scheduled_for=LONG_AGO, expires_at=LATER, idempotency_key="late"))
     soon = queue.queue_message(of("soon", expires_at=LATER))
     assert (now.created, late.created, soon.created) == (True, True, True)
-    assert queue.queue_message(of("again", idempotency_key="late")).message_id == late.message_id
+    again = queue.queue_message(of("again", idempotency_key="late"))
+    assert (again.message_id, again.is_of_another_user) == (late.message_id, True)
     assert queue.queue_messages([of("late", idempotency_key="late"), of("many", scheduled_for=LATER)]).created == 1
     chunk, repository.CHUNK = repository.CHUNK, 2
     try:
         batch = [of(f"batch{number % 5}", scheduled_for=LATER, idempotency_key=f"b{number}") for number in range(7)]
-        assert queue.queue_messages(batch).created == 7
+        assert [queue.queue_messages(batch).created for _ in range(2)] == [7, 0]
     finally:
         repository.CHUNK = chunk
 

@@ -20,7 +20,7 @@ from alembic import context
 from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
-from engagement import NotSent, OutgoingMessage, Sent, migrations
+from engagement import EngagementMessageRepository, NewMessage, NotSent, OutgoingMessage, Sent, migrations
 from engagement.sending import Transport
 from engagement.transports.cloud import Template
 
@@ -37,12 +37,14 @@ class Reply(Base):
 async_engine: AsyncEngine
 connection: Connection
 engine: Engine
+message: NewMessage
 messages_engine: Engine
 message_id: int
 name_of: Any
 people: Mapping[str, Any]
 provider: Any
 send: Any
+session: Session
 text_of: Any
 transport: Transport
 url: str
