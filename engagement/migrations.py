@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
 
 from engagement import adopting, statements
+from engagement.database_errors import sqlstate
 from engagement.models import TABLE_NAME, ReadableJson, TextOf, checked_schema
+from engagement.own_transactions import SAFE_PATH, find_schema
 from engagement.statements import schema_in_force
 
 if TYPE_CHECKING:
@@ -150,7 +152,7 @@ def wait_for_turn(connection: Connection, schema: str | None = None) -> None:
     """
     from alembic.util import CommandError
 
-    name, began, holders = f"{VERSION_TABLE}:{schema or ''}", time.monotonic(), None
+    name, began, holders = f"{VERSION_TABLE}:{schema or _place(connection)}", time.monotonic(), None
     while not connection.scalar(statements.take_turn(name)):
         if holders is None:
             holders = [row.pid for row in connection.execute(statements.who_has_turn(name))]
@@ -170,16 +172,43 @@ def _connected(bind: Engine | Connection, schema: str | None) -> Iterator[tuple[
     if isinstance(bind, Engine):
         # An older snapshot would not see what the migration that we waited for has done.
         plain = bind.execution_options(isolation_level="READ COMMITTED", schema_translate_map=None)
-        with plain.begin() as connection:
-            yield connection, schema
-    elif translated is None:
-        yield bind, schema
-    else:
-        bind.execution_options(schema_translate_map=None)
-        try:
-            yield bind, schema
-        finally:
-            bind.execution_options(schema_translate_map=translated)
+        with plain.begin() as connection, _on_a_safe_path(connection, schema) as place:
+            yield connection, place
+        return
+    bind.execution_options(schema_translate_map=None)
+    try:
+        with _on_a_safe_path(bind, schema) as place:
+            yield bind, place
+    finally:
+        bind.execution_options(schema_translate_map=translated)
+
+
+@contextmanager
+def _on_a_safe_path(connection: Connection, schema: str | None) -> Iterator[str | None]:
+    """Search `pg_catalog` alone meanwhile, then where it was before, and hand out the schema that our table is in.
+
+    Without one, that is where the search path finds our tables, or would make them. What Alembic asks is asked with the
+    rights of a table's owner, and by the names of operators that others may have made as well.
+    """
+    place = schema or _place(connection)
+    if place is None:
+        yield None  # There is nowhere to make a table, as PostgreSQL will say.
+        return
+    before = connection.scalar(text("SELECT pg_catalog.current_setting('search_path')"))
+    set_path = text("SELECT pg_catalog.set_config('search_path', :path, true)")
+    connection.execute(set_path, {"path": SAFE_PATH})
+    try:
+        yield place
+    except BaseException as error:
+        if sqlstate(error) is None:  # Else the transaction is over, or back at a savepoint, and the setting with it.
+            connection.execute(set_path, {"path": before})
+        raise
+    connection.execute(set_path, {"path": before})
+
+
+def _place(connection: Connection) -> str | None:
+    found = (find_schema(connection, name) for name in (VERSION_TABLE, TABLE_NAME))
+    return next(filter(None, found), None) or connection.scalar(text("SELECT pg_catalog.current_schema()"))
 
 
 def _config(

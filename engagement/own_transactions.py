@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Engine, ExceptionContext, event
+from sqlalchemy import Connection, Engine, ExceptionContext, event, text
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 
 from engagement.database_errors import sqlstate
@@ -29,11 +29,11 @@ SAFE_PATH = "pg_catalog, pg_temp"
 # Under a stricter isolation the claims of two workers would fail each other.
 _TRANSACTION = "ISOLATION LEVEL READ COMMITTED"
 # Every name is PostgreSQL's own, whatever is planted where: no function is called that takes more than one type.
-_FIND_TABLE = """
+_FIND_TABLE = text("""
 SELECT nspname FROM pg_catalog.pg_namespace
 JOIN pg_catalog.pg_class ON pg_namespace.oid OPERATOR(pg_catalog.=) relnamespace
-WHERE pg_class.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass(%(table)s::pg_catalog.text)
-"""
+WHERE pg_class.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass(CAST(:table AS pg_catalog.text))
+""")
 # FOR UPDATE OF takes no schema.
 _TABLE = re.compile(rf"(?<![.\w])(?<!OF ){TABLE_NAME}\b")
 
@@ -68,9 +68,9 @@ def check_engine(engine: Engine) -> None:
         raise ValueError(f"engine: {wanted}, and not {found}")
 
 
-def find_schema(connection: Connection) -> str | None:
-    """Return the schema in which the search path finds the table, or None."""
-    found: str | None = connection.exec_driver_sql(_FIND_TABLE, {"table": TABLE_NAME}).scalar()
+def find_schema(connection: Connection, table: str = TABLE_NAME) -> str | None:
+    """Return the schema in which the search path finds a table of ours, or None."""
+    found: str | None = connection.execute(_FIND_TABLE, {"table": table}).scalar()
     return found
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -134,20 +135,27 @@ def _empty_engine(url_of, empty_template, empty_database) -> Iterator[Engine]:
     engine.dispose()
 
 
-@pytest.fixture(scope="session", name="shared_engine")
-def _shared_engine(url_of, migrated_template) -> Iterator[Engine]:
+@contextmanager
+def database_of_its_own(migrated_template, name: str) -> Iterator[URL]:
+    """Make a migrated database, for as long as the block runs, and hand out its URL."""
     janitor = DatabaseJanitor(
         user=migrated_template.user,
         host=migrated_template.host,
         port=migrated_template.port,
         password=migrated_template.password,
-        dbname=f"{migrated_template.dbname}_shared",
+        dbname=f"{migrated_template.dbname}_{name}",
         template_dbname=migrated_template.template_dbname,
         maintenance_dbname=migrated_template.maintenance_dbname,
     )
     janitor.drop()
     with janitor:
-        engine = create_engine(url_of(janitor.dbname), pool_size=30, max_overflow=10)
+        yield database_url(migrated_template, janitor.dbname)
+
+
+@pytest.fixture(scope="session", name="shared_engine")
+def _shared_engine(url_of, migrated_template) -> Iterator[Engine]:
+    with database_of_its_own(migrated_template, "shared") as url:
+        engine = create_engine(url_of(url.database), pool_size=30, max_overflow=10)
         yield engine
         engine.dispose()
 

@@ -91,9 +91,9 @@ def _settings(session: Session) -> dict[str, str]:
     return dict(session.execute(text("SELECT name, setting FROM pg_settings")).all())
 
 
-def worker_calls(engine: Engine, host: Engine, schema: str | None = None) -> None:
+def worker_calls(engine: Engine, host: Engine, schema: str | None = None, *, host_schema: str | None = None) -> None:
     """Claim, send, settle, take over, decide, prune, count: each outcome, on an empty queue; the host has an engine."""
-    with _changing(host, schema) as queue:
+    with _changing(host, host_schema or schema) as queue:
         ids = {name: queue.queue_message(of(name, scheduled_for=LONG_AGO)).message_id for name in (*ANSWERS, "lost")}
         ids["expired"] = queue.queue_message(of("expired", scheduled_for=LONG_AGO, expires_at=LATER)).message_id
         ids["capped"] = queue.queue_message(of("capped", scheduled_for=LONG_AGO)).message_id
@@ -114,7 +114,7 @@ def worker_calls(engine: Engine, host: Engine, schema: str | None = None) -> Non
     capped = FrequencyCap(send, engine, lambda _: UTC, limit=1, per="day", resume_at=time(9), schema=schema)
     result = process_message_queue(engine, capped, schema=schema, concurrency=3)
 
-    statuses = _statuses(host, schema, ids)
+    statuses = _statuses(host, host_schema or schema, ids)
     assert statuses == {
         "sent": "sent",
         "not_sent": "pending",
@@ -128,7 +128,7 @@ def worker_calls(engine: Engine, host: Engine, schema: str | None = None) -> Non
     assert (result.processed, result.expired) == (7, 1)
     assert {message.scheduled_for for message in given} == {LONG_AGO}
 
-    with _changing(host, schema) as queue:
+    with _changing(host, host_schema or schema) as queue:
         assert queue.get_message(ids["postponed"]).next_attempt_at == LATER
         again = queue.get_message(ids["not_sent"])
         assert again.error_message == "É a rede: 'no\\route'"
@@ -152,9 +152,9 @@ def worker_calls(engine: Engine, host: Engine, schema: str | None = None) -> Non
     with engine.begin() as connection:
         _lose(connection, table, ids["lost"])
     assert process_message_queue(engine, LookingUp(), schema=schema).succeeded == 3
-    assert set(_statuses(host, schema, {name: ids[name] for name in ("refused", "expired", "lost")}).values()) == {
-        "sent"
-    }
+    assert set(
+        _statuses(host, host_schema or schema, {name: ids[name] for name in ("refused", "expired", "lost")}).values()
+    ) == {"sent"}
     worker = Worker(engine, send, schema=schema)
     keeping = Housekeeping(worker)
     assert abs(keeping._now() - datetime.now(UTC).timestamp()) < 3_600  # noqa: SLF001 - it comes once an hour

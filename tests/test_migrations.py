@@ -412,7 +412,7 @@ def _held_by_a_stranger(empty_engine):
     with stranger.connect() as connection:
         connection.execute(text(f"SET ROLE {role}"))
         pid = connection.scalar(text("SELECT pg_backend_pid()"))
-        connection.execute(text(f"SELECT pg_advisory_lock(hashtextextended('{migrations.VERSION_TABLE}:', 0))"))
+        connection.execute(text(f"SELECT pg_advisory_lock(hashtextextended('{migrations.VERSION_TABLE}:public', 0))"))
         yield pid
         connection.invalidate()
     stranger.dispose()

@@ -4,9 +4,8 @@ import json
 from contextlib import contextmanager
 
 import pytest
-from conftest import database_url, execute
+from conftest import database_of_its_own, execute
 from main_calls import host_calls, worker_calls
-from pytest_postgresql.janitor import DatabaseJanitor
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
@@ -58,20 +57,8 @@ SETTINGS = [
 
 @pytest.fixture(scope="module", name="database")
 def _database(migrated_template):
-    server = migrated_template
-    janitor = DatabaseJanitor(
-        user=server.user,
-        host=server.host,
-        port=server.port,
-        password=server.password,
-        dbname=f"{server.dbname}_settings",
-        template_dbname=server.template_dbname,
-        maintenance_dbname=server.maintenance_dbname,
-    )
-    janitor.drop()
-    with janitor:
-        engine = create_engine(database_url(server, janitor.dbname), poolclass=NullPool)
-        yield engine
+    with database_of_its_own(migrated_template, "settings") as url:
+        yield create_engine(url, poolclass=NullPool)
 
 
 @contextmanager

@@ -46,7 +46,9 @@ class Database:
         try:
             # What an engine shows of itself is its URL, with all that stands behind the question mark.
             shown = url.difference_update_query(SECRETS)
-            engine = create_engine(shown, hide_parameters=True, connect_args=_connect_args(url))
+            # We have no hstore, for which SQLAlchemy would ask on the role's own search path.
+            arguments = _connect_args(url)
+            engine = create_engine(shown, hide_parameters=True, use_native_hstore=False, connect_args=arguments)
         except ImportError:
             raise Problem("psycopg cannot be loaded. Run: pip install 'psycopg[binary]'") from None
         except (SQLAlchemyError, ValueError):
