@@ -636,7 +636,8 @@ def _doubted_at() -> ColumnElement[Any]:
 def _moment_in(written: ColumnElement[Any]) -> ColumnElement[Any]:
     """Return the moment that an entry of a history names; NULL if it names none, since anybody may have written it."""
     date, time = r"[1-9]\d{3}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?"
-    form: ColumnElement[Any] = literal_column(rf"'^{date}T{time}[+-](0\d|1[0-5]):[0-5]\d$'")
+    zone = r"(Z|[+-](0\d|1[0-5])(:[0-5]\d){0,2})"
+    form: ColumnElement[Any] = literal_column(rf"'^{date}[T ]{time}{zone}?$'")
     # Reckoned from the first of its month, which has that day in any case: the 31st of June would be an error.
     first = cast(func.concat(func.left(written, 8), _word("01"), func.substr(written, 11)), _MOMENT)
     days = cast(func.substr(written, 9, 2), Integer) - _number(1)

@@ -819,10 +819,10 @@ def test_what_is_changed_between_the_snapshot_of_a_claim_and_its_lock(engine, ch
     @event.listens_for(claiming, "before_cursor_execute", retval=True)
     def pause(_conn, _cursor, statement, parameters, *_):
         """The claim has its snapshot, and looks at the first message: here it waits."""
-        due = "FROM engagement_message_queue \nWHERE engagement_message_queue.status = 'pending'"
+        due = "FROM public.engagement_message_queue \nWHERE public.engagement_message_queue.status = 'pending'"
         if is_claim(parameters):
             assert due in statement
-            paused = f"{due} AND pause_at(engagement_message_queue.id, {first})"
+            paused = f"{due} AND public.pause_at(public.engagement_message_queue.id, {first})"
             statement = statement.replace(due, paused)
         return statement, parameters
 

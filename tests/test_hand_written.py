@@ -90,7 +90,12 @@ def test_params_by_hand_break_no_look(engine, run, params):
 
 def test_a_doubt_is_dated_by_the_day_it_names(engine):
     """Days are counted from the first of the month, in any zone, and leap years have one more."""
-    for written_at in ("2024-02-29T23:30:00.5+00:00", "2026-10-31T01:15:00-05:00", "2026-03-29T02:30:00+14:00"):
+    for written_at in (
+        "2024-02-29T23:30:00.5+00:00",
+        "2026-10-31T01:15:00-05:00",
+        "2026-03-29 02:30:00+14",
+        "2026-11-29 09:00:00",
+    ):
         (message_id,) = queue(engine, new_message(written_at))
         execute(
             engine,
