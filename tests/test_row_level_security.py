@@ -224,10 +224,20 @@ def documented(word: str) -> list[str]:
 
 
 def test_what_row_level_security_does_not_cover_can_be_revoked(closed):
-    """TRUNCATE asks for a privilege only: the documented REVOKE takes it away, and the service role keeps working."""
+    """What asks for a privilege only, the documented REVOKE takes away, and the service role keeps working."""
+    attempts = [
+        "TRUNCATE engagement_message_queue",
+        "LOCK engagement_message_queue",
+        *(
+            f"CREATE TRIGGER mine BEFORE UPDATE ON {name} EXECUTE FUNCTION suppress_redundant_updates_trigger()"
+            for name in TABLES
+        ),
+        "SELECT setval('engagement_message_queue_id_seq', 1)",
+    ]
     with closed.acting_as("anon") as engine, engine.connect() as connection:
-        connection.execute(text("TRUNCATE engagement_message_queue"))
-        connection.rollback()
+        for attempt in attempts:
+            connection.execute(text(attempt))
+            connection.rollback()
 
     with closed.acting_as("owner") as engine:
         for statement in documented("REVOKE"):
@@ -235,7 +245,7 @@ def test_what_row_level_security_does_not_cover_can_be_revoked(closed):
 
     for role in ("anon", "authenticated"):
         with closed.acting_as(role) as engine:
-            for attempt in ("TRUNCATE engagement_message_queue", "SELECT setval('engagement_message_queue_id_seq', 1)"):
+            for attempt in attempts:
                 with pytest.raises(ProgrammingError, match="permission denied"):
                     change(engine, attempt)
     with closed.acting_as("service_role") as engine:
