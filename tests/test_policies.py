@@ -457,7 +457,8 @@ def test_quiet_hours_that_mean_nothing_are_refused_at_once(window):
 @pytest.fixture(name="without_zones")
 def _without_zones(monkeypatch):
     """A machine that has no time-zone database: neither the system's nor Python's."""
-    monkeypatch.setitem(sys.modules, "tzdata", None)
+    for name in {"tzdata", *(name for name in sys.modules if name.startswith("tzdata."))}:
+        monkeypatch.setitem(sys.modules, name, None)
     zoneinfo.reset_tzpath(to=[])
     ZoneInfo.clear_cache()
     yield
