@@ -115,6 +115,8 @@ def is_of_one_message(error: BaseException) -> bool:
         return True
     if not isinstance(error, DBAPIError):
         return isinstance(error, StatementError)
+    if error.statement is None:  # There was no connection to say anything of a message on.
+        return False
     state = sqlstate(error)
     return not is_transient(error) if state is None else state[:2] in _OF_DATA_CLASSES
 

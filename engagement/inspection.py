@@ -279,8 +279,9 @@ def list_messages(
     is_upwards = after is not None and before is None
     page = chosen.order_by(C.id if is_upwards else C.id.desc()).limit(limit)
     # What the session loaded earlier may have been changed by a worker since.
+    keywords = in_session(schema)
     with readable(session):
-        found = session.scalars(page.execution_options(populate_existing=True), **in_session(schema)).all()
+        found = session.scalars(page.execution_options(populate_existing=True), **keywords).all()
     return list(reversed(found)) if is_upwards else list(found)
 
 

@@ -104,6 +104,7 @@ def schema_in_force(schema: str | None, bind: Engine | Connection) -> str | None
 
 def schema_in_session(schema: str | None, session: Session) -> str | None:
     """Return where a statement in `session` finds the table; see `in_session`."""
+    checked_schema(schema)  # Before anything is connected to.
     return schema_in_force(schema, session.connection(bind_arguments=_BY_THE_ENGINE_OF_UPDATES))
 
 

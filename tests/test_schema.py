@@ -26,7 +26,10 @@ GIVEN = {
     "tz_of": print, "limit": 1, "per": "day", "after": 0, "up_to": 1, "since": datetime(2026, 1, 1, tzinfo=UTC),
     "bucket": timedelta(hours=1), "older_than": timedelta(days=1), "authentication": print,
 }  # fmt: skip
-INNER = {"act", "in_session", "serve", "wait_for_turn", "Database", "Queue"}
+INNER = {
+    "act", "copy", "in_session", "is_anothers", "serve", "set_aside", "wait_for_turn", "with_schema",
+    "Database", "Queue",
+}  # fmt: skip
 
 
 def takers():

@@ -24,7 +24,7 @@ from engagement.transports.gateway import WhatsAppGateway
 from engagement.transports.http import Answer, Proof, what_it_proves
 from engagement.transports.webhook import Webhook
 
-DEADLINE = 0.6
+DEADLINE = 1.5
 SLACK = 1.0  # of a busy machine
 AT_ONCE = 12
 FLAT = 48 * 1024  # KiB
