@@ -74,3 +74,11 @@ def test_the_readme_names_every_command_that_ci_runs():
     commands = re.findall(r"^```sh\n(.*?)\n```", README.read_text(), re.DOTALL | re.MULTILINE)
 
     assert [command.rsplit("/", 1)[-1] for command in commands] == ["engagement demo", "pytest -n auto"]
+
+
+def test_the_tests_that_security_names_are_there():
+    """A promise in SECURITY.md without its test is a wish."""
+    named = re.findall(r"(test_\w+(?:\*)?\.py)", (README.parent / "SECURITY.md").read_text())
+
+    assert len(named) >= 10
+    assert not [name for name in named if not list((README.parent / "tests").rglob(name))]
