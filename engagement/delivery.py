@@ -450,7 +450,7 @@ class Delivery:
         """Ask the host's rule; one that breaks must not lose what happened."""
         try:
             wait = self._worker.backoff(failures)
-        except Exception as error:  # noqa: BLE001 - whatever it is
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is
             logger.error("engagement.backoff_failed error=%s", type(error).__name__)
         else:
             if isinstance(wait, timedelta):

@@ -1511,14 +1511,15 @@ def test_a_batch_that_is_a_generator_is_timed_out_as_any_other(engine):
         until(lambda: row(engine, message_id).status == "sent")
 
 
-def test_a_backoff_that_breaks_loses_nothing(engine):
+@pytest.mark.parametrize("error", [KeyError, SystemExit])
+def test_a_backoff_that_breaks_loses_nothing(engine, error):
     """A host's rule that raises for the second failure neither ends the worker nor forgets what was not sent."""
     failing, other = queue(engine, new_message("failing"), new_message("other"))
     execute(engine, f"UPDATE engagement_message_queue SET retry_count = 1, attempt = 1 WHERE id = {failing}")
 
     def backoff(failures):
         if failures > 1:
-            raise KeyError(failures)
+            raise error(failures)
         return LATER
 
     with Running(engine, Transport(lambda _: NotSent("busy")), backoff=backoff, max_retries=5):
