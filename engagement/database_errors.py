@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DataError, DBAPIError, SQLAlchemyError, StatementError
+from sqlalchemy.exc import DataError, DBAPIError, NotSupportedError, SQLAlchemyError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 # Connection, transaction rollback, resources, operator intervention.
@@ -115,10 +115,9 @@ def is_of_one_message(error: BaseException) -> bool:
         return True
     if not isinstance(error, DBAPIError):
         return isinstance(error, StatementError)
-    if error.statement is None:  # There was no connection to say anything of a message on.
-        return False
     state = sqlstate(error)
-    return not is_transient(error) if state is None else state[:2] in _OF_DATA_CLASSES
+    # Without a state it is the driver's own: of a value, or of a connection that it cannot make.
+    return isinstance(error, DataError | NotSupportedError) if state is None else state[:2] in _OF_DATA_CLASSES
 
 
 def is_unreadable(error: BaseException) -> bool:
