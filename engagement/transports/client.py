@@ -35,6 +35,7 @@ STOPPED_ATTEMPTS = 50
 """After so many attempts, two days, a status alone no longer blames the sender: a message that a firewall refuses for
 its words would be postponed for ever."""
 PROBE_TIMEOUT = timedelta(seconds=5)
+LONGEST_EXCHANGE = timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,11 @@ class ProviderClient:
     ) -> None:
         self._provider = provider
         self._answer_within = answer_within.total_seconds()
-        if self._answer_within <= 0 or connect_within <= timedelta(0):
-            raise ValueError("answer_within and connect_within: must be positive")
+        for name, given in (("answer_within", answer_within), ("connect_within", connect_within)):
+            if not timedelta(0) < given <= LONGEST_EXCHANGE:
+                raise ValueError(f"{name}: must be positive, and at most a day")
+        if connections < 1:
+            raise ValueError("connections: must be at least 1")
         self._connections = Connections(
             base_url,
             headers=_checked_headers(headers),

@@ -19,8 +19,7 @@ from engagement.messages import BSUID_FORM, OutgoingMessage
 from engagement.outcomes import Outcome, Refused, Sent
 from engagement.transports.client import PROBE_TIMEOUT, Finding, Prepared, ProviderClient
 from engagement.transports.cloud_codes import finding_of
-from engagement.transports.dialects import value_at
-from engagement.transports.http import Answer, bounded
+from engagement.transports.http import Answer, value_at, wait_of
 from engagement.transports.rendering import Render, as_json, refusal_of, words_of
 from engagement.transports.settings import Settings, required
 from engagement.words import without_controls
@@ -200,22 +199,30 @@ def _content(words: object) -> dict[str, Any] | Refused:
     return refusal or {"type": "text", "text": {"body": words}}
 
 
+_TAKEN = (None, "accepted", "held_for_quality_assessment", "paused")
+"""What Meta documents of a message that it has taken (Messages API, `message_status`)."""
+
+
 def _read(answer: Answer) -> Sent | Finding | None:
-    data = answer.json if isinstance(answer.json, dict) else {}
-    error = data.get("error")
+    data = answer.json
+    error = value_at(data, "error")
     provider_id = value_at(data, "messages", 0, "id")
     if not answer.is_success or provider_id is None:
         return finding_of("Cloud API", error, answer, _time_to_regain_access(answer))
-    is_taken = error is None and isinstance(provider_id, str) and re.fullmatch(r"wamid\.\S{1,250}", provider_id)
-    return Sent(provider_id) if is_taken else None
+    is_contradicted = (
+        error is not None
+        or value_at(data, "errors") is not None
+        or value_at(data, "messages", 0, "message_status") not in _TAKEN
+    )
+    is_id = isinstance(provider_id, str) and re.fullmatch(r"wamid\.\S{1,250}", provider_id)
+    return Sent(provider_id) if is_id and not is_contradicted else None
 
 
 def _time_to_regain_access(answer: Answer) -> timedelta | None:
     """Return what X-Business-Use-Case-Usage estimates, in minutes (Graph API, "Rate Limits")."""
     usage = answer.headers.get("x-business-use-case-usage", "")
-    minutes = [int(given) for given in re.findall(r'"estimated_time_to_regain_access"\s*:\s*([0-9]{1,6})\b', usage)]
-    longest = timedelta(minutes=max(minutes, default=0))
-    return bounded(longest) or None
+    minutes = re.findall(r'"estimated_time_to_regain_access"\s*:\s*([0-9]+)\b', usage)
+    return max((wait_of(given, timedelta(minutes=1)) for given in minutes), default=None) or None
 
 
 def _may_still_send(answer: Answer) -> bool:

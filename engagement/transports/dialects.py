@@ -25,7 +25,7 @@ from datetime import timedelta
 from typing import Any
 
 from engagement.messages import OutgoingMessage
-from engagement.transports.http import Proof
+from engagement.transports.http import Proof, value_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +78,6 @@ class Dialect:
     """From the JSON of a success to Meta's error object in it, if the gateway passes one on like that."""
 
 
-def value_at(data: Any, *path: str | int) -> Any:
-    """Return what is at `path` in JSON, or None."""
-    for step in path:
-        try:
-            data = data[step]
-        except (LookupError, TypeError):
-            return None
-    return data
-
-
 def _first_text(*candidates: Any) -> str | None:
     return next((text for text in candidates if isinstance(text, str) and text), None)
 
@@ -101,12 +91,16 @@ _MESSAGE_ID = re.compile(
 )
 
 
+def has_failed(data: Any) -> bool:
+    """Whether a message's own state says so: Baileys' begin with 0, ERROR; -1 is the one of whatsapp-web.js."""
+    return value_at(data, "status") in ("ERROR", 0) or value_at(data, "ack") == -1
+
+
 def _id_in(data: Any, *candidates: Any) -> str | None:
     """Return the first candidate that is a message id, unless the answer takes it back."""
     if value_at(data, "error") is not None or value_at(data, "exception") is not None:
         return None
-    # Baileys' states begin with 0, ERROR; -1 is the one of whatsapp-web.js.
-    if value_at(data, "status") in ("ERROR", 0) or value_at(data, "ack") == -1:
+    if has_failed(data):
         return None
     return next((text for text in candidates if isinstance(text, str) and _MESSAGE_ID.fullmatch(text)), None)
 
@@ -174,7 +168,7 @@ EVOLUTION = Dialect(
         "text": text,
         "messageId": message_id,
     },
-    provider_id=lambda data: _id_in(data, value_at(data, "key", "id")),
+    provider_id=lambda data: _id_in(data, value_at(data, "key", "id")) if value_at(data, "code") is None else None,
     error_text=_evolution_error,
     words=(
         Words(400, "exists: false", Proof.REFUSED, "the number is not on WhatsApp; checked before the send"),
@@ -189,8 +183,9 @@ EVOLUTION = Dialect(
     takes_message_id=True,
     first_with_message_id=(2, 4),
     find_path="/chat/findMessages/{session}",
-    # An instance of type WHATSAPP-BUSINESS answers 201 with it (meta/whatsapp.business.service.ts, post).
-    meta_error=lambda data: value_at(data, "error") or data,
+    # An instance of type WHATSAPP-BUSINESS answers 201 with it (meta/whatsapp.business.service.ts, post). If it names a
+    # message too, nobody knows which of the two is true.
+    meta_error=lambda data: (value_at(data, "error") or data) if value_at(data, "key") is None else None,
 )
 
 WAHA = Dialect(

@@ -213,7 +213,8 @@ class _Connection:
         self.is_free = idle_for <= idle_seconds
         if idle_for < SETTLING_SECONDS:
             sleep(SETTLING_SECONDS - idle_for)
-        if self.is_free and (self._readable.poll(0) or self._tls is not None):
+        # Also one that was idle for too long: what came on it is a reason to distrust the others.
+        if self._readable.poll(0) or self._tls is not None:
             try:
                 self.has_surplus = bool(self._socket.recv(1))
                 self.is_free = False
@@ -226,10 +227,16 @@ class _Connection:
         """Write the request, and return its answer, or as much of it as came. Raises if not even the head did."""
         self.is_free = False
         parts = [self._wire.send(request), self._wire.send(h11.Data(body)), self._wire.send(h11.EndOfMessage())]
-        self._write(b"".join(part for part in parts if part), deadline)
-        return self._read(deadline)
+        is_whole = self._write(b"".join(part for part in parts if part), deadline)
+        answer = self._read(deadline)
+        if not is_whole:
+            self.is_free = False
+            if answer.is_success:  # What was not read was not taken, whatever it says.
+                raise ReadError
+        return answer
 
-    def _write(self, data: bytes, deadline: float) -> None:
+    def _write(self, data: bytes, deadline: float) -> bool:
+        """Write as much as is taken, and tell whether that was all."""
         left = memoryview(data)
         while left:
             try:
@@ -239,7 +246,8 @@ class _Connection:
             except ssl.SSLWantReadError:
                 _wait(self._readable, deadline, WriteTimeout)
             except OSError:
-                return  # Who hung up may have said why.
+                return False  # Who hung up may have said why.
+        return True
 
     def _read(self, deadline: float) -> Answer:
         head: h11.Response | None = None

@@ -18,8 +18,8 @@ from engagement.outcomes import Outcome, Refused, Sent
 from engagement.tally import logger
 from engagement.transports.client import PROBE_TIMEOUT, Finding, Prepared, ProviderClient
 from engagement.transports.cloud_codes import finding_of
-from engagement.transports.dialects import DIALECTS, EVOLUTION, Dialect, value_at
-from engagement.transports.http import Answer
+from engagement.transports.dialects import DIALECTS, EVOLUTION, Dialect, has_failed
+from engagement.transports.http import Answer, value_at
 from engagement.transports.rendering import Render, as_json, refusal_of, words_of
 from engagement.transports.settings import Settings, required
 
@@ -169,18 +169,18 @@ class WhatsAppGateway:
         for record in records if isinstance(records, list) else []:
             updates = value_at(record, "MessageUpdate")
             states = [record, *(updates if isinstance(updates, list) else [])]
-            is_refused = any(value_at(state, "status") == "ERROR" for state in states)
-            if value_at(record, "key", "id") == message_id and not is_refused:
+            if value_at(record, "key", "id") == message_id and not any(map(has_failed, states)):
                 return Sent(message_id)
         return None
 
     def _read(self, answer: Answer) -> Sent | Finding | None:
+        data = answer.json
         if answer.is_success:
-            provider_id = self._dialect.provider_id(answer.json)
+            provider_id = self._dialect.provider_id(data)
             if provider_id:
                 return Sent(provider_id)
-            return finding_of(self._dialect.name, self._dialect.meta_error(answer.json), answer)
-        said = self._dialect.error_text(answer.json)
+            return finding_of(self._dialect.name, self._dialect.meta_error(data), answer)
+        said = self._dialect.error_text(data)
         for words in self._dialect.words:
             if words.match(answer.status, said):
                 reason = f"{self._dialect.name}: {words.because} (HTTP {answer.status})"

@@ -61,8 +61,8 @@ class Answer:
     def retry_after(self) -> timedelta | None:
         """What Retry-After asks for, at most `LONGEST_WAIT`; a date is read by the server's own clock if told."""
         given = self.headers.get("retry-after", "").strip()
-        if re.fullmatch(r"[0-9]{1,10}", given):
-            return bounded(timedelta(seconds=int(given)))
+        if re.fullmatch(r"[0-9]+", given):
+            return wait_of(given, timedelta(seconds=1))
         until = _http_date(given)
         if until is None:
             return None
@@ -141,9 +141,10 @@ own far side |
     | 400, 413, 422 | refused | the request was understood, and is wrong as it is |
     | every other 4xx | in doubt | it is assigned to nothing that denies a send: 499, 444 and 460 are a proxy's word \
 that the client has left, 406 and 424 may come after the act |
-    | 501, 505, 511 | not sent, stopped | the server, or a login page before it, does not do this at all |
-    | every other 5xx | in doubt | it may have failed after it had acted, also 503 with Retry-After: a proxy says it \
-when what is behind it hung up in the middle (Varnish's builtin.vcl) |
+    | 505, 511 | not sent, stopped | the server does not speak this HTTP, or a login page stands before it |
+    | every other 5xx | in doubt | it may have failed after it had acted, also 501: it may be another server's word \
+(gRPC's UNIMPLEMENTED), and 503 with Retry-After: a proxy says it when what is behind it hung up in the middle \
+(Varnish's builtin.vcl) |
 
     Nothing is `refused` or `not sent` that could have left. What a provider documents otherwise comes before this.
     """
@@ -160,7 +161,7 @@ _BY_STATUS = (
     | dict.fromkeys((404, 405, 410, 411, 414, 415, 421, 426, 428, 431), Proof.STOPPED)
     | dict.fromkeys((400, 413, 422), Proof.REFUSED)
     | {425: Proof.NOT_SENT, 429: Proof.WAIT}
-    | dict.fromkeys((501, 505, 511), Proof.STOPPED)
+    | dict.fromkeys((505, 511), Proof.STOPPED)
 )
 
 
@@ -170,6 +171,21 @@ def _http_date(text: str) -> datetime | None:
     except (ValueError, TypeError, OverflowError):
         return None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def value_at(data: Any, *path: str | int) -> Any:
+    """Return what is at `path` in JSON, or None."""
+    for step in path:
+        try:
+            data = data[step]
+        except (LookupError, TypeError):
+            return None
+    return data
+
+
+def wait_of(digits: str, unit: timedelta) -> timedelta:
+    """Return a far side's hint in digits, cut to what it may ask for."""
+    return LONGEST_WAIT if len(digits.lstrip("0")) > 9 else bounded(int(digits) * unit)  # noqa: PLR2004 - no overflow
 
 
 def bounded(wait: timedelta) -> timedelta:

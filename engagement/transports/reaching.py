@@ -14,6 +14,8 @@ from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
+from engagement.messages import checked_flag
+
 _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]*:[0-9a-f:.]*(%[a-z0-9._-]+)?")
 
 
@@ -69,7 +71,7 @@ def tls_context(verify: ssl.SSLContext | bool) -> ssl.SSLContext:
     """Return what `verify` stands for: True trusts the authorities of the system, False whoever answers."""
     if isinstance(verify, ssl.SSLContext):
         return verify
-    if verify:
+    if checked_flag("verify", verify):
         return ssl.create_default_context()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False

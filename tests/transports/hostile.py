@@ -115,7 +115,7 @@ class HostileServer:
         if play.end == "reset":
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         elif play.end == "hold":
-            self._is_closing.wait(10)
+            self._is_closing.wait(60)
 
 
 def answer(status: int, body: bytes = b"", *headers: str, reason: str = "Said", length: int | None = None) -> bytes:

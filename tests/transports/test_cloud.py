@@ -314,7 +314,9 @@ def test_a_wrong_phone_number_id_stops_the_sender(meta):
         ({"X-Business-Use-Case-Usage": '{"1022":[{"estimated_time_to_regain_access":0}]}'}, 60),
         ({"X-Business-Use-Case-Usage": "{broken"}, 60),
         ({"X-Business-Use-Case-Usage": '{"1022":[{"estimated_time_to_regain_access":999999}]}'}, 86_400),
+        ({"X-Business-Use-Case-Usage": f'{{"1":[{{"estimated_time_to_regain_access":{"9" * 300}}}]}}'}, 86_400),
         ({"Retry-After": "9999999999"}, 86_400),
+        ({"Retry-After": "9" * 5000}, 86_400),
     ],
 )
 def test_a_rate_limit_waits_as_long_as_meta_asks(meta, headers, seconds):
@@ -361,6 +363,10 @@ def _means(given: int) -> str:
         (Reply(200, {"messages": [{"id": "undefined"}]}), InDoubt("Cloud API: HTTP 200")),
         (Reply(200, {"messages": [{"id": "wamid.A"}], "error": {"message": "x"}}), InDoubt("Cloud API: HTTP 200")),
         (Reply(200, {"messages": [{"id": "wamid.A"}], "error": {"code": 131047}}), InDoubt("Cloud API: HTTP 200")),
+        (Reply(200, {"messages": [{"id": "wamid.A"}], "errors": [{"code": 131047}]}), InDoubt("Cloud API: HTTP 200")),
+        (Reply(200, {"messages": [{"id": "wamid.A", "message_status": "failed"}]}), InDoubt("Cloud API: HTTP 200")),
+        (Reply(200, {"messages": [{"id": "wamid.A", "message_status": "accepted"}]}), Sent("wamid.A")),
+        (Reply(500, {"messages": [{"id": "wamid.A"}]}), InDoubt("Cloud API: HTTP 500")),
         (Reply(200, {"error": {"message": "no code"}}), InDoubt("Cloud API: HTTP 200")),
         (Reply(200, {"error": {"type": "x", "code": True}}), InDoubt("Cloud API: HTTP 200")),
         (Reply(200, "<html>"), InDoubt("Cloud API: HTTP 200")),

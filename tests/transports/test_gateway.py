@@ -419,6 +419,7 @@ META_ERROR = {"message": "(#131047) Re-engagement message", "type": "OAuthExcept
         {"key": {"id": MESSAGE_ID}, "id": MESSAGE_ID, "data": {"Id": MESSAGE_ID}, "success": True, "exception": {}},
         {"id": "req-77", "statusCode": 500},
         {"id": {"_serialized": "null"}},
+        {"keys": {"id": MESSAGE_ID}, "message": {"id": MESSAGE_ID}, "Id": MESSAGE_ID},
         {"data": {"Details": "Failed", "Id": ""}, "success": True},
         {"data": {"Id": MESSAGE_ID}, "success": False},
         {"code": 200, "message": "success"},
@@ -431,6 +432,12 @@ META_ERROR = {"message": "(#131047) Re-engagement message", "type": "OAuthExcept
 def test_a_201_that_does_not_say_that_the_message_was_taken_is_in_doubt(name, body):
     """A success status is believed with its body only: an id of WhatsApp's form where it belongs, and no error."""
     assert believed(name, 201, body) == InDoubt(f"{DIALECTS[name].name}: HTTP 201")
+
+
+@pytest.mark.parametrize("beside", [META_ERROR, {"error": META_ERROR}])
+def test_an_id_beside_metas_error_is_in_doubt(beside):
+    """The answer says both, and nobody knows which is true."""
+    assert believed("evolution", 201, {"key": {"id": MESSAGE_ID}} | beside) == InDoubt("Evolution API: HTTP 201")
 
 
 @pytest.mark.parametrize("name", DIALECTS)
@@ -648,6 +655,8 @@ def record(**fields):
         (Reply(200, {"messages": {"records": [record(MessageUpdate=None)]}}), Sent(MESSAGE_ID)),
         (Reply(200, {"messages": {"records": [record(MessageUpdate=[{"status": "ERROR"}])]}}), None),
         (Reply(200, {"messages": {"records": [record(status="ERROR")]}}), None),
+        (Reply(200, {"messages": {"records": [record(status=0)]}}), None),
+        (Reply(200, {"messages": {"records": [record(MessageUpdate=[{"ack": -1}])]}}), None),
         (Reply(200, {"messages": {"records": [record(status="PENDING")]}}), Sent(MESSAGE_ID)),
         (Reply(200, {"messages": {"records": [record(key={"id": "3EB0"})]}}), None),
         (Reply(200, {"messages": {"records": []}}), None),
@@ -732,7 +741,8 @@ def test_it_is_made_from_the_environment(tmp_path):
             {"ENGAGEMENT_GATEWAY_ANSWER_SECONDS": "soon"},
             "ENGAGEMENT_GATEWAY_ANSWER_SECONDS: must be a number of seconds",
         ),
-        ({"ENGAGEMENT_GATEWAY_ANSWER_SECONDS": "0"}, "answer_within and connect_within: must be positive"),
+        ({"ENGAGEMENT_GATEWAY_ANSWER_SECONDS": "9999999"}, "answer_within: must be positive, and at most a day"),
+        ({"ENGAGEMENT_GATEWAY_ANSWER_SECONDS": "0"}, "answer_within: must be positive, and at most a day"),
         (
             {"ENGAGEMENT_GATEWAY_KEY_FILE": "/nowhere/key"},
             "ENGAGEMENT_GATEWAY_KEY_FILE: cannot be read: FileNotFoundError",
