@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from operator import itemgetter
 from typing import Any
 
@@ -237,7 +237,7 @@ def _packed_verdicts(given: Collection[tuple[Claim, Verdict]]) -> dict[str, str]
         "given_delay": _pack(
             ["" if (delay := verdict.delay) is None else str(delay.total_seconds()) for verdict in verdicts]
         ),
-        "given_until": _pack([_moment(verdict.until) for verdict in verdicts]),
+        "given_until": _pack([statements.moment_text(verdict.until) for verdict in verdicts]),
         "given_status": _pack([verdict.status for verdict in verdicts]),
         "given_event": _pack([verdict.event for verdict in verdicts]),
         "given_reason": _pack([clean_reason(verdict.reason) or "" for verdict in verdicts]),
@@ -247,7 +247,3 @@ def _packed_verdicts(given: Collection[tuple[Claim, Verdict]]) -> dict[str, str]
 
 _pack = statements.SEPARATOR.join
 _BOOLEANS = {None: "", False: "false", True: "true"}
-
-
-def _moment(until: datetime | None) -> str:
-    return "" if until is None else until.astimezone(UTC).isoformat()

@@ -105,8 +105,9 @@ def is_not_migrated(error: BaseException) -> bool:
     return sqlstate(error) in _NOT_MIGRATED
 
 
-# Data, integrity, program limits, RAISE in a trigger, and what is corrupt.
-_OF_DATA_CLASSES = frozenset({"22", "23", "54", "P0", "XX"})
+# A row that does not fit (no case, too many rows, data, integrity, WITH CHECK), program limits, what a trigger does
+# wrong (its own words, and those of functions from outside), and what is corrupt.
+_OF_DATA_CLASSES = frozenset({"20", "21", "22", "23", "38", "39", "44", "54", "P0", "XX"})
 
 
 def is_of_one_message(error: BaseException) -> bool:

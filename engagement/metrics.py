@@ -7,7 +7,8 @@ are words in the host's code.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     CompoundSelect,
+    Connection,
     Engine,
     Float,
     Select,
@@ -169,13 +171,25 @@ class QueueReader:
             with self._engine.connect() as connection:
                 self._schema = self._schema or find_schema(connection)
                 sql = self.sql if self._schema is None else with_schema(self.sql, self._schema, connection)
-                cursor: Any = connection.exec_driver_sql(sql).cursor
+                with _unprepared(connection):
+                    cursor: Any = connection.exec_driver_sql(sql).cursor
                 cursor.nextset()
                 rows = cursor.fetchall()
         except SQLAlchemyError as error:
             logger.warning("engagement.queue_not_read error=%s", describe(error))
             return [(UP, {}, 0)]
         return [(UP, {}, 1), *(_sample(*row) for row in rows)]
+
+
+@contextmanager
+def _unprepared(connection: Connection) -> Iterator[None]:
+    """Let the driver prepare nothing, as it may from the first time on: two statements cannot be prepared as one."""
+    driver: Any = connection.connection.driver_connection
+    threshold, driver.prepare_threshold = driver.prepare_threshold, None
+    try:
+        yield
+    finally:
+        driver.prepare_threshold = threshold
 
 
 def _sample(name: str, message_type: str | None, value: float) -> Sample:

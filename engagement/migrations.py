@@ -48,9 +48,10 @@ def upgrade(
 ) -> None:
     """Bring the table to `revision`. Twice is as good as once, and so is from two processes at the same time.
 
-    On an `Engine` this commits; on a `Connection` it runs in its transaction and leaves the commit to the caller.
-    `schema` is created if it does not exist. Another migration is waited for, for a minute at most: then Alembic's
-    `CommandError` says which session has the lock.
+    On an `Engine` this commits; on a `Connection` it runs in its transaction and leaves the commit to the caller. One
+    in AUTOCOMMIT, which would keep half of what failed, is a `ValueError`. `schema` is created if it does not exist.
+    Another migration is waited for, for a minute at most: then Alembic's `CommandError` says which session has the
+    lock.
 
     `row_level_security` leaves our tables to their owner and to roles that bypass it, whatever was granted to others:
     there is no policy. Once it is on it stays on.
@@ -175,6 +176,8 @@ def _connected(bind: Engine | Connection, schema: str | None) -> Iterator[tuple[
         with plain.begin() as connection, _on_a_safe_path(connection, schema) as place:
             yield connection, place
         return
+    if getattr(bind.connection.driver_connection, "autocommit", False):
+        raise ValueError("connection: is in AUTOCOMMIT, and a migration is one transaction")
     bind.execution_options(schema_translate_map=None)
     try:
         with _on_a_safe_path(bind, schema) as place:

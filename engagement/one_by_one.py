@@ -74,6 +74,10 @@ def claim(
         done = _apart(connection, message_id, claim_one)
         if isinstance(done, Exception):
             _add(message_id, to=broken, error=done)
+        elif done.go_on_after is None:
+            broken.add(
+                message_id
+            )  # Nothing was done with it (by a trigger that returns NULL): it would be next for ever.
         else:
             claimed = Claimed(claimed.claims + done.claims, claimed.ended | done.ended, done.go_on_after)
     return claimed
@@ -93,6 +97,8 @@ def take_over(
         done = _apart(connection, message_id, take_one)
         if isinstance(done, Exception):
             _add(message_id, to=broken, error=done)
+        elif not done:
+            broken.add(message_id)
         else:
             taken += done
     return taken

@@ -52,7 +52,9 @@ def for_own_transactions(engine: Engine, schema: str | None = None) -> Engine:
     """
     check_engine(engine)
     given = schema_in_force(schema, engine)
-    ours = engine.execution_options(**{OUR_SCHEMA: given, _WAS_GIVEN: given is not None})
+    # The statements lock and change what they return, which no cursor of the server's does.
+    as_a_whole = {"stream_results": False, "yield_per": None}
+    ours = engine.execution_options(**as_a_whole, **{OUR_SCHEMA: given, _WAS_GIVEN: given is not None})
     event.listen(ours, "begin", _begin)
     event.listen(ours, "before_cursor_execute", _name_schema, retval=True)
     event.listen(engine, "handle_error", _distrust)  # Once, however often this is called.

@@ -27,11 +27,15 @@ def readable(session: Session, bind_arguments: dict[str, Any] = _LIKE_AN_UPDATE)
     if style.startswith("ISO"):
         yield
         return
-    connection.exec_driver_sql("SET LOCAL datestyle = ISO")
+    # Without a transaction nothing would be local to it.
+    scope = "" if getattr(connection.connection.driver_connection, "autocommit", False) else "LOCAL "
+    connection.exec_driver_sql(f"SET {scope}datestyle = ISO")
     try:
         yield
     except BaseException as error:
-        if sqlstate(error) is None:  # Else the transaction is over, or back at a savepoint, and the setting with it.
-            connection.exec_driver_sql(f"SET LOCAL datestyle = '{style}'")
+        if (
+            scope == "" or sqlstate(error) is None
+        ):  # Else the transaction is over, or back at a savepoint, and the setting with it.
+            connection.exec_driver_sql(f"SET {scope}datestyle = '{style}'")
         raise
-    connection.exec_driver_sql(f"SET LOCAL datestyle = '{style}'")
+    connection.exec_driver_sql(f"SET {scope}datestyle = '{style}'")

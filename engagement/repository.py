@@ -10,6 +10,7 @@ from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import chain, islice
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from uuid import UUID
 
@@ -126,7 +127,9 @@ class EngagementMessageRepository:
         chunks = _chunks(messages)
         first, second = next(chunks, []), next(chunks, [])
         if not second:
-            created = self._insert([row for _, row in first], trace_context) if first else 0
+            # As `SortedTexts` does it, and not the server, whose order depends on the encoding of the database.
+            rows = [row for _, row in sorted(first, key=itemgetter(0))]
+            created = self._insert(rows, trace_context) if rows else 0
             return QueuedMany(created, len(first) - created)
         given = created = 0
         with closing(SortedTexts()) as waiting:
@@ -385,8 +388,8 @@ def _row(message: NewMessage) -> str:
             message.params_json,
             message.destination,
             message.destination_jid,
-            _moment_text(message.scheduled_for),
-            _moment_text(message.expires_at),
+            statements.moment_text(message.scheduled_for),
+            statements.moment_text(message.expires_at),
             message.key,
         )
     )
@@ -406,10 +409,6 @@ def _decision(by: str | None, reason: str | None) -> dict[str, str | None]:
 def _in_utc(moment: datetime | None) -> datetime | None:
     # Offsets of old local mean times have seconds, which not every reader takes.
     return None if moment is None else moment.astimezone(UTC)
-
-
-def _moment_text(moment: datetime | None) -> str:
-    return "" if moment is None else moment.astimezone(UTC).isoformat()
 
 
 def _checked_key(key: str) -> str:

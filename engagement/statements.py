@@ -7,7 +7,7 @@ Statuses are literals, not parameters: PostgreSQL cannot prove that a parameter 
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any
 
@@ -70,6 +70,11 @@ SEPARATOR = "\x1f"
 the client. No text that passed our checks holds it; a missing value is the empty text."""
 
 
+def moment_text(moment: datetime | None) -> str:
+    """Return a moment as one of those texts."""
+    return "" if moment is None else moment.astimezone(UTC).isoformat()
+
+
 class Length(TypeDecorator[timedelta]):
     """A length of time, read as a number of seconds: of intervals, psycopg reads PostgreSQL's own style only."""
 
@@ -115,7 +120,9 @@ _BY_THE_ENGINE_OF_UPDATES: dict[str, Any] = {"mapper": EngagementMessage.__mappe
 
 def in_session(schema: str | None) -> dict[str, Any]:
     """Return the keywords with which a session executes a statement: `in_schema`, and by the engine of our table."""
-    return {"execution_options": in_schema(schema), "bind_arguments": _BY_THE_ENGINE_OF_UPDATES}
+    # Whatever the host's engine says: no cursor of the server's inserts or changes what it returns.
+    options = {"stream_results": False, "yield_per": None} | in_schema(schema)
+    return {"execution_options": options, "bind_arguments": _BY_THE_ENGINE_OF_UPDATES}
 
 
 HISTORY_ENTRIES = 100
@@ -293,10 +300,8 @@ def insert_packed(*, most_are_there: bool = False) -> Executable:
         "next_attempt_at": start,
         "trace_context": _text("trace_context"),
     }
-    # Keys are taken in one order by everybody, or concurrent batches would deadlock. Of a repeated key the first wins.
-    ordered = select(*(chosen[name].label(name) for name in _INSERTED)).order_by(
-        rows.idempotency_key.collate("C"), rows.ordinal
-    )
+    # Keys are taken in the order in which they are given, or concurrent batches would deadlock: the repository sorts.
+    ordered = select(*(chosen[name].label(name) for name in _INSERTED)).order_by(rows.ordinal)
     if most_are_there:
         # Without this, each would be numbered and checked before it is turned down.
         is_new = ~select(C.id).where(C.idempotency_key == rows.idempotency_key).exists()

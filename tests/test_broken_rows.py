@@ -1,6 +1,7 @@
 """One message whose data break a statement: it is told, and no other message is lost, in doubt, or held up."""
 
 import threading
+from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
@@ -50,6 +51,51 @@ def test_what_cannot_be_claimed_holds_up_no_other(unguarded, caplog, change, con
     assert f"engagement.message_broken message_id={broken}" in caplog.text
     assert before is None or row(unguarded, broken) == before
     assert {row(unguarded, message_id).status for message_id in others} == {"sent"}
+
+
+TRIGGERS = {
+    "many": "SELECT (SELECT 1 FROM generate_series(1, 2)) INTO one",  # 21000
+    "no case": "CASE 1 WHEN 2 THEN one := 1; END CASE",  # 20000
+    "own words": "RAISE EXCEPTION USING ERRCODE = '38001', MESSAGE = 'no'",
+}
+
+
+@pytest.mark.parametrize("does", TRIGGERS.values(), ids=TRIGGERS)
+@pytest.mark.parametrize("status", ["sending", "sent"])
+def test_a_trigger_that_fails_for_one_message_harms_no_other(engine, caplog, does, status):
+    """Whatever it does wrong, when the message is claimed or when it is settled."""
+    bad, *others = queue(engine, *(new_message(f"user{number}") for number in range(4)))
+    with _triggered(engine, f"IF NEW.id = {bad} AND NEW.status = '{status}' THEN {does}; END IF; RETURN NEW"):
+        process_message_queue(engine, lambda _: None, concurrency=4)
+
+    assert {row(engine, message_id).status for message_id in others} == {"sent"}
+    assert f"engagement.message_broken message_id={bad}" in caplog.text
+
+
+def test_a_trigger_that_lets_nothing_be_done_stops_no_round(engine, caplog):
+    """A claim that changes no row is not tried again and again beside one that fails."""
+    void, bad, other = queue(engine, *(new_message(f"user{number}") for number in range(3)))
+    does = (
+        f"IF NEW.id = {void} THEN RETURN NULL; END IF; IF NEW.id = {bad} THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW"
+    )
+    with _triggered(engine, does):
+        in_thread(process_message_queue, engine, lambda _: None, concurrency=3).result(PATIENCE)
+
+    assert (row(engine, void).status, row(engine, other).status) == ("pending", "sent")
+
+
+@contextmanager
+def _triggered(engine, does):
+    execute(
+        engine,
+        "CREATE FUNCTION public.hosts_own() RETURNS trigger LANGUAGE plpgsql AS $$ DECLARE one int; BEGIN "
+        f"{does}; END $$; CREATE TRIGGER hosts_own BEFORE UPDATE ON engagement_message_queue FOR EACH ROW "
+        "EXECUTE FUNCTION public.hosts_own()",
+    )
+    try:
+        yield
+    finally:
+        execute(engine, "DROP FUNCTION public.hosts_own() CASCADE")
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])

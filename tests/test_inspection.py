@@ -64,6 +64,18 @@ def deliver(engine, *outcomes, **options):
     )
 
 
+@pytest.mark.parametrize("isolation", ["AUTOCOMMIT", "READ COMMITTED"])
+def test_moments_are_read_in_any_style_also_without_a_transaction(engine, isolation):
+    """And the style of the host's connection is as before."""
+    queue(engine, new_message())
+    with engine.connect().execution_options(isolation_level=isolation) as connection, Session(connection) as session:
+        connection.exec_driver_sql("SET datestyle = 'German, DMY'")
+        assert EngagementMessageRepository(session).get_message(1).created_at.tzinfo is not None
+        assert len(list_messages(session)) == 1
+        assert connection.exec_driver_sql("SHOW datestyle").scalar() == "German, DMY"
+        connection.exec_driver_sql("SET datestyle = 'ISO'")
+
+
 # One message
 
 

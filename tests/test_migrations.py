@@ -420,6 +420,18 @@ def _held_by_a_stranger(empty_engine):
         connection.execute(text(f"DROP ROLE {role}"))
 
 
+@pytest.mark.parametrize("call", ["upgrade", "downgrade", "adopt"])
+def test_a_connection_in_autocommit_is_refused(empty_engine, call):
+    """Half of a migration would stay: of an adoption, an old table out of the way and no key that blocks."""
+    with (
+        empty_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection,
+        pytest.raises(ValueError, match=r"^connection: is in AUTOCOMMIT"),
+    ):
+        getattr(migrations, call)(connection)
+
+    assert migrations.current(empty_engine) is None
+
+
 def test_an_upgrade_does_not_wait_for_ever(empty_engine, held_by_a_stranger, monkeypatch, caplog):
     """Who holds our lock is named: in the log at once, and in the error after a while. The caller's work stays."""
     monkeypatch.setattr(migrations, "LONGEST_WAIT_SECONDS", 0.3)

@@ -134,6 +134,16 @@ def test_the_table_may_be_in_a_schema(empty_engine):
 # What it costs
 
 
+def test_a_driver_that_prepares_everything_reads_the_queue_too(engine):
+    """And prepares as before what comes after it on that connection."""
+    preparing = create_engine(engine.url, connect_args={"prepare_threshold": 0})
+    for _ in range(2):
+        assert QueueReader(preparing).read()[0][2] == 1
+    with preparing.connect() as connection:
+        assert connection.connection.driver_connection.prepare_threshold == 0
+    preparing.dispose()
+
+
 def test_a_scrape_is_one_round_trip(engine):
     """The database is asked once and answers once, also when a connection has been used often."""
     other = create_engine(engine.url, pool_size=1, max_overflow=0)

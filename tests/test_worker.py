@@ -12,6 +12,7 @@ from queue import SimpleQueue
 import pytest
 from conftest import execute, in_thread, new_message, queue, row, until
 from sqlalchemy import create_engine, event, text
+from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
@@ -340,10 +341,34 @@ def test_provider_texts_that_postgresql_refuses_do_not_stop_the_settle(engine):
 # What is committed, and when
 
 
-def test_the_claim_is_committed_and_nothing_is_open_during_the_send(engine):
+@pytest.mark.parametrize("options", [{"stream_results": True}, {"yield_per": 10}])
+def test_an_engine_whose_results_are_streamed_is_as_good(engine, options):
+    """A cursor of the server's inserts nothing and locks nothing, so none is used, whatever the host reads with."""
+    streaming = engine.execution_options(**options)
+    with Session(streaming) as session, session.begin():
+        repository = EngagementMessageRepository(session)
+        assert repository.queue_message(new_message()).created
+        assert not repository.queue_message(new_message()).created
+        assert repository.queue_messages([new_message("b"), new_message("c")]).created == 2
+        assert len(repository.get_pending_messages("user1")) == 1
+
+    assert process_message_queue(streaming, lambda _: None).succeeded == 3
+
+
+def _slowly(commit):
+    def slow(*arguments):
+        time.sleep(0.2)
+        commit(*arguments)
+
+    return slow
+
+
+def test_the_claim_is_committed_and_nothing_is_open_during_the_send(engine, monkeypatch):
     """While a transport works, others see `sending` with a lease, and we hold no transaction."""
     (message_id,) = queue(engine, new_message())
     seen = []
+    # A send that begins too soon would lose the race against a commit that takes a moment.
+    monkeypatch.setattr(DefaultDialect, "do_commit", _slowly(DefaultDialect.do_commit))
 
     def send(_message):
         open_transactions = execute(
