@@ -70,7 +70,7 @@ SHORTEST_NUMBER = 4
 _DATE = r"(?:19|20)\d\d-(?:0[1-9]|1[0-2])-[0-3]\d"
 _MOMENT = rf"{_DATE}(?:[T ][0-2]\d:[0-5]\d(?::[0-6]\d(?:\.\d{{1,6}})?)?(?:Z|[+-]\d\d:?\d\d)?)?(?!\d)"
 _UUID = r"\b[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}\b"
-_NUMBER = r"[+(]{0,3}\d(?:[ ().+/\u2010-\u2015-]*\d){6,}"
+_NUMBER = r"[+(]{0,3}\d(?:[\s().+/,_\u200b\u2010-\u2015-]*\d){6,}"
 # With a digit, as Meta's ids of people are: else it may be the end of a sentence and the beginning of the next one.
 _BSUID = r"\b[A-Z]{2}\.(?:ENT\.)?(?=[A-Za-z]{0,127}\d)[A-Za-z0-9]{1,128}\b"
 _PERSONAL = rf"(?P<kept>{_MOMENT}|{_UUID})|{_BSUID}|{_NUMBER}"
@@ -82,22 +82,35 @@ def masked(text: str, message: EngagementMessage | None = None) -> str:
 
     If it is of a `message`, also without that message's user, address and key. It takes time in proportion to the text.
     """
-    user, own = (None, []) if message is None else (message.user_id, [message.idempotency_key, message.destination_jid])
-    if (
-        own
-        and own[-1]
-        and BSUID_FORM.fullmatch(own[-1])
-        and len(number := own[-1].rpartition(".")[2]) > SHORTEST_NUMBER
-    ):
-        own.append(number)  # A provider may leave the country out.
+    user = None if message is None else message.user_id
     # A key or an address may hold a number; a user may be no more than a part of one.
-    for word in filter(None, own):
-        text = text.replace(word, HIDDEN)
+    for word in [] if message is None else _own_words(message):
+        text = re.sub(re.escape(word), HIDDEN, text, flags=re.IGNORECASE)
+    users = [] if user is None else _ways_to_write(user)
     # Only of a text that names the user: to compile a pattern takes longer than to search with it.
-    pattern = f"{_PERSONAL}|{re.escape(user)}" if user and user in text else _PERSONAL
-    text = re.sub(pattern, lambda found: HIDDEN if found["kept"] in {None, user} else found["kept"], text)
+    named = [re.escape(way) for way in users if way in text.casefold()]
+    pattern = "|".join([_PERSONAL, *(f"(?i:{way})" for way in named)])
+    text = re.sub(
+        pattern,
+        lambda found: found["kept"] if found["kept"] and found["kept"].casefold() not in users else HIDDEN,
+        text,
+    )
     # Word by word: a pattern that looks for the @ of an address would do so from every character of a long word.
     return _WORD.sub(_hidden_if_address, text)
+
+
+def _own_words(message: EngagementMessage) -> list[str]:
+    address = message.destination_jid or ""
+    number = address.rpartition(".")[2]
+    is_business_scoped = BSUID_FORM.fullmatch(address) and len(number) > SHORTEST_NUMBER
+    # Of Meta's id a provider may leave the country out.
+    return [word for word in (message.idempotency_key, address, number if is_business_scoped else "") if word]
+
+
+def _ways_to_write(user_id: str) -> list[str]:
+    """Return how a user may stand in a text, in small letters: a UUID also without its hyphens."""
+    user = user_id.casefold()
+    return [user, user.replace("-", "")] if re.fullmatch(_UUID, user) else [user]
 
 
 def _hidden_if_address(word: re.Match[str]) -> str:

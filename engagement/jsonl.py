@@ -147,11 +147,19 @@ def _time(name: str, value: Any) -> datetime:
 
 
 def _zone(name: str, value: Any) -> ZoneInfo:
+    zone = zone_named(value)
+    if zone is None:
+        raise InvalidMessage(name, "is no time zone that this machine knows, such as America/Sao_Paulo")
+    return zone
+
+
+def zone_named(name: Any) -> ZoneInfo | None:
+    """Return the time zone of this name, if this machine knows one."""
     try:
-        return ZoneInfo(value)
+        return ZoneInfo(name)
     # The package tzdata is asked for each folder of a/b/c/… in turn, one inside the other.
     except (TypeError, ValueError, OSError, ZoneInfoNotFoundError, RecursionError):
-        raise InvalidMessage(name, "is no time zone that this machine knows, such as America/Sao_Paulo") from None
+        return None
 
 
 def _shown(name: str) -> str:

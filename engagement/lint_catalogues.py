@@ -156,7 +156,12 @@ class Catalogue:
 def read_catalogues(path: Path | str) -> dict[str, Catalogue]:
     """Return the catalogues in `path` by locale. Folders whose names begin with `.` or `_` are none."""
     folders = sorted(folder for folder in Path(path).iterdir() if folder.is_dir() and folder.name[0] not in "._")
-    return {folder.name: Catalogue(folder) for folder in folders}
+    catalogues = {folder.name: Catalogue(folder) for folder in folders}
+    first: dict[str, str] = {}
+    for locale, catalogue in catalogues.items():
+        if (same := first.setdefault(tag_of(locale), locale)) != locale:  # Only one of them would be asked.
+            catalogue.problems.append(Problem(locale, ".", f"is the same locale as {same}"))
+    return catalogues
 
 
 class Chain:

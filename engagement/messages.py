@@ -369,10 +369,8 @@ def _check_times(scheduled_for: datetime | None, expires_at: datetime | None) ->
 
 def _checked_key(message: NewMessage) -> str:
     if message.idempotency_key is None:
-        day = (
-            datetime.now(message.tz) if message.scheduled_for is None else message.scheduled_for.astimezone(message.tz)
-        )
-        key = f"{message.user_id}:{message.message_type}:{day.date().isoformat()}"
+        day = _day_of(message.scheduled_for, message.tz)
+        key = f"{message.user_id}:{message.message_type}:{day.isoformat()}"
     else:
         key = checked_text("idempotency_key", message.idempotency_key, max_characters=MAX_KEY_BYTES)
     if len(key) * 4 > MAX_KEY_BYTES and len(key.encode()) > MAX_KEY_BYTES:
@@ -382,13 +380,15 @@ def _checked_key(message: NewMessage) -> str:
 
 def _key_of_day(user_id: object, event_type: object, when: object, tz: object, named: Callable[[date], str]) -> str:
     user_id, event_type, zone = checked_user_id(user_id), _checked_type("event_type", event_type), _checked_tz(tz)
-    if when is None:
-        day = datetime.now(zone).date()
-    elif isinstance(when, date) and not isinstance(when, datetime):
+    if isinstance(when, date) and not isinstance(when, datetime):
         day = when
     else:
-        day = checked_moment("when", when).astimezone(zone).date()
+        day = _day_of(None if when is None else checked_moment("when", when), zone)
     return f"{user_id}:{event_type}:{named(day)}"
+
+
+def _day_of(when: datetime | None, zone: tzinfo) -> date:
+    return (datetime.now(zone) if when is None else when.astimezone(zone)).date()
 
 
 def _iso_week(day: date) -> str:

@@ -268,6 +268,34 @@ def test_who_may_see_it_has_to_ask_and_is_written_down(engine, caplog):
     assert [secret for secret in SECRETS if secret in caplog.text] == []
 
 
+def test_what_is_shown_and_what_is_logged_go_by_one_answer(engine, caplog):
+    """`may_reveal` is asked once for a page: one that changes its mind shows nothing that is not written down."""
+    caplog.set_level(logging.INFO, "engagement")
+    message_id = put_secrets(engine)
+    answers = [False, True, True, True, False, False]
+    with admin_of(engine, may_reveal=lambda _: answers.pop(0)) as client:
+        for path, is_revealed in (("messages", False), (f"messages/{message_id}", True)):
+            page = unescape(client.get(f"{path}?reveal=1").text)
+            assert (NUMBER in page) == is_revealed == bool(caplog.messages)
+
+    assert len(answers) == 4
+
+
+@pytest.mark.parametrize("option", ["secret_key", "sign_out"])
+def test_an_empty_option_is_a_variable_that_is_not_set(engine, option):
+    """Each process would make a secret of its own, and the forms of one fail in the others."""
+    with pytest.raises(ValueError, match=f"^{option}: is empty"):
+        create_admin(engine, authentication=anyone, **{option: ""})
+
+
+def test_a_name_that_is_no_text_is_shown_all_the_same(engine):
+    """What an authentication makes of a header's bytes may hold half a character."""
+    message_id = put(engine, "pending")
+    with admin_of(engine, authentication=lambda _: "ana\udcff") as client:
+        assert "ana?" in client.get(f"messages/{message_id}").text
+        assert client.get(f"messages/{message_id}/cancel").status_code == 200
+
+
 def test_a_list_does_not_say_who_it_is_to_who_tries_all_numbers(engine):
     """What stands for a person on a masked list follows from a secret: pages that share it show the same."""
     queue(engine, new_message(NUMBER, destination_jid=f"{NUMBER}@s.whatsapp.net"))

@@ -11,6 +11,7 @@ import pytest
 from admin_page import admin_of, bring, form_of, ids_of, press, put, said, send
 from conftest import new_message, queue, row
 from fastapi import FastAPI
+from starlette.responses import Response
 from test_examples import PATIENCE, served_by_uvicorn
 
 from engagement.admin import create_admin
@@ -66,8 +67,8 @@ def test_an_origin_that_is_no_address_is_foreign(page, engine, origin, who):
 
 @pytest.mark.parametrize("who", ["ana", ""])
 @pytest.mark.parametrize("host", MALFORMED)
-def test_a_host_that_is_no_address_is_refused(page, host, who):
-    """Links and cookies are made from it."""
+def test_a_host_that_is_no_address_breaks_nothing(page, host, who):
+    """Links and cookies name no host, so that it does not matter which one is given."""
     name = host.removeprefix("http://").encode("latin-1")
     for path in ("/queue/", "/queue/messages", "/queue/static/engagement.css", "/queue/nowhere"):
         asked = b"GET %b HTTP/1.1\r\nHost: %b\r\nwho: %b\r\nConnection: close\r\n\r\n"
@@ -238,6 +239,19 @@ def test_no_page_is_kept_wherever_it_is_mounted(engine, at):
     assert kept == []
     assert file.status_code == 200
     assert file.headers.get("cache-control") != "no-store"
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 401])
+def test_an_answer_in_place_of_a_file_is_not_kept(engine, status):
+    """It may set a cookie: a host's own redirect to its login, say."""
+
+    def to_login(_):
+        return Response(status_code=status, headers={"Location": "/login", "Set-Cookie": "a=b"})
+
+    with admin_of(engine, authentication=to_login) as client:
+        answer = client.get("static/engagement.css", follow_redirects=False)
+
+    assert (answer.status_code, answer.headers["cache-control"]) == (status, "no-store")
 
 
 def test_no_page_is_kept_behind_a_proxy_that_cuts_the_path(engine):

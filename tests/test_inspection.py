@@ -262,6 +262,8 @@ def test_reasons_are_masked_unless_revealed(engine):
         ("55 2011-12-31", "***"),
         ("no account for BR.1502576394655843.", "no account for ***."),
         ("US.ENT.a1b2c3d4 has left", "*** has left"),
+        ("no 55\u00a011\u200b99999_9999 here", "no *** here"),
+        ("no 5511,99999,9999 here", "no *** here"),
         ("It is UP.Then it is HTTP.Not here", None),
         ("until 2026-11-24T10:00:00.123456Z or 2026-11-24 10:00:00+00:00", None),
         ("delivery 01234567-1234-5123-8123-123456789012 is there, port 5432", None),
@@ -281,10 +283,22 @@ def test_a_user_is_hidden_whatever_it_looks_like(engine, user_id):
     assert told(engine)[-1] == ("refused", 1, "no *** on 2026-03-02")
 
 
+@pytest.mark.parametrize("form", [str.upper, lambda user: user.replace("-", ""), str.title])
+def test_a_user_is_hidden_however_it_is_written(engine, form):
+    """A provider may give an id back in capitals, or a UUID without its hyphens."""
+    user_id = "abcdef67-1234-5123-8123-123456789abc"
+    queue(engine, new_message(user_id))
+    deliver(engine, Refused(f"no {form(user_id)} here"))
+
+    assert told(engine)[-1] == ("refused", 1, "no *** here")
+
+
 @pytest.mark.parametrize(
     "part",
     [
         "x",
+        "_",
+        "1,",
         "BR.",
         "BR.x",
         "BR.1",

@@ -115,6 +115,7 @@ def test_a_mark_is_tolerated_at_the_very_beginning_only():
         (line(scheduled_for="9999-12-31T23:59:59Z"), "line 1: scheduled_for: is out of range"),
         (line(tz="Sao Paulo"), "line 1: tz: is no time zone that this machine knows"),
         (line(tz="../../etc/passwd"), "line 1: tz: is no time zone that this machine knows"),
+        (line(tz="/".join("a" * 500)), "line 1: tz: is no time zone that this machine knows"),
         (line(tz="America"), "line 1: tz: is no time zone that this machine knows"),
         (line(tz=3), "line 1: tz: is no time zone that this machine knows"),
         (line(destination="everybody"), "line 1: destination: must be individual or group"),

@@ -105,6 +105,20 @@ TRANSPORTS = {
 }
 
 
+def test_why_a_module_gives_up_is_text(engine, tmp_path):
+    """Python prints the text of a SystemExit itself, when nothing of ours is in between any more."""
+    (tmp_path / "exiting.py").write_text(f"raise SystemExit({OBEYED!r})")
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    with killed_at_the_end(
+        program("process", "--transport", "exiting:send", on=engine, environment=environment)
+    ) as run:
+        out, err = run.communicate(timeout=60)
+
+    assert run.returncode == 1
+    assert b"ZXZpbA" in err
+    assert OF_A_TERMINAL.findall((out + err).decode()) == []
+
+
 @pytest.mark.parametrize("how", TRANSPORTS)
 @pytest.mark.parametrize("of_a_person", [True, False])
 def test_what_a_transport_passes_on_is_text(engine, tmp_path, how, of_a_person):

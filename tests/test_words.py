@@ -302,6 +302,17 @@ def test_a_path_without_catalogues_is_refused_at_the_start(tmp_path):
         FluentRenderer(tmp_path / "nowhere")
 
 
+def test_a_locale_that_stands_twice_is_told(tmp_path):
+    """Of two folders that are one locale only one would be asked: neither is quietly left out."""
+    for folder in ("en", "pt-BR", "pt-br"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "messages.ftl").write_text("hi = Hi")
+
+    assert [str(found) for found in lint_catalogues(tmp_path)] == ["pt-br: .: is the same locale as pt-BR"]
+    with pytest.raises(ValueError, match="is the same locale as pt-BR"):
+        FluentRenderer(tmp_path)
+
+
 def test_threads_share_a_renderer():
     """One renderer speaks to many people at once, each in their language, and mixes nothing up."""
     renderer = FluentRenderer()

@@ -62,6 +62,9 @@ def create_admin(
     """
     if not callable(authentication):
         raise TypeError("authentication: must say who asks. To let everybody in, give engagement.admin.anyone")
+    for name, given in (("secret_key", secret_key), ("sign_out", sign_out)):
+        if given == "":
+            raise ValueError(f"{name}: is empty, as a variable that is not set")
     queue = Queue(for_own_transactions(engine, schema), schema, patience)
     secret = secret_key or secrets.token_hex(32)
     shown = Shown(

@@ -39,7 +39,10 @@ def anyone(request: Request) -> str:  # noqa: ARG001 - an `Authentication`
 
 @dataclass(frozen=True, slots=True)
 class Permission:
-    """What `may` says to a request. Anything but True and False is a `TypeError`, and the page fails."""
+    """What `may` says to a request. Anything but True and False is a `TypeError`, and the page fails.
+
+    It is asked once for each request: what is shown and what is logged go by one answer.
+    """
 
     name: str
     may: May
@@ -51,8 +54,11 @@ class Permission:
 
     async def __call__(self, request: Request) -> bool:
         """Ask."""
-        answer = self.may(request) if callable(self.may) else self.may
-        return checked_flag(self.name, await answer if isawaitable(answer) else answer)
+        answers: dict[str, bool] = request.scope.setdefault("engagement_permissions", {})
+        if self.name not in answers:
+            answer = self.may(request) if callable(self.may) else self.may
+            answers[self.name] = checked_flag(self.name, await answer if isawaitable(answer) else answer)
+        return answers[self.name]
 
 
 class Authenticated:
@@ -71,7 +77,8 @@ class Authenticated:
         if isinstance(answer, Response):
             await answer(scope, receive, send)
             return
-        scope.setdefault("state", {})["operator"] = answer
+        # A lone surrogate, as of a header's bytes, could be neither shown nor stored.
+        scope.setdefault("state", {})["operator"] = answer.encode("utf-8", "replace").decode()
         await self._app(scope, receive, send)
 
     async def _ask(self, request: Request) -> str | Response:
@@ -178,7 +185,7 @@ class SameOrigin:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._add_headers(message, is_static=is_static and message["status"] < 400)  # noqa: PLR2004
+                self._add_headers(message, is_static=is_static and message["status"] in {200, 206, 304})
             await send(message)
 
         request = Request(scope)

@@ -155,6 +155,13 @@ class Commands(click.Group):
             click.echo(f"engagement: {error.strerror or error}", err=True)
             status = USAGE
             _give_up_output()
+        except (
+            SystemExit
+        ) as error:  # A host's module says why it gives up: Python would print it on the stream beneath.
+            if error.code is None or isinstance(error.code, int):
+                raise
+            click.echo(str(error.code), err=True)
+            status = NEEDS_ATTENTION
         except Exception:  # noqa: BLE001 - Python would show it likewise, but on the stream beneath
             traceback.print_exc()
             status = NEEDS_ATTENTION

@@ -11,14 +11,15 @@ from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
 from engagement.cli.problems import Problem
 from engagement.cli.showing import examples, logging_to_stderr
+from engagement.jsonl import zone_named
 
 
-def zone_named(name: str) -> ZoneInfo:
+def zone(name: str) -> ZoneInfo:
     """Read the name of a time zone."""
-    try:
-        return ZoneInfo(name)
-    except (KeyError, ValueError, OSError, RecursionError):
-        raise click.BadParameter("must be a time zone such as UTC or America/Sao_Paulo.") from None
+    found = zone_named(name)
+    if found is None:
+        raise click.BadParameter("must be a time zone such as UTC or America/Sao_Paulo.")
+    return found
 
 
 @command(
@@ -32,7 +33,7 @@ def zone_named(name: str) -> ZoneInfo:
 @click.option("--public", is_flag=True, help="Allow a --host that other machines can reach, over plain HTTP.")
 @click.option("--reveal", is_flag=True, help="Allow personal data to be shown to who asks for it.")
 @click.option("--read-only", is_flag=True, help="Only to look: nothing can be changed.")
-@click.option("--tz", default="UTC", type=zone_named, metavar="ZONE", help="Times are shown and read in this zone.")
+@click.option("--tz", default="UTC", type=zone, metavar="ZONE", help="Times are shown and read in this zone.")
 @on_database
 def admin(
     database: Database, host: str, port: int, tz: ZoneInfo, *, public: bool, reveal: bool, read_only: bool
