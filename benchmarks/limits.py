@@ -10,10 +10,10 @@ from typing import Any
 from benchmarks.floors import CLAIM, SETTLE, Floor
 from benchmarks.queues import Timed
 from engagement import OutgoingMessage, Sent
-from engagement.claims import START, Holder, claim, settle
+from engagement._claim import START, Claim
+from engagement._delivery.database import Holder, claim, settle
 from engagement.models import Destination
 from engagement.outcomes import decide
-from engagement.sending import Claim
 
 
 class FloorInSQLAlchemy(Floor):

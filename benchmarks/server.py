@@ -10,7 +10,7 @@ from psycopg import sql
 from sqlalchemy import URL, Engine, create_engine, make_url
 
 from engagement import migrations
-from engagement.temporary_postgres import temporary_postgres
+from engagement._operating.temporary_postgres import temporary_postgres
 
 SETTINGS = {
     # Durable, as in production.

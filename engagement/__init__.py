@@ -1,5 +1,6 @@
 """Queue proactive engagement messages once, inside your own transactions, and never send one twice."""
 
+from engagement._delivery.tally import ProcessResult
 from engagement.messages import (
     Cancellation,
     Forgotten,
@@ -15,7 +16,6 @@ from engagement.messages import (
 from engagement.models import Destination, EngagementMessage, EngagementMessageMixin, MessageStatus
 from engagement.outcomes import InDoubt, NotSent, Outcome, Postpone, Refused, Sent, Withdraw, exponential_backoff
 from engagement.repository import AsyncEngagementMessageRepository, EngagementMessageRepository
-from engagement.tally import ProcessResult
 from engagement.verification import Violation, verify
 from engagement.worker import Worker, process_message_queue
 

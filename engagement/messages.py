@@ -106,6 +106,16 @@ def checked_flag(name: str, value: object) -> bool:
     return value
 
 
+LONGEST_AGE = timedelta(days=36_525)
+
+
+def checked_age(name: str, value: object) -> timedelta:
+    """Return `value` if it is an age that a message can have, or raise `InvalidMessage`."""
+    if not isinstance(value, timedelta) or not timedelta(0) <= value <= LONGEST_AGE:
+        raise InvalidMessage(name, f"must be a timedelta from zero to {LONGEST_AGE.days} days")
+    return value
+
+
 def checked_id(value: object) -> int:
     """Return `value` if it can be the id of a message, or raise `InvalidMessage`."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**63:

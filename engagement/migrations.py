@@ -5,7 +5,6 @@ They keep a history of their own in `engagement_alembic_version`, apart from the
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from sqlalchemy import Connection, Engine, text
 
-from engagement import adopting, statements
-from engagement.database_errors import sqlstate
+from engagement._logging import logger
+from engagement._sql import adopting, statements
+from engagement._sql.errors import sqlstate
+from engagement._sql.own_transactions import SAFE_PATH, find_schema
+from engagement._sql.statements import schema_in_force
 from engagement.models import TABLE_NAME, ReadableJson, TextOf, checked_schema
-from engagement.own_transactions import SAFE_PATH, find_schema
-from engagement.statements import schema_in_force
 
 if TYPE_CHECKING:
     from alembic.autogenerate.api import AutogenContext
@@ -28,8 +28,6 @@ VERSION_TABLE = "engagement_alembic_version"
 LOCK_POLL_SECONDS = 0.1
 LONGEST_WAIT_SECONDS = 60.0
 """How long another migration is waited for. Each of its steps gives up on its locks after five."""
-
-logger = logging.getLogger("engagement")
 
 
 def script_location() -> Path:

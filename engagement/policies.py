@@ -18,13 +18,15 @@ from zoneinfo import ZoneInfo
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from engagement import statements
-from engagement.database_errors import connect, is_transient
+from engagement._logging import logger
+from engagement._sending.call import LeaseRanOut, MayHaveLeft, checked_lease
+from engagement._sending.protocols import Transport
+from engagement._sql import statements
+from engagement._sql.errors import connect, is_transient
+from engagement._sql.own_transactions import for_own_transactions
 from engagement.messages import InvalidMessage, OutgoingMessage, checked_destination, checked_flag, checked_jid
 from engagement.models import EARLIEST, Destination, MessageStatus
 from engagement.outcomes import NotSent, Outcome, Postpone, Refused, Sent, Withdraw, causes
-from engagement.own_transactions import for_own_transactions
-from engagement.sending import LeaseRanOut, MayHaveLeft, Transport, checked_lease, logger
 
 A_MINUTE = timedelta(minutes=1)
 LONGEST_WAIT_SECONDS = 2.0

@@ -16,8 +16,8 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 from sqlalchemy import Engine
 
-from engagement import observing
-from engagement.metrics import (
+from engagement._watching import observers as observing
+from engagement._watching.metrics import (
     COUNTERS,
     DUE_TO_SENT,
     DUE_TO_SENT_BUCKETS,

@@ -17,8 +17,12 @@ from uuid import UUID
 from sqlalchemy import Executable, Select
 from sqlalchemy.exc import StatementError
 
-from engagement import observing, statements
-from engagement.encodings import with_storable_texts
+from engagement._logging import logger
+from engagement._sql import statements
+from engagement._sql.encodings import with_storable_texts
+from engagement._sql.reading import readable
+from engagement._sql.sorting import SortedTexts
+from engagement._watching import observers as observing
 from engagement.messages import (
     MAX_KEY_BYTES,
     Cancellation,
@@ -28,16 +32,14 @@ from engagement.messages import (
     Queued,
     QueuedMany,
     StatusCounts,
+    checked_age,
     checked_id,
     checked_moment,
     checked_text,
     checked_user_id,
 )
 from engagement.models import EngagementMessage, MessageStatus, checked_schema, qualified_name
-from engagement.observing import logger
 from engagement.outcomes import clean_reason
-from engagement.reading import readable
-from engagement.sorting import SortedTexts
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -48,7 +50,6 @@ R = TypeVar("R")
 
 CHUNK = 5_000
 """Messages that are held in memory and sent to the server at once."""
-LONGEST_AGE = timedelta(days=36_525)
 LARGEST_LIMIT = 1_000_000
 
 
@@ -234,8 +235,7 @@ class EngagementMessageRepository:
 
         Keys stay, and still block. Messages in doubt are not finished. Call it until it returns less than `limit`.
         """
-        if not isinstance(older_than, timedelta) or not timedelta(0) <= older_than <= LONGEST_AGE:
-            raise InvalidMessage("older_than", f"must be a timedelta from zero to {LONGEST_AGE.days} days")
+        older_than = checked_age("older_than", older_than)
         if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= LARGEST_LIMIT:
             raise InvalidMessage("limit", f"must be an integer from 1 to {LARGEST_LIMIT}")
         return len(self._execute(statements.prune_finished(), {"older_than": older_than, "limit": limit}).all())

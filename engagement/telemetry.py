@@ -32,9 +32,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 from sqlalchemy import Engine
 
-from engagement import observing
-from engagement.messages import Queued, QueuedMany
-from engagement.metrics import (
+from engagement._claim import Claim
+from engagement._watching import observers as observing
+from engagement._watching.metrics import (
     COUNTERS,
     DUE_TO_SENT,
     DUE_TO_SENT_BUCKETS,
@@ -44,10 +44,10 @@ from engagement.metrics import (
     QueueReader,
     Sample,
 )
+from engagement._watching.observers import Observer, QueueEnd, Round, SendEnd
+from engagement.messages import Queued, QueuedMany
 from engagement.models import TABLE_NAME
-from engagement.observing import Observer, QueueEnd, Round, SendEnd
 from engagement.outcomes import InDoubt, NotSent, Outcome, Refused
-from engagement.sending import Claim
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 """The version of the conventions whose names are used."""

@@ -16,11 +16,12 @@ from datetime import UTC, datetime, timedelta
 from itertools import count
 from queue import Empty
 
-from engagement.claims import START
+from engagement._claim import START, Claim, clock
+from engagement._sending.protocols import Transport
+from engagement._sending.sender import Answer, Ready, Sender
 from engagement.messages import OutgoingMessage
 from engagement.models import Destination
 from engagement.outcomes import InDoubt, NotSent, Outcome, Refused, Sent, classify_exception
-from engagement.sending import Claim, Sender, Transport, clock
 from engagement.words import RenderedMessage
 
 _numbers = count(1)
@@ -306,15 +307,14 @@ class _Calls:
         return self._call([_claim(message, lost_workers=1)])[0]
 
     def ready(self) -> object:
-        asked = self._sender.ask_ready()
-        assert asked is not None
+        """Return what a worker would hear: the answer, or the exception."""
+        self._sender.ask_ready()
         try:
-            return asked.result(self.contract.answers_within.total_seconds())
-        except TimeoutError:
-            _require(asked.done(), f"ready did not answer within {self.contract.answers_within}")
-            return asked.exception()
-        except Exception as error:  # noqa: BLE001 - a worker takes it for not ready
-            return error
+            news = self._sender.news.get(timeout=self.contract.answers_within.total_seconds())
+        except Empty:
+            raise AssertionError(f"ready did not answer within {self.contract.answers_within}") from None
+        assert isinstance(news, Ready)
+        return news.said
 
     def close(self) -> None:
         self._sender.close()
@@ -327,9 +327,9 @@ class _Calls:
         outcomes: dict[int, Outcome] = {}
         with suppress(Empty):
             while len(outcomes) < len(claims):
-                arrived = self._sender.answers.get(timeout=max(last - time.monotonic(), 0.001))
-                if arrived is not None:
-                    outcomes[id(arrived[0])] = arrived[1]
+                news = self._sender.news.get(timeout=max(last - time.monotonic(), 0.001))
+                if isinstance(news, Answer):
+                    outcomes[id(news.claim)] = news.outcome
         _require(len(outcomes) == len(claims), f"no answer came within {self.contract.answers_within}")
         self.reasons += [reason for outcome in outcomes.values() if (reason := getattr(outcome, "reason", None))]
         error = self._errors[0] if self._errors else None

@@ -34,9 +34,9 @@ from sqlalchemy import (
     union_all,
 )
 
+from engagement._sql.statements import NOW, PENDING, QUEUE, SENDING, C, in_session, schema_in_session
 from engagement.messages import JID_FORMS
 from engagement.models import EARLIEST, LATEST, TABLE_NAME, MessageStatus, qualified_name
-from engagement.statements import NOW, PENDING, QUEUE, SENDING, C, in_session, schema_in_session
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

@@ -15,16 +15,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from engagement._sending.protocols import Transport
 from engagement.messages import OutgoingMessage
 from engagement.outcomes import Outcome, Refused
 from engagement.policies import Gate, plain_function
-from engagement.sending import Transport
 
 if TYPE_CHECKING:
     from fluent.runtime import FluentBundle
     from fluent.runtime.resolver import Pattern
 
-    from engagement.lint_catalogues import Catalogue
+    from engagement._catalogues.lint import Catalogue
 
 CATALOGUES = Path(__file__).parent / "catalogues"
 """The words of the demo: English and Brazilian Portuguese, and an example to start from."""
@@ -176,7 +176,7 @@ class FluentRenderer:
         default: str = "en",
         fallbacks: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        from engagement.lint_catalogues import Chain, read_catalogues, tag_of
+        from engagement._catalogues.lint import Chain, read_catalogues, tag_of
 
         if not Path(path).is_dir():
             raise ValueError("catalogues: the path is no folder")

@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
-from datetime import timedelta
-from functools import partial
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 from sqlalchemy import Engine
 
-from engagement.delivery import Delivery
-from engagement.housekeeping import Housekeeping
-from engagement.messages import checked_flag
-from engagement.outcomes import Backoff, Classify, classify_exception, exponential_backoff
-from engagement.own_transactions import for_own_transactions
-from engagement.repository import LONGEST_AGE
-from engagement.sending import Transport
-from engagement.tally import ProcessResult
-
-LONGEST_NAME = 200
-
-
-class DeliveryOptions(TypedDict, total=False):
-    """The keywords that `process_message_queue` and `Worker` share; `Worker` describes them."""
-
-    concurrency: int
-    lease: timedelta
-    max_retries: int
-    min_interval: timedelta
-    send_timeout: timedelta | None
-    backoff: Backoff
-    classify: Classify | None
-    strict: bool
-    worker_name: str | None
-    schema: str | None
+from engagement._delivery.options import DeliveryOptions, Options, WorkerOptions
+from engagement._delivery.run import deliver
+from engagement._delivery.tally import ProcessResult
+from engagement._operating.housekeeping import Housekeeping
+from engagement._sending.protocols import Transport
+from engagement._sql.own_transactions import for_own_transactions
 
 
 def process_message_queue(
@@ -54,8 +31,9 @@ def process_message_queue(
     """
     if limit is not None and limit < 0:
         raise ValueError("limit: must not be negative")
-    worker = Worker(engine, transport, **options)
-    return Delivery(worker, stop or threading.Event(), until_empty=True, limit=limit).run()
+    given = Options(**options)
+    ours = for_own_transactions(engine, given.schema)
+    return deliver(ours, transport, given, stop or threading.Event(), until_empty=True, limit=limit)
 
 
 class Worker:
@@ -81,61 +59,15 @@ class Worker:
     it is at it, which must have one to spare, or leases would not be extended meanwhile. No send waits for it.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        transport: Transport,
-        *,
-        concurrency: int = 1,
-        lease: timedelta = timedelta(minutes=5),
-        max_retries: int = 3,
-        min_interval: timedelta = timedelta(0),
-        send_timeout: timedelta | None = None,
-        backoff: Backoff = exponential_backoff(),  # noqa: B008 - it has no state
-        classify: Classify | None = None,
-        strict: bool = False,
-        worker_name: str | None = None,
-        poll_interval: timedelta = timedelta(seconds=5),
-        schema: str | None = None,
-        prune_older_than: timedelta | None = None,
-        verify_every: timedelta | None = None,
-    ) -> None:
-        _check(concurrency >= 1, "concurrency", "must be at least 1")
-        _check(lease > timedelta(0), "lease", "must be positive")
-        _check(max_retries >= 1, "max_retries", "must be at least 1")
-        _check(min_interval >= timedelta(0), "min_interval", "must not be negative")
-        _check(send_timeout is None or send_timeout > timedelta(0), "send_timeout", "must be positive")
-        _check(isinstance(backoff(1), timedelta), "backoff", "must return a timedelta")
-        is_name = worker_name is None or (worker_name.isprintable() and len(worker_name) <= LONGEST_NAME)
-        _check(is_name, "worker_name", f"must be printable, and at most {LONGEST_NAME} characters")
-        _check(poll_interval > timedelta(0), "poll_interval", "must be positive")
-        keeps_long_enough = prune_older_than is None or timedelta(0) <= prune_older_than <= LONGEST_AGE
-        _check(keeps_long_enough, "prune_older_than", f"must be from zero to {LONGEST_AGE.days} days")
-        _check(verify_every is None or verify_every > timedelta(0), "verify_every", "must be positive")
-        self.engine = for_own_transactions(engine, schema)
-        self.transport = transport
-        self.concurrency = concurrency
-        self.lease = lease
-        self.max_retries = max_retries
-        self.min_interval = min_interval.total_seconds()
-        self.send_timeout = None if send_timeout is None else send_timeout.total_seconds()
-        self.backoff = backoff
-        self.classify: Classify = classify or partial(classify_exception, strict=checked_flag("strict", strict))
-        self.worker_name = worker_name or f"{socket.gethostname()}:{os.getpid()}"
-        self.poll_interval = poll_interval.total_seconds()
-        self.schema = schema
-        self.prune_older_than = prune_older_than
-        self.verify_every = verify_every
+    def __init__(self, engine: Engine, transport: Transport, **options: Unpack[WorkerOptions]) -> None:
+        self._options = Options(**options)
+        self._engine = for_own_transactions(engine, self._options.schema)
+        self._transport = transport
 
     def run(self, stop: threading.Event | None = None) -> ProcessResult:
         """Send what is due until `stop` is set; then let the sends in hand finish, settle them, and return.
 
         A lost database is waited for. An error that waiting does not mend, such as a missing table, is raised.
         """
-        with Housekeeping(self).beside():
-            return Delivery(self, stop or threading.Event(), until_empty=False, limit=None).run()
-
-
-def _check(holds: bool, name: str, problem: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: {problem}")
+        with Housekeeping(self._engine, self._options).beside():
+            return deliver(self._engine, self._transport, self._options, stop or threading.Event())

@@ -27,8 +27,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from engagement import Destination, EngagementMessageRepository, NewMessage, OutgoingMessage, migrations
+from engagement._operating.temporary_postgres import temporary_postgres
 from engagement.cli import cli
-from engagement.temporary_postgres import temporary_postgres
 
 # How long an example takes says more of the machine than of us.
 settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -14,15 +14,17 @@ from engagement import (
     Postpone,
     Refused,
     Sent,
-    Worker,
-    claims,
     process_message_queue,
     repository,
 )
-from engagement.claims import Holder
-from engagement.housekeeping import Housekeeping
-from engagement.inspection import activity, count_messages, list_messages, overview
-from engagement.metrics import QueueReader
+from engagement._claim import START
+from engagement._delivery import database as claims
+from engagement._delivery.database import Holder
+from engagement._delivery.options import Options
+from engagement._operating.housekeeping import Housekeeping
+from engagement._operating.inspection import activity, count_messages, list_messages, overview
+from engagement._sql.own_transactions import for_own_transactions
+from engagement._watching.metrics import QueueReader
 from engagement.policies import FrequencyCap
 from engagement.verification import verify
 
@@ -103,7 +105,7 @@ def worker_calls(engine: Engine, host: Engine, schema: str | None = None, *, hos
         connection.exec_driver_sql(
             f"UPDATE {table} SET expires_at = scheduled_for + interval '1 s' WHERE id = {ids['expired']}"
         )
-    _hold(Worker(engine, Sent, schema=schema))
+    _hold(for_own_transactions(engine, schema))
     given = []
 
     def send(message):
@@ -155,12 +157,12 @@ def worker_calls(engine: Engine, host: Engine, schema: str | None = None, *, hos
     assert set(
         _statuses(host, host_schema or schema, {name: ids[name] for name in ("refused", "expired", "lost")}).values()
     ) == {"sent"}
-    worker = Worker(engine, send, schema=schema)
-    keeping = Housekeeping(worker)
+    ours = for_own_transactions(engine, schema)
+    keeping = Housekeeping(ours, Options(schema=schema))
     assert abs(keeping._now() - datetime.now(UTC).timestamp()) < 3_600  # noqa: SLF001 - it comes once an hour
     keeping._prune(timedelta(days=365))  # noqa: SLF001
     keeping._verify(timedelta(hours=1))  # noqa: SLF001
-    with Session(worker.engine) as session:
+    with Session(ours) as session:
         assert count_messages(session, schema=schema, blanked=True) == 3
         assert verify(session, schema=schema) == []
     samples = {
@@ -176,11 +178,11 @@ def _changing(engine, schema):
         yield EngagementMessageRepository(session, schema=schema)
 
 
-def _hold(worker: Worker) -> None:
+def _hold(ours: Engine) -> None:
     """Claim, extend the leases, and adopt what was claimed; and leave it all as it was."""
     holder = Holder("holder/1", timedelta(minutes=1))
-    with worker.engine.connect() as connection, connection.begin() as transaction:
-        claimed = claims.claim(connection, holder, limit=9, after=claims.START, busy=[], one_per_destination=True)
+    with ours.connect() as connection, connection.begin() as transaction:
+        claimed = claims.claim(connection, holder, limit=9, after=START, busy=[], one_per_destination=True)
         assert len(claimed.claims) == 6
         assert len(claims.extend(connection, holder.lease, claimed.claims)) == 6
         assert len(claims.adopt(connection, holder, names=["holder/1"])) == 6

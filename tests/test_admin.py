@@ -38,9 +38,9 @@ from starlette.responses import RedirectResponse
 from test_examples import served_by_uvicorn
 
 from engagement import migrations, process_message_queue
+from engagement._operating.inspection import Activity
 from engagement.admin import anyone, create_admin, pages
 from engagement.admin.chart import HEIGHT, WIDTH, chart_of
-from engagement.inspection import Activity
 from engagement.messages import delivery_id
 from engagement.verification import verify
 
@@ -743,7 +743,7 @@ def _rows_of(node: dict) -> int:
 def test_pages_read_little_of_a_large_queue(large, admin, monkeypatch):
     """No count of all rows and no sort of them: what is read does not grow with what was sent long ago."""
     monkeypatch.setattr(pages, "COUNT_UP_TO", 100)
-    monkeypatch.setattr("engagement.inspection.RATE_ROWS", 100)
+    monkeypatch.setattr("engagement._operating.inspection.RATE_ROWS", 100)
     for path in ("", "?span=week", "messages", "messages?status=in_doubt", "messages?user=user7", "messages/7"):
         with plans(large) as read:
             assert admin.get(path).status_code == 200
@@ -808,7 +808,7 @@ def test_the_page_tells_what_keeps_a_queue_waiting(admin, engine):
 def test_the_overview_does_without_a_chart_that_takes_too_long(engine, monkeypatch):
     """The counts do not wait for it."""
     slow = lambda session, *_, **__: session.execute(text("SELECT pg_sleep(20)"))  # noqa: E731
-    monkeypatch.setattr("engagement.inspection.activity", slow)
+    monkeypatch.setattr("engagement._operating.inspection.activity", slow)
     put(engine, "failed")
     with admin_of(engine, patience=timedelta(milliseconds=300)) as client:
         page = client.get("")

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from engagement import AsyncEngagementMessageRepository, EngagementMessageRepository, QueuedMany, migrations, repository
-from engagement.temporary_postgres import temporary_postgres
+from engagement._operating.temporary_postgres import temporary_postgres
 
 SIZES = pytest.mark.parametrize("size", [1, 5, 6, 23])
 # What one message needs, and nothing else.

@@ -22,7 +22,14 @@ from engagement import (
     migrations,
     verify,
 )
-from engagement.inspection import activity, count_messages, count_prunable, list_messages, message_ids, overview
+from engagement._operating.inspection import (
+    activity,
+    count_messages,
+    count_prunable,
+    list_messages,
+    message_ids,
+    overview,
+)
 from engagement.models import EngagementBase
 
 DAY = timedelta(days=1)

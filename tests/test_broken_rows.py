@@ -10,7 +10,8 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.pool import NullPool
 
-from engagement import InDoubt, NotSent, Refused, Sent, Worker, delivery, migrations, process_message_queue
+from engagement import InDoubt, NotSent, Refused, Sent, Worker, migrations, process_message_queue
+from engagement._delivery import transaction
 
 LATER = timedelta(hours=1)
 
@@ -211,7 +212,7 @@ def test_what_is_wrong_with_all_is_raised(engine):
 
 def test_a_message_that_was_mended_is_sent(unguarded, monkeypatch, caplog):
     """A running worker comes back to what it could not claim."""
-    monkeypatch.setattr(delivery, "MEND_SECONDS", 0.2)
+    monkeypatch.setattr(transaction, "MEND_SECONDS", 0.2)
     (broken,) = queue(unguarded, new_message())
     execute(unguarded, "UPDATE engagement_message_queue SET attempt = 2147483647")
     stop = threading.Event()

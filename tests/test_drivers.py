@@ -19,9 +19,9 @@ from engagement import (
     migrations,
     process_message_queue,
 )
+from engagement._sql.errors import is_transient, is_undone, sqlstate
+from engagement._watching.metrics import QueueReader
 from engagement.admin import anyone, create_admin
-from engagement.database_errors import is_transient, is_undone, sqlstate
-from engagement.metrics import QueueReader
 from engagement.policies import FrequencyCap
 
 pytestmark = pytest.mark.direct("psycopg2 and asyncpg name the pooler's place in words of their own")

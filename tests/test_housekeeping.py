@@ -21,10 +21,10 @@ from engagement import (
     NewMessage,
     Sent,
     Worker,
-    housekeeping,
     migrations,
     process_message_queue,
 )
+from engagement._operating import housekeeping
 from engagement.cli import cli
 from engagement.verification import Violation
 

@@ -25,7 +25,7 @@ from engagement import (
     migrations,
     process_message_queue,
 )
-from engagement.inspection import (
+from engagement._operating.inspection import (
     activity,
     count_messages,
     list_messages,
@@ -381,7 +381,7 @@ def test_a_pseudonym_is_made_with_a_secret():
     """Who knows how they are made, and tries all numbers, finds none: another process makes other ones."""
     assert pseudonym("447700900101", b"one") == pseudonym("447700900101", b"one")
     assert len({pseudonym("447700900101", key) for key in (b"one", b"another")} | {pseudonym("447700900101")}) == 3
-    code = "from engagement.inspection import pseudonym; print(pseudonym('447700900101'))"
+    code = "from engagement._operating.inspection import pseudonym; print(pseudonym('447700900101'))"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT) for _ in range(2)]
     assert len({run.stdout for run in runs}) == 2
 
@@ -547,7 +547,7 @@ def test_the_overview_counts_and_ages_by_the_databases_clock(engine):
 
 def test_a_rate_is_over_what_was_read(engine, monkeypatch):
     """Where the newest rows reach back less than an hour, the rate is theirs: it is not capped by how many are read."""
-    monkeypatch.setattr("engagement.inspection.RATE_ROWS", 2)
+    monkeypatch.setattr("engagement._operating.inspection.RATE_ROWS", 2)
     queue(engine, *(new_message(f"user{number}") for number in range(4)))
     update(engine, "created_at = now() - interval '10 minutes' + id * interval '1 minute'")
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engagement.jsonl import FIELDS, MAX_LINE_BYTES, REQUIRED, BadLine, read_messages
+from engagement._operating.jsonl import FIELDS, MAX_LINE_BYTES, REQUIRED, BadLine, read_messages
 
 SECRET = "Rosalind"
 GOOD = {

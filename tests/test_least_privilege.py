@@ -21,9 +21,9 @@ from engagement import (
     migrations,
     process_message_queue,
 )
-from engagement.database_errors import sqlstate
-from engagement.inspection import activity, count_messages, list_messages, overview
-from engagement.metrics import QueueReader
+from engagement._operating.inspection import activity, count_messages, list_messages, overview
+from engagement._sql.errors import sqlstate
+from engagement._watching.metrics import QueueReader
 from engagement.policies import FrequencyCap
 from engagement.verification import verify
 

@@ -31,7 +31,7 @@ from engagement import (
     repository,
     weekly_idempotency_key,
 )
-from engagement.inspection import list_messages
+from engagement._operating.inspection import list_messages
 from engagement.messages import MAX_PARAMS_BYTES, MAX_PARAMS_DEPTH, MAX_TEXT, MAX_TYPE, delivery_id
 from engagement.models import EARLIEST, LATEST, MessageStatus
 

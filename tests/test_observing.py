@@ -24,10 +24,10 @@ from engagement import (
     Refused,
     Sent,
     Worker,
-    observing,
     process_message_queue,
     repository,
 )
+from engagement._watching import observers as observing
 from engagement.models import TABLE_NAME
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

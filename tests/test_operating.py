@@ -17,9 +17,9 @@ from shell import ROOT, talk, url_of
 from sqlalchemy import text
 
 from engagement import MessageStatus, migrations
+from engagement._operating.inspection import pseudonym
 from engagement.cli import acting, cli
 from engagement.cli.connecting import Database
-from engagement.inspection import pseudonym
 from engagement.messages import delivery_id, key_hash
 
 TABLE = "engagement_message_queue"

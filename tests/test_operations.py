@@ -19,9 +19,9 @@ from sqlalchemy.orm import Session
 from test_crashes import Running, until
 
 from engagement import EngagementMessageRepository, MessageStatus, Sent, migrations, process_message_queue
+from engagement._operating.temporary_postgres import find_binaries
 from engagement.cli import cli
 from engagement.messages import delivery_id
-from engagement.temporary_postgres import find_binaries
 from engagement.verification import verify
 
 ROOT = Path(__file__).parent.parent

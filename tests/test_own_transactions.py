@@ -11,7 +11,7 @@ from sqlalchemy.exc import InternalError
 from sqlalchemy.pool import NullPool
 
 from engagement import Sent, Worker, migrations, process_message_queue
-from engagement.own_transactions import for_own_transactions
+from engagement._sql.own_transactions import for_own_transactions
 
 
 @pytest.fixture(name="database")

@@ -16,19 +16,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.orm import Session
 
-from engagement import (
-    EngagementMessageRepository,
-    InDoubt,
-    NotSent,
-    Refused,
-    Sent,
-    metrics,
-    migrations,
-    process_message_queue,
-)
-from engagement.metrics import COUNTERS, DUE_TO_SENT, QUEUE, QueueReader
+from engagement import EngagementMessageRepository, InDoubt, NotSent, Refused, Sent, migrations, process_message_queue
+from engagement._sql.own_transactions import with_schema
+from engagement._watching import metrics
+from engagement._watching.metrics import COUNTERS, DUE_TO_SENT, QUEUE, QueueReader
 from engagement.models import TABLE_NAME
-from engagement.own_transactions import with_schema
 from engagement.prometheus import EngagementCollector
 
 ROOT = Path(__file__).parent.parent

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 from conftest import PATIENCE, outgoing, until
 
-from engagement import InDoubt, NotSent, OutgoingMessage, Postpone, Sent, observing
+from engagement import InDoubt, NotSent, OutgoingMessage, Postpone, Sent
+from engagement._claim import Claim, clock
+from engagement._sending.sender import Sender
+from engagement._watching import observers as observing
 from engagement.outcomes import classify_exception
 from engagement.policies import Consent
-from engagement.sending import Claim, Sender, clock
 
 LOST = 0.0
 """A lease that ran out long ago, by `clock`."""
@@ -38,7 +40,7 @@ def _sender():
 
 
 def answered(sender: Sender, how_many: int) -> set[int]:
-    return {sender.answers.get(timeout=PATIENCE)[0].message.id for _ in range(how_many)}
+    return {sender.news.get(timeout=PATIENCE)[0].message.id for _ in range(how_many)}
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 5])
@@ -86,7 +88,7 @@ def test_no_call_is_forgotten(sender):
 
 
 def test_a_call_that_was_taken_back_is_never_made(sender):
-    """What waits for a thread can be taken back; what a thread has taken, cannot, and says when it is over."""
+    """What waits for a thread can be taken back; what a thread has taken, cannot."""
     began, go_on, sent = threading.Event(), threading.Event(), []
 
     def send(message):
@@ -99,8 +101,8 @@ def test_a_call_that_was_taken_back_is_never_made(sender):
     one.start([first, second, third])
     assert began.wait(PATIENCE)
 
-    assert (first.handle.cancel(), first.handle.done()) == (False, False)
-    assert (second.handle.cancel(), second.handle.done()) == (True, True)
+    assert first.handle.cancel() is False
+    assert second.handle.cancel() is True
     assert second.handle.cancel() is True, "it is asked for each message of a batch"
     go_on.set()
     assert answered(one, 2) == {0, 2}
@@ -136,7 +138,7 @@ def test_nothing_is_sent_under_a_lease_that_ran_out(sender, kind):
 
     one.start([held, lost])
 
-    outcomes = dict(one.answers.get(timeout=PATIENCE) for _ in range(2))
+    outcomes = dict(one.news.get(timeout=PATIENCE) for _ in range(2))
     assert isinstance(outcomes[lost], Postpone)
     assert outcomes[lost].until < datetime.now(UTC) - timedelta(days=1), (
         "it would wait for as long as our clock is wrong"
@@ -167,7 +169,7 @@ def test_a_look_up_that_does_not_happen_says_nothing_of_the_send(sender):
 
     one.start([given_up])
 
-    assert isinstance(one.answers.get(timeout=PATIENCE)[1], InDoubt)
+    assert isinstance(one.news.get(timeout=PATIENCE)[1], InDoubt)
 
 
 def test_nothing_begins_after_the_end(sender):
@@ -212,7 +214,7 @@ def test_a_function_that_ran_may_have_sent_whatever_becomes_of_its_coroutine(sen
     second.held_until = LOST
     go_on.set()
 
-    outcomes = dict(one.answers.get(timeout=PATIENCE) for _ in range(2))
+    outcomes = dict(one.news.get(timeout=PATIENCE) for _ in range(2))
     assert outcomes[first] == Sent()
     assert isinstance(outcomes[second], InDoubt)
 
@@ -229,7 +231,7 @@ def test_a_policy_that_takes_longer_than_the_lease_lets_nothing_through(sender, 
     one = sender(Consent(Consent((asynchronous if is_async else plain)(sent), wants), lambda _: True), concurrency=1)
     one.start([message])
 
-    (_, outcome) = one.answers.get(timeout=PATIENCE)
+    (_, outcome) = one.news.get(timeout=PATIENCE)
     assert isinstance(outcome, Postpone)
     assert sent == []
 
@@ -255,7 +257,7 @@ def test_whatever_is_raised_an_answer_arrives_and_the_next_call_is_made(sender, 
     outcomes = []
     for number in range(1, 4):
         one.start([claim(number)])
-        outcomes.append(one.answers.get(timeout=PATIENCE)[1])
+        outcomes.append(one.news.get(timeout=PATIENCE)[1])
 
     assert [type(outcome) for outcome in outcomes] == [InDoubt, InDoubt, Sent]
 
@@ -272,7 +274,7 @@ def test_what_was_torn_down_is_in_doubt_whatever_the_rule_says(sender, kind, err
     one = sender(kind(Torn()), concurrency=1, classify=lambda _: NotSent("the rule says so"))
     one.start([claim(1)])
 
-    assert isinstance(one.answers.get(timeout=PATIENCE)[1], InDoubt)
+    assert isinstance(one.news.get(timeout=PATIENCE)[1], InDoubt)
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -320,8 +322,7 @@ def test_a_send_in_the_loop_that_is_broken_off_has_the_last_word(sender):
 
     assert late.handle.cancel() is False
     loops[0].call_soon_threadsafe(may_end.set)
-    assert one.answers.get(timeout=PATIENCE) == (late, Sent("late"))
-    until(late.handle.done)
+    assert one.news.get(timeout=PATIENCE) == (late, Sent("late"))
 
 
 def test_a_send_that_is_broken_off_before_it_began_is_never_made(sender):
@@ -368,7 +369,7 @@ def test_a_batch_in_the_loop_is_broken_off_once(sender):
         assert is_asked_to_end.wait(PATIENCE)
     loops[0].call_soon_threadsafe(may_end.set)
 
-    assert [one.answers.get(timeout=PATIENCE)[1] for _ in batch] == [Sent("late")] * 3
+    assert [one.news.get(timeout=PATIENCE)[1] for _ in batch] == [Sent("late")] * 3
 
 
 async def leave():
@@ -404,7 +405,7 @@ def test_a_task_of_a_send_cannot_end_the_loop_of_all_the_others(sender, kind):
     outcomes = []
     for number in (1, 2):
         one.start([claim(number)])
-        outcomes.append(one.answers.get(timeout=PATIENCE)[1])
+        outcomes.append(one.news.get(timeout=PATIENCE)[1])
 
     assert [type(outcome) for outcome in outcomes] == [InDoubt, Sent]
     assert published == [1, 2]
@@ -431,7 +432,7 @@ def test_a_function_that_ran_may_have_sent_if_there_is_no_loop_for_its_coroutine
     monkeypatch.setattr(asyncio, "new_event_loop", no_loop)
     one.start([claim(1)])
 
-    assert isinstance(one.answers.get(timeout=PATIENCE)[1], InDoubt)
+    assert isinstance(one.news.get(timeout=PATIENCE)[1], InDoubt)
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -456,7 +457,7 @@ def test_a_lease_that_runs_out_between_two_tries_is_a_doubt(sender, answers):
     one = sender(send, concurrency=1)
     one.start([message])
 
-    _, outcome = one.answers.get(timeout=PATIENCE)
+    _, outcome = one.news.get(timeout=PATIENCE)
     assert outcome == InDoubt("the lease ran out after something that may have sent it")
     assert sent == [1]
 

@@ -10,7 +10,8 @@ from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from engagement import housekeeping, migrations
+from engagement import migrations
+from engagement._operating import housekeeping
 
 pytestmark = pytest.mark.direct("the pooler's connections to the server are its own")
 

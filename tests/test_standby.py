@@ -13,7 +13,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from engagement import NotSent, Sent, Worker, migrations, process_message_queue
-from engagement.temporary_postgres import find_binaries, temporary_postgres
+from engagement._operating.temporary_postgres import find_binaries, temporary_postgres
 
 PATIENCE_SECONDS = 30.0
 

@@ -28,11 +28,11 @@ from engagement import (
     Refused,
     Sent,
     Withdraw,
-    claims,
     process_message_queue,
 )
+from engagement._claim import START, Claim
+from engagement._delivery import database as claims
 from engagement.outcomes import decide
-from engagement.sending import Claim
 
 PAST, LONG_AGO, FUTURE = (
     datetime(2020, 6, 1, tzinfo=UTC),
@@ -404,7 +404,7 @@ class Histories(RuleBasedStateMachine):
     def claim_and_freeze(self):
         """A worker claims, and then dies or is slow."""
         with self.engine.begin() as connection:
-            taken = claims.claim(connection, HOLDER, limit=1, after=claims.START, busy=[], one_per_destination=True)
+            taken = claims.claim(connection, HOLDER, limit=1, after=START, busy=[], one_per_destination=True)
         message = self.next_due()
         if message is not None and message.ends_instead_of_a_claim(idempotent=False):
             ended = {given.id: status for given, status in taken.ended.items()}

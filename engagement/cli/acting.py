@@ -14,11 +14,11 @@ from rich.console import Console
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from engagement._operating.inspection import Filters, count_messages, list_messages, message_ids
 from engagement.cli.choosing import described, filtered, find_message
 from engagement.cli.connecting import Database
 from engagement.cli.problems import Problem, needs_attention
 from engagement.cli.showing import json_option, progress, show
-from engagement.inspection import Filters, count_messages, list_messages, message_ids
 from engagement.models import MessageStatus
 from engagement.repository import EngagementMessageRepository
 

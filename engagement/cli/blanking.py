@@ -8,13 +8,13 @@ import click
 from rich.console import Console
 from sqlalchemy.orm import Session
 
+from engagement._operating.inspection import count_messages, count_prunable
 from engagement.cli.acting import ask, dry_run_option, in_number, show_dry_run, told_if_ended_early, yes_option
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
 from engagement.cli.parameters import age_to_prune
 from engagement.cli.problems import needs_attention
 from engagement.cli.showing import examples, in_words, json_option, progress, show
-from engagement.inspection import count_messages, count_prunable
 
 BATCH = 2_000
 

@@ -8,9 +8,9 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from engagement._operating.inspection import Filters
 from engagement.cli.parameters import moment_ago
 from engagement.cli.showing import for_person
-from engagement.inspection import Filters
 from engagement.messages import id_typed
 from engagement.models import EngagementMessage, MessageStatus
 from engagement.repository import EngagementMessageRepository

@@ -15,14 +15,14 @@ from sqlalchemy import URL, Engine, create_engine, make_url, select
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from engagement._sql.errors import is_not_migrated, is_unreadable, sqlstate
+from engagement._sql.own_transactions import for_own_transactions
+from engagement._sql.statements import in_schema
 from engagement.cli.parameters import schema_named
 from engagement.cli.problems import DatabaseProblem, Problem
-from engagement.database_errors import is_not_migrated, is_unreadable, sqlstate
 from engagement.messages import InvalidMessage
 from engagement.models import EngagementMessage
-from engagement.own_transactions import for_own_transactions
 from engagement.repository import EngagementMessageRepository
-from engagement.statements import in_schema
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -13,15 +13,15 @@ from typing import Any, TypeVar
 
 import click
 
+from engagement._delivery.tally import ProcessResult
+from engagement._operating.inspection import masked
+from engagement._sending.protocols import Transport
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
 from engagement.cli.parameters import age_to_prune, duration, positive_duration, transport_named
 from engagement.cli.problems import needs_attention
 from engagement.cli.showing import examples, json_option, logging_to_stderr, show
 from engagement.cli.signals import stopped_by_signals
-from engagement.inspection import masked
-from engagement.sending import Transport
-from engagement.tally import ProcessResult
 from engagement.worker import Worker, process_message_queue
 
 F = TypeVar("F", bound=Callable[..., Any])

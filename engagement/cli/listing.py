@@ -7,6 +7,16 @@ from typing import Any
 
 import click
 
+from engagement._operating.inspection import (
+    HIDDEN,
+    LONGEST_PAGE,
+    Filters,
+    list_messages,
+    mask_address,
+    masked,
+    pseudonym,
+    timeline,
+)
 from engagement.cli.choosing import filtered, find_message
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
@@ -21,16 +31,6 @@ from engagement.cli.showing import (
     show,
     show_rows,
     show_table,
-)
-from engagement.inspection import (
-    HIDDEN,
-    LONGEST_PAGE,
-    Filters,
-    list_messages,
-    mask_address,
-    masked,
-    pseudonym,
-    timeline,
 )
 from engagement.messages import delivery_id, key_hash
 from engagement.models import EngagementMessage, MessageStatus

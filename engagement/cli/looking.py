@@ -7,12 +7,12 @@ from datetime import timedelta
 
 import click
 
+from engagement._operating.inspection import overview
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
 from engagement.cli.parameters import duration
 from engagement.cli.problems import needs_attention
 from engagement.cli.showing import examples, json_of, json_option, show
-from engagement.inspection import overview
 
 
 @command(epilog=examples("engagement status", "watch -n 5 engagement status", "engagement status --json"))

@@ -34,7 +34,7 @@ def lint_catalogues(folder: str, default: str, fallback: tuple[tuple[str, list[s
     It must exist in a catalogue that is asked for the locale, and have the same parameters in each.
     """
     try:
-        from engagement.lint_catalogues import lint_catalogues as problems_of
+        from engagement._catalogues.lint import lint_catalogues as problems_of
     except ModuleNotFoundError as missing:
         raise Problem(f"{missing.name} is missing. Run: pip install 'engagement[words]'") from None
     problems = problems_of(folder, default=default, fallbacks=dict(fallback))
@@ -52,8 +52,8 @@ def demo() -> None:
     Messages are queued twice and sent once, fail and are retried, and a worker is killed in the middle of a send.
     It starts a PostgreSQL for itself, and leaves nothing behind.
     """
+    from engagement._operating.temporary_postgres import PostgresNotFound
     from engagement.demo import run_demo
-    from engagement.temporary_postgres import PostgresNotFound
 
     try:
         run_demo()

@@ -10,11 +10,11 @@ from typing import IO
 import click
 from rich.console import Console
 
+from engagement._operating.jsonl import BadLine, read_messages
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
 from engagement.cli.problems import needs_attention
 from engagement.cli.showing import examples, json_option, progress, show
-from engagement.jsonl import BadLine, read_messages
 from engagement.messages import NewMessage
 
 

@@ -7,11 +7,11 @@ from zoneinfo import ZoneInfo
 
 import click
 
+from engagement._operating.jsonl import zone_named
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
 from engagement.cli.problems import Problem
 from engagement.cli.showing import examples, logging_to_stderr
-from engagement.jsonl import zone_named
 
 
 def zone(name: str) -> ZoneInfo:

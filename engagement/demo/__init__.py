@@ -17,8 +17,8 @@ from rich.console import Console
 from sqlalchemy import create_engine
 
 from engagement import migrations
+from engagement._operating.temporary_postgres import temporary_postgres
 from engagement.demo.day import Day
-from engagement.temporary_postgres import temporary_postgres
 
 WIDTH_WHEN_PIPED = 110
 SEND_AGAIN_SECONDS = 0.5

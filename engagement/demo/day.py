@@ -16,15 +16,15 @@ from sqlalchemy import ColumnElement, Engine, Select, func, select, text
 from sqlalchemy.orm import Session
 
 from engagement import migrations
+from engagement._delivery.tally import ProcessResult
+from engagement._operating.jsonl import read_messages
 from engagement.demo.lost_worker import LEASE, kill_a_worker_in_a_send
 from engagement.demo.trouble import DemoTransport
 from engagement.demo.wording import COLOURS, local, name_of, reason_of, summary, table_of, when
-from engagement.jsonl import read_messages
 from engagement.messages import NewMessage, Queued
 from engagement.models import EngagementMessage, MessageStatus
 from engagement.outcomes import exponential_backoff
 from engagement.repository import EngagementMessageRepository
-from engagement.tally import ProcessResult
 from engagement.worker import process_message_queue
 
 MESSAGES = "demo_messages.jsonl"

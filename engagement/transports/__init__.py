@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any
 
-from engagement.sending import Transport
+from engagement._sending.protocols import Transport
 
 
 class TransportNotFound(ValueError):  # noqa: N818 - it reads as what happened

@@ -16,9 +16,9 @@ from time import monotonic, sleep
 from typing import assert_never
 from weakref import WeakSet
 
+from engagement._sending.call import checked_lease
 from engagement.messages import OutgoingMessage
 from engagement.outcomes import InDoubt, NotSent, Outcome, Postpone, Refused, Sent
-from engagement.sending import checked_lease
 from engagement.transports.exchange import Connections
 from engagement.transports.http import Answer, Proof, Silence, what_it_proves
 

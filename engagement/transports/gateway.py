@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any, Self
 from urllib.parse import quote
 
+from engagement._logging import logger
 from engagement.messages import BSUID_FORM, OutgoingMessage, checked_flag
 from engagement.outcomes import Outcome, Refused, Sent
-from engagement.tally import logger
 from engagement.transports.client import PROBE_TIMEOUT, Finding, Prepared, ProviderClient
 from engagement.transports.cloud_codes import finding_of
 from engagement.transports.dialects import DIALECTS, EVOLUTION, Dialect, has_failed

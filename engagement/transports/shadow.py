@@ -6,9 +6,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
+from engagement._logging import logger
 from engagement.messages import OutgoingMessage
 from engagement.outcomes import Postpone, Sent
-from engagement.tally import logger
 from engagement.transports.client import Prepared
 
 

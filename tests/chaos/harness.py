@@ -14,7 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from engagement import EngagementMessageRepository, NewMessage
-from engagement.temporary_postgres import TemporaryPostgres
+from engagement._operating.temporary_postgres import TemporaryPostgres
 
 from .evidence import Death, Evidence
 from .orders import Point

@@ -1,12 +1,14 @@
 """Ways to break the delivery, to see that the harness notices. Never used but by the tests of the harness."""
-# ruff: noqa: SLF001  # what is broken here is private
+# what is broken here is private
 
 import re
 import time
 
 from sqlalchemy import Engine, event
 
-from engagement import InDoubt, NotSent, delivery
+from engagement import InDoubt, NotSent
+from engagement._delivery import transaction, verdicts
+from engagement._sending import sender
 
 from .orders import Sabotage
 
@@ -21,22 +23,25 @@ def commit_sabotage(kind: Sabotage, engine: Engine) -> None:
 
 def send_before_the_commit(_: Engine) -> None:
     """Commit the claim when its message is sent, as most queues do."""
-    settle_and_take = delivery.Delivery._settle_and_take
+    do, start = transaction.Transactions.do, sender.Sender.start
+    senders = []
 
-    def and_send(self, how, connection, *, wanted):
-        taken = settle_and_take(self, how, connection, wanted=wanted)
-        self._sender.start(taken.claims)
-        for claim in taken.claims:
-            while claim.handle is not None and not claim.handle.done():
-                time.sleep(0.001)
+    def and_send(self, connection, step, how):
+        taken = do(self, connection, step, how)
+        start(senders[0], taken.claims)
+        while senders[0].news.qsize() < len(taken.claims):
+            time.sleep(0.001)
         return taken
 
-    def hold(self, taken):
-        self._in_hand |= {claim.message.id: claim for claim in taken.claims}
-        self._unacknowledged.clear()
+    build = sender.Sender.__init__
 
-    delivery.Delivery._settle_and_take = and_send
-    delivery.Delivery._start = hold
+    def note(self, *arguments, **options):
+        build(self, *arguments, **options)
+        senders.append(self)
+
+    sender.Sender.__init__ = note
+    sender.Sender.start = lambda *_: None
+    transaction.Transactions.do = and_send
 
 
 def drop_the_fence(engine: Engine) -> None:
@@ -52,9 +57,9 @@ def drop_the_fence(engine: Engine) -> None:
 
 def resend_what_is_in_doubt(_: Engine) -> None:
     """Try again what nobody can say was not sent."""
-    decide = delivery.decide
+    decide = verdicts.decide
 
     def optimistic(outcome, **given):
         return decide(NotSent(outcome.reason) if isinstance(outcome, InDoubt) else outcome, **given)
 
-    delivery.decide = optimistic
+    verdicts.decide = optimistic

@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
-from engagement.temporary_postgres import temporary_postgres
+from engagement._operating.temporary_postgres import temporary_postgres
 
 from .evidence import Evidence, wrong_if_all_are_sent, wrong_if_sent_at_most_once, wrong_in_any_run
 from .harness import Plan, Run

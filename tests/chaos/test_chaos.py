@@ -2,7 +2,7 @@
 
 import pytest
 
-from engagement.temporary_postgres import temporary_postgres
+from engagement._operating.temporary_postgres import temporary_postgres
 
 from .evidence import wrong_if_all_are_sent, wrong_if_sent_at_most_once, wrong_in_any_run
 from .harness import Plan, Run

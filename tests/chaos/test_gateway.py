@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 from conftest import new_message
 
-from engagement.temporary_postgres import temporary_postgres
+from engagement._operating.temporary_postgres import temporary_postgres
 
 from .evidence import wrong_in_any_run
 from .orders import Point

@@ -22,8 +22,9 @@ from gateways import (  # noqa: F401 - close_clients is autouse
 from loopback import Reply, serving
 
 from engagement import Destination, InDoubt, NotSent, Postpone, Refused, Sent
+from engagement._claim import Claim, clock
+from engagement._sending.sender import Sender
 from engagement.outcomes import classify_exception
-from engagement.sending import Claim, Sender, clock
 from engagement.transports.dialects import DIALECTS, EVOLUTION, WAHA, WUZAPI
 from engagement.transports.gateway import LONGEST_TEXT, WhatsAppGateway, whatsapp_message_id
 from engagement.transports.http import Proof
@@ -84,7 +85,7 @@ def test_words_that_take_longer_than_the_lease_are_not_sent(evolution):
 
     sender = Sender(gateway(evolution.server, render=render), concurrency=1, classify=classify_exception)
     sender.start([message])
-    _, outcome = sender.answers.get(timeout=10)
+    _, outcome = sender.news.get(timeout=10)
     sender.close()
 
     assert isinstance(outcome, Postpone)

@@ -6,7 +6,6 @@ are words in the host's code.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,14 +30,13 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import SQLAlchemyError
 
-from engagement.database_errors import describe
+from engagement._logging import logger
+from engagement._sql.errors import describe
+from engagement._sql.own_transactions import SAFE_PATH, check_engine, find_schema, with_schema
+from engagement._sql.statements import FAILED, IN_DOUBT, NOW, PENDING, SENDING, C, is_due, schema_in_force
+from engagement._watching.observers import QueueEnd, Round
 from engagement.messages import Queued, QueuedMany
 from engagement.models import MessageStatus
-from engagement.observing import QueueEnd, Round
-from engagement.own_transactions import SAFE_PATH, check_engine, find_schema, with_schema
-from engagement.statements import FAILED, IN_DOUBT, NOW, PENDING, SENDING, C, is_due, schema_in_force
-
-logger = logging.getLogger("engagement")
 
 COUNTED_UP_TO = 100_000
 """A count of the queue ends here, so that reading it costs the same whether there is a backlog or not."""

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from engagement.database_errors import sqlstate
-from engagement.statements import in_session
+from engagement._sql.errors import sqlstate
+from engagement._sql.statements import in_session
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

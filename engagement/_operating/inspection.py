@@ -39,11 +39,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
-from engagement import statements
-from engagement.messages import BSUID_FORM, checked_flag, checked_id, checked_moment, checked_text, checked_user_id
-from engagement.models import EngagementMessage, MessageStatus, qualified_name
-from engagement.reading import readable
-from engagement.statements import (
+from engagement._sql import statements
+from engagement._sql.reading import readable
+from engagement._sql.statements import (
     FAILED,
     IN_DOUBT,
     NOW,
@@ -58,6 +56,8 @@ from engagement.statements import (
     schema_in_session,
     time_since,
 )
+from engagement.messages import BSUID_FORM, checked_flag, checked_id, checked_moment, checked_text, checked_user_id
+from engagement.models import EngagementMessage, MessageStatus, qualified_name
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

@@ -16,9 +16,9 @@ from typing import Any
 from sqlalchemy import Connection, Engine, ExceptionContext, event, text
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 
-from engagement.database_errors import sqlstate
+from engagement._sql.errors import sqlstate
+from engagement._sql.statements import OUR_SCHEMA, schema_in_force
 from engagement.models import TABLE_NAME
-from engagement.statements import OUR_SCHEMA, schema_in_force
 
 _MADE_IN = "engagement_made_in"
 _IMPORTED_IN = os.getpid()

@@ -13,20 +13,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sqlalchemy import Row, func, select
+from sqlalchemy import Engine, Row, func, select
 from sqlalchemy.orm import Session
 
-from engagement import statements
-from engagement.database_errors import describe
+from engagement._delivery.options import Options
+from engagement._logging import logger
+from engagement._sql import statements
+from engagement._sql.errors import describe
+from engagement._sql.statements import schema_in_session
 from engagement.repository import EngagementMessageRepository
-from engagement.statements import schema_in_session
-from engagement.tally import logger
 from engagement.verification import verify
-
-if TYPE_CHECKING:
-    from engagement.worker import Worker
 
 PRUNE_EVERY = timedelta(hours=1)
 PRUNE_BATCH = 1_000
@@ -43,8 +41,9 @@ CLOSE_SECONDS = 5.0
 class Housekeeping:
     """The housekeeping of one worker."""
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+    def __init__(self, engine: Engine, options: Options) -> None:
+        self._engine = engine
+        self._options = options
         self._over = threading.Event()
         self._holders: dict[str, Sequence[Row[Any]]] = {}
 
@@ -65,7 +64,7 @@ class Housekeeping:
                 thread.join(CLOSE_SECONDS)
 
     def _tasks(self) -> Iterator[tuple[str, timedelta, Callable[[], None]]]:
-        older_than, every = self._worker.prune_older_than, self._worker.verify_every
+        older_than, every = self._options.prune_older_than, self._options.verify_every
         if older_than is not None:
             yield "prune", PRUNE_EVERY, partial(self._prune, older_than)
         if every is not None:
@@ -91,13 +90,13 @@ class Housekeeping:
 
     def _now(self) -> float:
         """Return the database's clock, in seconds since 1970."""
-        with self._worker.engine.connect() as connection:
+        with self._engine.connect() as connection:
             return float(connection.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one())
 
     def _prune(self, older_than: timedelta) -> None:
         pruned, batch = 0, PRUNE_BATCH
         while batch == PRUNE_BATCH and not self._over.is_set():
-            with Session(self._worker.engine) as session, session.begin():
+            with Session(self._engine) as session, session.begin():
                 if not self._is_our_turn(session, "prune"):
                     break
                 batch = EngagementMessageRepository(session).prune_messages(older_than, PRUNE_BATCH)
@@ -107,10 +106,10 @@ class Housekeeping:
             logger.info("engagement.pruned messages=%s", pruned)
 
     def _verify(self, every: timedelta) -> None:
-        with Session(self._worker.engine) as session, session.begin():
+        with Session(self._engine) as session, session.begin():
             if not self._is_our_turn(session, "verify"):
                 return
-            violations = verify(session, schema=self._worker.schema)
+            violations = verify(session, schema=self._options.schema)
             for violation in violations:
                 logger.error("engagement.violation promise=%s message_id=%s", violation.promise, violation.message_id)
                 if violation.more:
@@ -125,7 +124,7 @@ class Housekeeping:
         Any role that may connect can hold it. A worker's transaction ends before the next turn: if the same one has it
         then, nobody does the work, and that is an error.
         """
-        name = f"engagement_housekeeping:{schema_in_session(self._worker.schema, session)}:{task}"
+        name = f"engagement_housekeeping:{schema_in_session(self._options.schema, session)}:{task}"
         if session.scalar(statements.take_turn(name)):
             self._holders.pop(task, None)
             return True

@@ -13,13 +13,14 @@ from typing import TypeVar
 
 from sqlalchemy import Connection
 
-from engagement import claims, statements
-from engagement.claims import Claimed, Holder
-from engagement.database_errors import describe, is_of_one_message
+from engagement._claim import Claim, Position
+from engagement._delivery import database as claims
+from engagement._delivery.database import Claimed, Holder
+from engagement._logging import logger
+from engagement._sql import statements
+from engagement._sql.errors import describe, is_of_one_message
 from engagement.models import MessageStatus
 from engagement.outcomes import Verdict, storable
-from engagement.sending import Claim, Position
-from engagement.tally import logger
 
 T = TypeVar("T")
 

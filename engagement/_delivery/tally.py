@@ -10,13 +10,11 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from engagement._claim import Claim
+from engagement._logging import logger
 from engagement.messages import OutgoingMessage
 from engagement.models import MessageStatus
 from engagement.outcomes import InDoubt, NotSent, Postpone, Refused, Verdict, clean_reason
-from engagement.sending import Claim
-
-logger = logging.getLogger("engagement")
-logger.addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +24,7 @@ class ProcessResult:
     `processed` is how many outcomes there were; the counts from `succeeded` to `cancelled` add up to it, but for claims
     that were lost. Besides are counted, since they were not tried: `expired` messages, and those `in_doubt` of an
     attempt of an idempotent transport that this one must not repeat. `errors` are (message_id, reason) pairs, and not
-    shown by `print`: a provider's words may hold an address. `engagement.inspection.masked` hides what looks like one.
+    shown by `print`: a provider's words may hold an address, which the command masks.
     """
 
     processed: int = 0

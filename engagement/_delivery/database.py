@@ -6,7 +6,6 @@ Nothing here commits, waits or knows the transport.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,15 +14,12 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from engagement import statements
+from engagement._claim import Claim, Position, clock
+from engagement._logging import logger
+from engagement._sql import statements
 from engagement.messages import DESTINATIONS, OutgoingMessage
-from engagement.models import EARLIEST, MessageStatus
+from engagement.models import MessageStatus
 from engagement.outcomes import Outcome, Refused, Verdict, clean_reason
-from engagement.sending import Claim, Position, clock
-
-logger = logging.getLogger("engagement")
-
-START: Position = (EARLIEST, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ An observer can neither change nor fail what it sees: what it raises is logged, 
 
 from __future__ import annotations
 
-import logging
 from asyncio import CancelledError
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -13,17 +12,18 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
+from engagement._logging import logger
+
 if TYPE_CHECKING:
+    from engagement._claim import Claim
     from engagement.messages import OutgoingMessage, Queued, QueuedMany
     from engagement.models import MessageStatus
     from engagement.outcomes import Outcome, Verdict
-    from engagement.sending import Claim
 
     R = TypeVar("R", Queued, QueuedMany)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-logger = logging.getLogger("engagement")
 
 QueueEnd = Callable[["Queued | QueuedMany | BaseException"], None]
 SendEnd = Callable[[Sequence["Outcome"]], None]

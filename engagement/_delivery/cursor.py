@@ -1,0 +1,54 @@
+"""Where in the queue the next claim starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from engagement._claim import START, Position
+
+RESTART_SECONDS = 1.0
+"""A claim starts where the last one ended, past the dead index entries of what was claimed before. What was back-dated
+or committed late lies before that, so one starts from the beginning this often."""
+RESTART_SHARE = 0.1
+"""The most of its time that a worker spends on that: while another session holds an old snapshot, no dead entry can be
+removed, and to step over all of them takes ever longer."""
+LONGEST_RESTART_SECONDS = 60.0
+"""But it is put off for no longer: that one took long may also have been a lock, or a machine that slept."""
+
+
+class Cursor:
+    """A place in the queue behind the messages that were claimed, and when to start from the beginning."""
+
+    def __init__(self) -> None:
+        self.position = START
+        self._restart_at = 0.0
+
+    def start(self, now: float) -> Position:
+        """Return where to look from."""
+        return START if now >= self._restart_at else self.position
+
+    def starts(self, now: float, *, passed_over: Iterable[Position], is_last: bool) -> list[Position]:
+        """Return where to claim from, and if `is_last` where else if nothing is there.
+
+        An earlier claim skipped messages whose destination was busy. They are older than the cursor, so the next one
+        goes back to the oldest message in hand: `passed_over` are the places of those.
+        """
+        if now >= self._restart_at:
+            return [START]
+        start = min([self.position, *passed_over])
+        return [start, START] if is_last else [start]
+
+    def claimed(self, position: Position | None, restart_took: float | None, now: float) -> None:
+        """Go on behind what was claimed last, and put the next start from the beginning off if this was one.
+
+        That one takes its share of the time and no more, however long it takes.
+        """
+        if position is not None:
+            self.position = position
+        if restart_took is not None:
+            wait = min(max(RESTART_SECONDS, restart_took / RESTART_SHARE), LONGEST_RESTART_SECONDS)
+            self._restart_at = now + wait
+
+    def go_back(self, places: Iterable[Position]) -> None:
+        """Start no later than the first of these places."""
+        self.position = min([self.position, *places])

@@ -1,0 +1,77 @@
+"""The sender's side of a run: what is handed over, what is heard of it, and what is given up."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from queue import Empty
+
+from engagement._claim import Claim, clock
+from engagement._delivery.options import Options
+from engagement._delivery.state import State
+from engagement._delivery.verdicts import Verdicts
+from engagement._logging import logger
+from engagement._sending.answers import is_yes
+from engagement._sending.protocols import Transport
+from engagement._sending.sender import Answer, Begun, News, Sender
+from engagement.models import EARLIEST
+from engagement.outcomes import InDoubt, Outcome, Postpone, clean_reason
+
+
+class Dispatch:
+    """Tells `state` what the sender says."""
+
+    def __init__(
+        self, transport: Transport, sender: Sender, options: Options, state: State, verdicts: Verdicts
+    ) -> None:
+        self._transport = transport
+        self._sender = sender
+        self._send_timeout = options.send_timeout or timedelta(0)
+        self._state = state
+        self._verdicts = verdicts
+
+    def hear(self, seconds: float = 0.0) -> None:
+        """Wait for news, then take all that are there."""
+        news = self._sender.news
+        try:
+            self._note(news.get(timeout=seconds) if seconds > 0 else news.get(block=False))
+            while True:
+                self._note(news.get(block=False))
+        except Empty:
+            pass
+
+    def ask(self) -> None:
+        """Ask the transport whether it is ready."""
+        self._sender.ask_ready()
+        self._state.asked()
+
+    def give_up(self, claim: Claim) -> None:
+        """Wait no longer for an answer, and take the call back if it has not begun."""
+        waited = f"{self._send_timeout.total_seconds():g} s"
+        goes_on = claim.handle is not None and not claim.handle.cancel()
+        outcome: Outcome = InDoubt(f"no answer within {waited}")
+        if not goes_on and not claim.lost_workers:
+            outcome = Postpone(EARLIEST, f"it could not begin within {waited}")
+        self._state.given_up(claim, outcome, self._verdicts.of(claim, outcome), goes_on=goes_on)
+
+    def _note(self, news: News) -> None:
+        match news:
+            case Answer(claim, outcome):
+                self._state.answered(claim, outcome, self._verdicts.of(claim, outcome))
+            case Begun(claim):
+                self._state.begun(claim)
+            case _:
+                self._note_readiness(is_ready=is_yes(news.said))
+
+    def _note_readiness(self, *, is_ready: bool) -> None:
+        why_not = None if is_ready else _why_not_ready(self._transport)
+        if why_not is not None and why_not != self._state.readiness.why_not:
+            logger.warning("engagement.not_ready reason=%s", why_not or "unknown")
+        self._state.ready_said(why_not, clock())
+
+
+def _why_not_ready(transport: object) -> str:
+    """Return what a transport says that it waits for, or nothing."""
+    try:
+        return clean_reason(getattr(transport, "why_not_ready", None)) or ""
+    except Exception:  # noqa: BLE001 - the host's code, and no reason to stop
+        return ""

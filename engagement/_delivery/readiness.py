@@ -1,0 +1,64 @@
+"""Whether the transport can send."""
+
+from __future__ import annotations
+
+READY_SECONDS = 1.0
+"""How long an answer of the transport is believed."""
+TELL_SECONDS = 10.0
+"""How long a transport is not ready before a worker writes that on the oldest due message, and then how often."""
+
+
+class Readiness:
+    """The transport's last answer. One that has not come yet counts as no; of one that cannot be asked, as yes."""
+
+    def __init__(self, *, can_be_asked: bool) -> None:
+        self._can_be_asked = can_be_asked
+        self.is_asked = False
+        self.why_not: str | None = None
+        """The reason of the last no, which may be empty; None after a yes."""
+        self._is_ready = not can_be_asked
+        self.ask_at = 0.0
+        """Until when the last answer is believed."""
+        self._tell_at = 0.0
+        self._was_told = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the last answer was a yes."""
+        return self._is_ready and not self.is_asked
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the last answer was a no."""
+        return self.why_not is not None and not self.is_asked
+
+    def is_to_be_asked(self, now: float) -> bool:
+        """Whether the last answer is too old to be believed."""
+        return self._can_be_asked and not self.is_asked and now >= self.ask_at
+
+    def is_to_be_told(self, now: float, *, at_once: bool) -> bool:
+        """Whether a person should read why nothing is sent: `at_once`, or when the no has lasted."""
+        return self.is_refused and (now >= self._tell_at or (at_once and not self._was_told))
+
+    def asked(self) -> None:
+        """Note that the transport is being asked."""
+        self.is_asked = True
+
+    def said(self, why_not: str | None, now: float) -> None:
+        """Note its answer: None is a yes, a text the reason of a no."""
+        if why_not is None or self.why_not is None:
+            self._tell_at = now + TELL_SECONDS
+            self._was_told = False
+        self.is_asked = False
+        self._is_ready = why_not is None
+        self.why_not = why_not
+        self.ask_at = now + READY_SECONDS
+
+    def doubt(self) -> None:
+        """Ask again before the next claim: a send has just failed, and the next one may fare no better."""
+        self.ask_at = 0.0
+
+    def told(self, now: float) -> None:
+        """Note that a person can read it."""
+        self._was_told = True
+        self._tell_at = now + TELL_SECONDS

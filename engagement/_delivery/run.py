@@ -1,0 +1,228 @@
+"""One run of a worker: claim, send, settle, and recover what other workers left behind.
+
+A claim is committed before anything is sent, and no transaction is open while somebody else's server is waited for.
+One thread does all the database work; `Sender` runs the transport beside it. `schedule.next_step` says what is done
+next, `State` hears what came of it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import TypeVar
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from engagement._claim import Claim, clock
+from engagement._delivery import database, one_by_one
+from engagement._delivery.dispatch import Dispatch
+from engagement._delivery.options import Options
+from engagement._delivery.schedule import next_step
+from engagement._delivery.state import State
+from engagement._delivery.steps import Ask, Collect, Extend, GiveUp, Nap, Over, Peek, Step, Taken, Tell, Transact
+from engagement._delivery.tally import ProcessResult, Tally
+from engagement._delivery.transaction import Transactions
+from engagement._delivery.verdicts import Verdicts
+from engagement._logging import logger
+from engagement._sending.protocols import Transport
+from engagement._sending.sender import Sender
+from engagement._sql.errors import (
+    CannotConnect,
+    DriverFailed,
+    connect,
+    describe,
+    is_of_one_message,
+    is_transient,
+    is_undone,
+    transaction,
+)
+from engagement._watching import observers
+from engagement._watching.observers import Round
+
+T = TypeVar("T")
+
+ERRORS_KEPT = 1_000
+"""Errors that a worker's result keeps: it may run for months."""
+
+
+def deliver(
+    engine: Engine,
+    transport: Transport,
+    options: Options,
+    stop: threading.Event,
+    *,
+    until_empty: bool = False,
+    limit: int | None = None,
+) -> ProcessResult:
+    """Work until there is nothing to do if `until_empty`, or until told to stop; then say what was done."""
+    paced = options.min_interval > timedelta(0)
+    sender = Sender(transport, concurrency=options.concurrency, classify=options.rule, tells_begun=paced)
+    state = State(
+        options,
+        clock(),
+        sends_many=sender.sends_many,
+        can_be_asked=sender.can_be_asked,
+        until_empty=until_empty,
+        limit=limit,
+    )
+    tally = Tally(errors_kept=None if until_empty else ERRORS_KEPT)
+    delivery = Delivery(engine, transport, options, stop, sender=sender, state=state, tally=tally)
+    try:
+        delivery.work()
+    finally:
+        delivery.give_back_unstarted()
+        sender.close()
+    return tally.result()
+
+
+class Delivery:
+    """Does each step, and tells `state` what came of it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        transport: Transport,
+        options: Options,
+        stop: threading.Event,
+        *,
+        sender: Sender,
+        state: State,
+        tally: Tally,
+    ) -> None:
+        verdicts = Verdicts(options, idempotent=sender.idempotent)
+        self._engine = engine
+        self._lease = options.lease
+        self._stop = stop
+        self._sender = sender
+        self._state = state
+        self._tally = tally
+        self._dispatch = Dispatch(transport, sender, options, state, verdicts)
+        self._transactions = Transactions(options, state, stop, idempotent=sender.idempotent, verdict=verdicts.of)
+
+    def work(self) -> None:
+        """Do step after step, until it is over."""
+        while True:
+            self._dispatch.hear()
+            if self._stop.is_set():
+                self._state.stopped()
+            step = next_step(self._state, clock())
+            if isinstance(step, Over):
+                break
+            self._do(step)
+        if step.error is not None:
+            raise (isinstance(step.error, DriverFailed) and step.error.__cause__) or step.error
+
+    def _do(self, step: Step) -> None:
+        match step:
+            case Transact():
+                self._transact(step)
+            case Collect(until):
+                self._dispatch.hear(until - clock())
+            case Extend(claims):
+                self._extend(claims)
+            case Peek():
+                self._peek(step)
+            case GiveUp(claims):
+                for claim in claims:
+                    self._dispatch.give_up(claim)
+            case Ask():
+                self._dispatch.ask()
+            case Tell(why):
+                self._tell(why)
+            case Nap(until):
+                self._stop.wait(max(until - clock(), 0.0))
+
+    def _transact(self, step: Transact) -> None:
+        """Do it with all messages at once, or one by one if the data of one of them make that fail."""
+        names = self._state.names
+        for how in (database, one_by_one):
+            try:
+                taken = self._in_transaction(partial(self._transactions.do, step=step, how=how))
+            except SQLAlchemyError as error:
+                if how is one_by_one or not is_of_one_message(error):
+                    self._failed(error)
+                    return
+                logger.warning("engagement.one_by_one error=%s", describe(error))
+                names.undo()
+                names.in_ascii()
+            else:
+                break
+        self._tell_of(step, taken)
+        self._state.committed(step, taken, clock())
+        # From here on they may be sent: what fails before, gives them back.
+        self._sender.start(taken.claims)
+        if len(self._state.hand.claims) > 1:
+            time.sleep(0)  # Other threads run: sends that take no time end before the database is asked.
+
+    def _tell_of(self, step: Transact, taken: Taken) -> None:
+        settled = [(claim, verdict, taken.recorded.get(claim)) for claim, verdict in step.verdicts]
+        for each in settled:
+            self._tally.add(*each)
+        self._tally.end(taken.ended)
+        observers.committed(Round(taken.started_at, settled, taken.claims, taken.ended))
+
+    def _failed(self, error: SQLAlchemyError) -> None:
+        """Wait for the database, or give up. The verdicts stay: an error after a send is no failed send."""
+        now, will_mend = clock(), is_transient(error)
+        if will_mend and not is_undone(error):
+            self._state.commit_unknown(error, now)
+        else:
+            self._state.undone(error, now, will_mend=will_mend)
+        if now < self._state.outage.retry_at:
+            wait = self._state.outage.retry_at - now
+            logger.warning("engagement.database_lost error=%s wait_seconds=%.1f", describe(error), wait)
+
+    def _peek(self, step: Peek) -> None:
+        asked_at = clock()
+        try:
+            is_waiting = self._in_transaction(partial(database.is_work_waiting, after=step.after))
+        except SQLAlchemyError as error:
+            self._failed(error)
+        else:
+            self._state.peeked(step, is_waiting=is_waiting, took=clock() - asked_at, now=clock())
+
+    def _extend(self, claims: Sequence[Claim]) -> None:
+        now = clock()
+        try:
+            try:
+                extended = self._in_transaction(partial(database.extend, lease=self._lease, held=claims))
+            except SQLAlchemyError as error:
+                if not is_of_one_message(error):
+                    raise
+                extended = self._in_transaction(partial(one_by_one.extend, lease=self._lease, held=claims))
+        except SQLAlchemyError as error:
+            self._state.not_extended(error, now, will_mend=is_transient(error))
+            logger.warning("engagement.leases_not_extended error=%s", describe(error))
+            return
+        # Now that it is committed, and no sooner: a send must not begin under a lease that the database does not know.
+        self._state.extended(claims, extended, now)
+
+    def _tell(self, why: str) -> None:
+        try:
+            self._in_transaction(partial(database.note_not_ready, reason=why))
+        except Exception as error:  # noqa: BLE001 - it is for people only, also if the encoding lacks a character of it
+            logger.warning("engagement.not_ready_not_told error=%s", type(error).__name__)
+        self._state.told(clock())
+
+    def give_back_unstarted(self) -> None:
+        """Give back claims whose commit was not acknowledged, at the end."""
+        if not self._state.names.unacknowledged:
+            return
+        try:
+            self._in_transaction(self._transactions.give_back)
+        except SQLAlchemyError as error:
+            logger.warning("engagement.claims_not_released error=%s", describe(error))
+
+    def _in_transaction(self, work: Callable[[Connection], T]) -> T:
+        try:
+            connection = connect(self._engine)
+        except CannotConnect as error:
+            if not self._state.outage.database_was_reached and error.__cause__ is not None:
+                raise error.__cause__ from None  # It may never work, and who starts the worker should see why.
+            raise
+        with connection, transaction(connection):
+            return work(connection)

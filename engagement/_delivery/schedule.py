@@ -1,0 +1,101 @@
+"""What a worker does next: a pure function of its state and the time, without a database, a clock or a thread.
+
+`run` does the step, and tells `State` what came of it.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+from engagement._delivery.state import State
+from engagement._delivery.steps import Ask, Collect, Extend, GiveUp, Nap, Over, Peek, Step, Tell, Transact
+
+STOP_SECONDS = 1.0
+"""How soon a stop is heard while nothing is in hand, and an answer of the transport is waited for."""
+
+
+def next_step(state: State, now: float) -> Step:
+    """Return what is to be done now. A question changes nothing."""
+    if state.has_given_up:
+        return Over(state.failure)
+    hand = state.hand
+    if hand.is_empty and (last := _last_step(state, now)):
+        return last
+    if state.send_timeout < inf and (late := hand.handed_over_by(now - state.send_timeout)):
+        return GiveUp(late)
+    if hand.claims and now >= state.leases.extend_at:
+        return Extend([*hand.claims.values()])
+    return (_database_step(state, now) if now >= state.outage.retry_at else None) or _wait(state, now)
+
+
+def _last_step(state: State, now: float) -> Step | None:
+    """Return the end if this is it, or what a person waits for when nothing is in hand."""
+    if state.is_stopped or state.failure is not None or state.left <= 0:
+        return Over(state.failure)
+    if state.readiness.is_to_be_told(now, at_once=state.until_empty) and not state.outage.is_on:
+        return Tell(state.readiness.why_not or "the transport is not ready")
+    if state.until_empty and state.is_idle and not state.readiness.is_asked:
+        return Over()
+    return None
+
+
+def _database_step(state: State, now: float) -> Step | None:
+    """Return what is to be done with the database now, or before it can be done."""
+    hand, is_to_look = state.hand, now >= state.look_at
+    if not hand.verdicts and not is_to_look:
+        return None
+    may_give_back = bool(state.names.unacknowledged) and state.failure is None
+    if state.is_idle and hand.is_empty and not may_give_back:
+        return Peek(state.cursor.start(now))
+    wanted = _wanted(state, now)
+    if wanted and state.readiness.is_to_be_asked(now):
+        return Ask()
+    if not state.readiness.is_ready:
+        wanted = 0
+    if wanted:
+        return _claim(state, now, wanted)
+    return Transact([*hand.verdicts]) if hand.verdicts or may_give_back else None
+
+
+def _wanted(state: State, now: float) -> int:
+    """Return how many messages could be started now if the transport is ready."""
+    if state.is_stopped or state.failure is not None or now < state.pace.next_at:
+        return 0
+    if state.outage.is_on and state.hand.verdicts:
+        return 0  # What is known is settled first, whatever becomes of the next claim.
+    in_use = state.hand.in_use
+    if state.sends_many and in_use:
+        return 0
+    at_once = 1 if state.pace.interval else state.concurrency
+    return max(0, int(min(at_once, state.concurrency - in_use, state.left)))
+
+
+def _claim(state: State, now: float, wanted: int) -> Transact:
+    hand = state.hand
+    # A batch goes out alone, so no earlier claim had to skip a busy destination.
+    passed_over = [] if state.sends_many else [claim.place for claim in (*hand.claims.values(), *hand.overdue)]
+    is_last = state.until_empty and not hand.unanswered
+    return Transact(
+        [*hand.verdicts],
+        wanted,
+        takes_over=now >= state.recover_at,
+        starts=state.cursor.starts(now, passed_over=passed_over, is_last=is_last),
+        busy=() if state.sends_many else hand.busy,
+    )
+
+
+def _wait(state: State, now: float) -> Step:
+    """Return the wait until something may have to be done."""
+    hand = state.hand
+    times = [state.look_at, state.outage.retry_at, state.pace.next_at, state.readiness.ask_at]
+    if hand.claims:
+        times.append(state.leases.extend_at)
+        if state.send_timeout < inf:
+            times += [claim.started_at + state.send_timeout for claim in hand.unanswered]
+    else:
+        times.append(now + state.poll_interval)
+    until = min(time for time in times if time > now)
+    if hand.is_empty and not hand.overdue and not state.readiness.is_asked:
+        return Nap(until)
+    # With nothing in hand a stop ends the run, and is not to wait for news.
+    return Collect(until if hand.claims else min(until, now + STOP_SECONDS))

@@ -1,0 +1,154 @@
+"""What a run of a worker knows, and how each event changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import inf
+
+from engagement._claim import START, Claim
+from engagement._delivery.cursor import Cursor
+from engagement._delivery.hand import Hand
+from engagement._delivery.leases import Leases
+from engagement._delivery.names import Names
+from engagement._delivery.options import Options
+from engagement._delivery.outage import Outage
+from engagement._delivery.pace import Pace
+from engagement._delivery.readiness import Readiness
+from engagement._delivery.steps import Peek, Taken, Transact
+from engagement.outcomes import Outcome, Refused, Sent, Verdict, Withdraw
+
+
+class State:
+    """The state of one run. Each method folds in an event; `now` is the time by `clock`."""
+
+    def __init__(
+        self,
+        options: Options,
+        now: float,
+        *,
+        sends_many: bool = False,
+        can_be_asked: bool = False,
+        until_empty: bool = False,
+        limit: int | None = None,
+    ) -> None:
+        self.concurrency = options.concurrency
+        self.poll_interval = options.poll_interval.total_seconds()
+        self.send_timeout = inf if options.send_timeout is None else options.send_timeout.total_seconds()
+        self.sends_many = sends_many
+        self.until_empty = until_empty
+        self.hand = Hand()
+        self.cursor = Cursor()
+        self.names = Names(options.name)
+        self.outage = Outage()
+        self.pace = Pace(options.min_interval.total_seconds())
+        self.readiness = Readiness(can_be_asked=can_be_asked)
+        self.leases = Leases(options.lease.total_seconds(), now)
+        self.left = inf if limit is None else limit
+        """How many messages may still be claimed."""
+        self.is_stopped = False
+        self.failure: Exception | None = None
+        """What is raised when nothing is in hand any more; nothing is claimed until then."""
+        self.has_given_up = False
+        """Whether what is in hand is not waited for either."""
+        self.is_idle = False
+        """Whether the last look found nothing that could be sent."""
+        self.look_at = self.recover_at = 0.0
+
+    def stopped(self) -> None:
+        """Claim nothing any more."""
+        self.is_stopped = True
+
+    def begun(self, claim: Claim) -> None:
+        """Note that a send has begun."""
+        self.pace.begun(claim)
+
+    def answered(self, claim: Claim, outcome: Outcome, verdict: Verdict) -> None:
+        """Note that a call is over."""
+        if not isinstance(outcome, Sent | Refused | Withdraw):
+            self.readiness.doubt()
+        self.pace.answered(claim)
+        if claim in self.hand.overdue:
+            self.hand.overdue.remove(claim)
+            self.cursor.go_back([claim.place])
+            self.look_at = 0.0
+        if claim.is_overdue and not isinstance(outcome, Sent):
+            return  # It is in doubt, and this adds nothing.
+        self.hand.decide(claim, verdict)
+        self.outage.retry()
+
+    def given_up(self, claim: Claim, outcome: Outcome, verdict: Verdict, *, goes_on: bool) -> None:
+        """Wait for an answer no longer; the call itself may go on."""
+        self.answered(claim, outcome, verdict)
+        if goes_on:
+            claim.is_overdue = True
+            self.hand.overdue.add(claim)
+
+    def asked(self) -> None:
+        """Note that the transport is being asked whether it is ready."""
+        self.readiness.asked()
+
+    def ready_said(self, why_not: str | None, now: float) -> None:
+        """Note that the transport is ready, or why not."""
+        self.readiness.said(why_not, now)
+        if why_not is not None:
+            self.is_idle, self.look_at = True, now + self.poll_interval
+
+    def told(self, now: float) -> None:
+        """Note that a person can read why nothing is claimed."""
+        self.readiness.told(now)
+
+    def peeked(self, step: Peek, *, is_waiting: bool, took: float, now: float) -> None:
+        """Note whether the database has anything to do."""
+        self.outage.over()
+        if is_waiting:
+            self.is_idle, self.look_at, self.recover_at = False, 0.0, 0.0
+            return
+        self.look_at = now + self.poll_interval
+        if step.after == START:
+            self.cursor.claimed(None, took, now)
+
+    def committed(self, step: Transact, taken: Taken, now: float) -> None:
+        """Note that a transaction was committed: the messages that it claimed may be started."""
+        self.outage.over()
+        self.cursor.go_back(claim.place for claim, _ in step.verdicts)
+        self.hand.settle()
+        self.cursor.claimed(taken.position, taken.restart_took, now)
+        if taken.recovered_all:
+            self.recover_at = now + self.leases.seconds / 4
+        self.names.acknowledge(now)
+        self.hand.take(taken.claims)
+        if own := [claim for claim in taken.claims if not claim.lost_workers]:
+            self.pace.started(own[-1])
+            self.left -= len(own)
+        self.is_idle = not taken.any if taken.name else self.readiness.is_refused
+        found_nothing = not taken.any and (bool(taken.name) or not step.verdicts)
+        self.look_at = now + self.poll_interval if found_nothing else 0.0
+
+    def undone(self, error: Exception, now: float, *, will_mend: bool) -> None:
+        """Note that a transaction failed, and that nothing of it happened."""
+        self.names.undo()
+        self._failed(error, now, will_mend=will_mend)
+
+    def commit_unknown(self, error: Exception, now: float) -> None:
+        """Note that a commit was not acknowledged. If it happened, its messages are to be adopted: none was started."""
+        self.names.lose(now + self.leases.seconds)
+        self._failed(error, now, will_mend=True)
+
+    def extended(self, claims: Sequence[Claim], until: Mapping[Claim, float], now: float) -> None:
+        """Note that leases were extended, and that this was committed."""
+        self.leases.extended(claims, until, now)
+
+    def not_extended(self, error: Exception, now: float, *, will_mend: bool) -> None:
+        """Note that no lease was extended."""
+        self.leases.not_extended(now)
+        if not will_mend:
+            self.failure = self.failure or error
+
+    def _failed(self, error: Exception, now: float, *, will_mend: bool) -> None:
+        waited_enough = not self.outage.database_was_reached or self.outage.lasts(now) > self.leases.seconds
+        if will_mend and not (self.until_empty and waited_enough):
+            self.outage.failed(now)
+            return
+        # What is in hand is finished before it is raised: what waiting does not mend may concern the next claim only.
+        self.has_given_up = self.failure is not None or not self.hand.claims
+        self.failure = error

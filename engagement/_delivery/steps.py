@@ -1,0 +1,102 @@
+"""What a worker does next, and what one transaction of it did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from engagement._claim import Claim, Position
+from engagement.messages import OutgoingMessage
+from engagement.models import MessageStatus
+from engagement.outcomes import Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Transact:
+    """Settle, then claim up to `wanted`, or give back what nobody will start, in one transaction."""
+
+    verdicts: Sequence[tuple[Claim, Verdict]]
+    wanted: int = 0
+    takes_over: bool = False
+    starts: Sequence[Position] = ()
+    """Where to claim from, and where else if nothing is there."""
+    busy: Collection[str] = ()
+    """Destinations that nothing is claimed for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """Ask the database whether there is anything to do behind a place."""
+
+    after: Position
+
+
+@dataclass(frozen=True, slots=True)
+class Extend:
+    """Extend the leases of what is in hand."""
+
+    claims: Sequence[Claim]
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """Wait no longer for answers that outlasted `send_timeout`."""
+
+    claims: Sequence[Claim]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Ask the transport whether it is ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Write on the oldest due message why nothing is claimed: `status` and the page are other processes."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Collect:
+    """Wait for news of the sender, until then at the latest."""
+
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Nap:
+    """Wait for a stop, until then at the latest."""
+
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """Return, or raise `error`."""
+
+    error: Exception | None = None
+
+
+Step = Transact | Peek | Extend | GiveUp | Ask | Tell | Collect | Nap | Over
+
+
+@dataclass(slots=True)
+class Taken:
+    """What one transaction did, to be noted once it is committed."""
+
+    name: str = ""
+    """The name under which it claimed; empty if it did not."""
+    started_at: int = field(default_factory=time.time_ns)
+    recorded: dict[Claim, MessageStatus] = field(default_factory=dict)
+    claims: list[Claim] = field(default_factory=list)
+    ended: dict[OutgoingMessage, MessageStatus] = field(default_factory=dict)
+    position: Position | None = None
+    restart_took: float | None = None
+    recovered_all: bool = False
+
+    @property
+    def any(self) -> bool:
+        """Whether there may be more."""
+        return bool(self.claims or self.ended)

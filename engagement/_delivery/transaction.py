@@ -1,0 +1,106 @@
+"""One transaction of a worker: settle, take over what others lost, claim; or give back what nobody will start."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import ModuleType
+
+from sqlalchemy import Connection
+
+from engagement._claim import START, Claim, clock
+from engagement._delivery import database
+from engagement._delivery.database import Holder
+from engagement._delivery.options import Options
+from engagement._delivery.state import State
+from engagement._delivery.steps import Taken, Transact
+from engagement.models import EARLIEST
+from engagement.outcomes import InDoubt, Outcome, Postpone, Verdict
+
+MEND_SECONDS = 60.0
+"""How soon a message that could not be claimed is tried again: somebody may have mended it."""
+
+
+class Transactions:
+    """Does steps on connections that are passed in. Changes nothing but the database, so a step can be done again."""
+
+    def __init__(
+        self,
+        options: Options,
+        state: State,
+        stop: threading.Event,
+        *,
+        idempotent: bool,
+        verdict: Callable[[Claim, Outcome], Verdict],
+    ) -> None:
+        self._lease = options.lease
+        self._max_retries = options.max_retries
+        self._hand = state.hand
+        self._names = state.names
+        self._sends_many = state.sends_many
+        self._stop = stop
+        self._idempotent = idempotent
+        self._verdict = verdict
+        self._broken: set[int] = set()
+        self._mend_at = 0.0
+
+    def do(self, connection: Connection, step: Transact, how: ModuleType) -> Taken:
+        """Do `step`; `how` is `database` for all messages at once, or `one_by_one`."""
+        taken = Taken()
+        if step.verdicts:
+            taken.recorded = how.settle(connection, step.verdicts)
+        if not step.wanted or self._stop.is_set():
+            self.give_back(connection)
+            return taken
+        earlier = [*self._names.unacknowledged]
+        taken.name = self._names.begin()
+        holder = Holder(taken.name, self._lease)
+        if earlier:
+            taken.claims += database.adopt(connection, holder, names=earlier)
+        if clock() >= self._mend_at:
+            self._mend_at = clock() + MEND_SECONDS
+            self._broken.clear()
+        if step.takes_over:
+            lost = how.take_over(connection, holder, limit=step.wanted, held=self._hand.claims, broken=self._broken)
+            taken.recovered_all = len(lost) < step.wanted
+            taken.claims += map(self._unless_it_kills, lost)
+        if step.wanted > len(taken.claims):
+            self._claim(step, holder, taken, how, connection)
+        return taken
+
+    def give_back(self, connection: Connection) -> None:
+        """Give back claims whose commit was not acknowledged: nobody will start them now."""
+        if not (names := self._names.unacknowledged):
+            return
+        unstarted = Postpone(EARLIEST, "its worker was told of the claim too late to send it")
+        holder = Holder(self._names.next(), self._lease)
+        for claim in database.adopt(connection, holder, names=names):
+            database.settle(connection, [(claim, self._verdict(claim, unstarted))])
+
+    def _claim(self, step: Transact, holder: Holder, taken: Taken, how: ModuleType, connection: Connection) -> None:
+        busy = set() if self._sends_many else {*step.busy, *(claim.message.destination_jid for claim in taken.claims)}
+        for start in step.starts:
+            asked_at = clock()
+            claimed = how.claim(
+                connection,
+                holder,
+                limit=step.wanted - len(taken.claims),
+                after=start,
+                busy=busy,
+                broken=self._broken,
+                one_per_destination=not self._sends_many,
+                idempotent=self._idempotent,
+            )
+            if start == START:
+                taken.restart_took = clock() - asked_at
+            taken.position = claimed.go_on_after
+            if claimed.go_on_after is not None:
+                break
+        taken.claims += claimed.claims
+        taken.ended = claimed.ended
+
+    def _unless_it_kills(self, claim: Claim) -> Claim:
+        """Ask no more what became of a message when those who asked were lost too, as often as a send may fail."""
+        if claim.lost_workers > 1 and claim.message.retry_count + claim.lost_workers >= self._max_retries:
+            claim.known = InDoubt(f"{claim.lost_workers} workers were lost with it")
+        return claim

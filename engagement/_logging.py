@@ -1,0 +1,8 @@
+"""The logger of all modules. Logs name ids and events, never people or what they are told."""
+
+from __future__ import annotations
+
+import logging
+
+logger = logging.getLogger("engagement")
+logger.addHandler(logging.NullHandler())

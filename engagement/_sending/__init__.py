@@ -1,0 +1,1 @@
+"""The transport's side: runs its calls beside the worker."""

@@ -1,0 +1,39 @@
+"""Transports, as a worker calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from engagement.messages import OutgoingMessage
+
+SendFunction = Callable[[OutgoingMessage], Any]
+"""`send(message)`: returns an outcome, or `None` or a provider's message id for `Sent`; may be `async def`."""
+
+
+class SendingTransport(Protocol):
+    """An object that sends. It may also have what `Transport` lists as optional."""
+
+    def send(self, message: OutgoingMessage, /) -> Any:
+        """Send, and return an outcome, or `None` or a provider's message id for `Sent`."""
+
+
+class BatchTransport(Protocol):
+    """An object whose provider takes many messages in one call."""
+
+    def send_many(self, messages: Sequence[OutgoingMessage], /) -> Any:
+        """Send all, and return an outcome for each, in their order, or one for all.
+
+        An exception speaks of all; but a generator's only of those that it had not come to.
+        """
+
+
+Transport = SendFunction | SendingTransport | BatchTransport
+"""What sends: a function, or an object with `send` or `send_many`. Optional on the object, each also as `async def`:
+
+- `ready() -> bool`: False while nothing can be sent; nothing is claimed then. Asked at most once a second.
+- `why_not_ready: str | None`: what it waits for, read after such a no. It is logged and shown: nothing personal.
+- `idempotent: bool`: the same delivery id twice has one effect.
+- `look_up(message) -> Sent | NotSent | None`: what became of this delivery id; None if that is not known. `NotSent`
+  only if the far side takes nothing any more under this id: what is not found may come from a worker that is frozen.
+"""

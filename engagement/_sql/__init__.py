@@ -1,0 +1,1 @@
+"""The table, its statements, and the transactions of our own."""
