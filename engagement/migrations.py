@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from sqlalchemy import Connection, Engine, text
 
 from engagement._logging import logger
-from engagement._sql import adopting, statements
+from engagement._sql import adopting, turns
 from engagement._sql.errors import sqlstate
-from engagement._sql.own_transactions import SAFE_PATH, find_schema
-from engagement._sql.statements import schema_in_force
+from engagement._sql.own_transactions import SAFE_PATH
+from engagement._sql.schemas import find_schema, schema_in_force
 from engagement.models import TABLE_NAME, ReadableJson, TextOf, checked_schema
 
 if TYPE_CHECKING:
@@ -152,9 +152,9 @@ def wait_for_turn(connection: Connection, schema: str | None = None) -> None:
     from alembic.util import CommandError
 
     name, began, holders = f"{VERSION_TABLE}:{schema or _place(connection)}", time.monotonic(), None
-    while not connection.scalar(statements.take_turn(name)):
+    while not connection.scalar(turns.take_turn(name)):
         if holders is None:
-            holders = [row.pid for row in connection.execute(statements.who_has_turn(name))]
+            holders = [row.pid for row in connection.execute(turns.who_has_turn(name))]
             logger.warning("engagement.migration_waits pids=%s", holders)
         if time.monotonic() - began > LONGEST_WAIT_SECONDS:
             raise CommandError(

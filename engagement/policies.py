@@ -21,9 +21,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from engagement._logging import logger
 from engagement._sending.call import LeaseRanOut, MayHaveLeft, checked_lease
 from engagement._sending.protocols import Transport
-from engagement._sql import statements
-from engagement._sql.errors import connect, is_transient
-from engagement._sql.own_transactions import for_own_transactions
+from engagement._sql import looking
+from engagement._sql.errors import is_transient
+from engagement._sql.own_transactions import connect, for_own_transactions
 from engagement.messages import InvalidMessage, OutgoingMessage, checked_destination, checked_flag, checked_jid
 from engagement.models import EARLIEST, Destination, MessageStatus
 from engagement.outcomes import NotSent, Outcome, Postpone, Refused, Sent, Withdraw, causes
@@ -285,7 +285,7 @@ class FrequencyCap(Gate):
         self, connection: Connection, message: OutgoingMessage, tz: tzinfo, waited: float
     ) -> OutgoingMessage | Outcome | None:
         """Return the message, or why not; None to look again."""
-        claim = connection.execute(statements.claim_of_message(), {"message_id": message.id}).one_or_none()
+        claim = connection.execute(looking.claim_of_message(), {"message_id": message.id}).one_or_none()
         if claim is None or (claim.status, claim.attempt) != (MessageStatus.SENDING, message.attempt):
             # It is no longer counted by others, so it must not leave.
             return Postpone(EARLIEST, "the claim was lost before the send")
@@ -293,7 +293,7 @@ class FrequencyCap(Gate):
         values = {"message_id": message.id, "of_user": message.user_id, "since": starts_at}
         if self._types is not None:
             values["types"] = self._types
-        counting = statements.count_others_of_user(of_types=self._types is not None)
+        counting = looking.count_others_of_user(of_types=self._types is not None)
         counted = connection.execute(counting, values).one()
         if counted.left >= self._limit:
             return Postpone(resumes_at, f"{self._limit} per {self._per} reached")

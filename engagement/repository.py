@@ -18,9 +18,9 @@ from sqlalchemy import Executable, Select
 from sqlalchemy.exc import StatementError
 
 from engagement._logging import logger
-from engagement._sql import statements
+from engagement._sql import changing, host_sessions, looking, parameters, queueing
 from engagement._sql.encodings import with_storable_texts
-from engagement._sql.reading import readable
+from engagement._sql.host_sessions import readable
 from engagement._sql.sorting import SortedTexts
 from engagement._watching import observers as observing
 from engagement.messages import (
@@ -68,7 +68,7 @@ class EngagementMessageRepository:
     def __init__(self, session: Session, *, schema: str | None = None) -> None:
         self._session = session
         self._schema = schema
-        self._keywords = statements.in_session(schema)
+        self._keywords = host_sessions.in_session(schema)
 
     # Queueing
 
@@ -90,7 +90,7 @@ class EngagementMessageRepository:
 
     def _queue(self, message: NewMessage, trace_context: str | None) -> Queued:
         values = _parameters(message, trace_context)
-        created_id = self._execute(statements.insert_message(), values).scalar_one_or_none()
+        created_id = self._execute(queueing.insert_message(), values).scalar_one_or_none()
         if created_id is None:
             return self._duplicate(message, values)
         logger.debug("engagement.queued message_id=%s", created_id)
@@ -98,13 +98,13 @@ class EngagementMessageRepository:
 
     def _duplicate(self, message: NewMessage, values: Mapping[str, Any]) -> Queued:
         key = {"idempotency_key": message.key}
-        queue = {"queue": qualified_name(statements.schema_in_session(self._schema, self._session))}
-        found = self._execute(statements.find_key(), key | queue).one_or_none()
+        queue = {"queue": qualified_name(host_sessions.schema_in_session(self._schema, self._session))}
+        found = self._execute(queueing.find_key(), key | queue).one_or_none()
         message_id, status, may_compare = found or (None, None, False)
         differs_in = None
         if may_compare:
             given = {f"given_{name}": value for name, value in values.items()}
-            compared = self._execute(statements.differences(), key | given).mappings().one_or_none()
+            compared = self._execute(queueing.differences(), key | given).mappings().one_or_none()
             differs_in = tuple(name for name, differs in (compared or {}).items() if differs)
         if differs_in:
             fields = ",".join(differs_in)
@@ -148,26 +148,26 @@ class EngagementMessageRepository:
     def _insert(self, rows: list[str], trace_context: str | None, *, most_are_there: bool = False) -> int:
         """Insert rows whose keys are new, and return how many those were."""
         values = {**_packed(rows), "trace_context": trace_context}
-        created: int = self._execute(statements.insert_packed(most_are_there=most_are_there), values).rowcount
+        created: int = self._execute(queueing.insert_packed(most_are_there=most_are_there), values).rowcount
         return created
 
     # Looking
 
     def get_message(self, message_id: int) -> EngagementMessage | None:
         """Return the message as it is in the database now, or None."""
-        return self._entity(statements.message_by("id"), {"value": checked_id(message_id)})
+        return self._entity(looking.message_by("id"), {"value": checked_id(message_id)})
 
     def get_message_by_key(self, idempotency_key: str) -> EngagementMessage | None:
         """Return the message that holds the key, or None."""
-        return self._entity(statements.message_by("idempotency_key"), {"value": _checked_key(idempotency_key)})
+        return self._entity(looking.message_by("idempotency_key"), {"value": _checked_key(idempotency_key)})
 
     def get_pending_messages(self, user_id: str | UUID) -> list[EngagementMessage]:
         """Return the user's pending messages, next first."""
-        return self._entities(statements.pending_of_user(), {"of_user": checked_user_id(user_id)})
+        return self._entities(looking.pending_of_user(), {"of_user": checked_user_id(user_id)})
 
     def count_by_status(self) -> StatusCounts:
         """Count the messages in each status, zeros included, and tell how long the oldest due one has been waiting."""
-        rows = self._execute(statements.count_by_status()).all()
+        rows = self._execute(looking.count_by_status()).all()
         counts = dict.fromkeys(MessageStatus, 0) | {status: count for status, count, _ in rows}
         return StatusCounts(counts, rows[0][2] if rows else None)
 
@@ -179,7 +179,7 @@ class EngagementMessageRepository:
         A pending message that an idempotent transport may have sent before becomes in doubt, and is not sent again.
         """
         values = {"message_id": checked_id(message_id), **_decision(by, reason)}
-        found = self._execute(statements.cancel_if_pending(), values).one_or_none()
+        found = self._execute(changing.cancel_if_pending(), values).one_or_none()
         if found is None:
             return Cancellation("not_found", None)
         before, now = found
@@ -191,7 +191,7 @@ class EngagementMessageRepository:
         self, user_id: str | UUID, message_type: str | None = None, reason: str | None = None, *, by: str | None = None
     ) -> int:
         """Cancel what is pending for the user, of one type or of all, and return how many messages that were."""
-        statement = statements.cancel_pending_of_user(of_one_type=message_type is not None)
+        statement = changing.cancel_pending_of_user(of_one_type=message_type is not None)
         values = {"of_user": checked_user_id(user_id), **_decision(by, reason)}
         if message_type is not None:
             values["of_type"] = checked_text("message_type", message_type)
@@ -200,16 +200,14 @@ class EngagementMessageRepository:
     def reschedule_message(self, message_id: int, scheduled_for: datetime) -> bool:
         """Move a pending message to another time; its key stays. False if it is not pending or expires before then."""
         values = {"message_id": checked_id(message_id), "moment": checked_moment("scheduled_for", scheduled_for)}
-        return self._changed(statements.reschedule_if_pending(), values)
+        return self._changed(changing.reschedule_if_pending(), values)
 
     def retry_message(self, message_id: int, *, by: str | None = None) -> bool:
         """Make a failed or expired message due again, under the same key and with all its retries.
 
         An expiry that has passed is lifted. False if it is neither, or was forgotten or pruned.
         """
-        return self._changed(
-            statements.retry_if_ended(), {"message_id": checked_id(message_id), "by": clean_reason(by)}
-        )
+        return self._changed(changing.retry_if_ended(), {"message_id": checked_id(message_id), "by": clean_reason(by)})
 
     def resolve_message(self, message_id: int, sent: bool, reason: str | None = None, *, by: str | None = None) -> bool:
         """Say what became of a message in doubt: `sent`, or not, and then it is due again. False if not in doubt.
@@ -220,14 +218,14 @@ class EngagementMessageRepository:
         if not isinstance(sent, bool):
             raise InvalidMessage("sent", f"must be True or False, not {type(sent).__name__}")
         values = {"message_id": checked_id(message_id), **_decision(by, reason)}
-        return self._changed(statements.resolve_if_in_doubt(sent=sent), values)
+        return self._changed(changing.resolve_if_in_doubt(sent=sent), values)
 
     def forget_user(self, user_id: str | UUID) -> Forgotten:
         """Cancel what is pending for the user, and blank params, destination, errors and provider ids everywhere.
 
         Keys stay, and still block. A message that is being sent at this moment is blanked too, and not tried again.
         """
-        were_cancelled = self._execute(statements.forget_user(), {"of_user": checked_user_id(user_id)}).scalars().all()
+        were_cancelled = self._execute(changing.forget_user(), {"of_user": checked_user_id(user_id)}).scalars().all()
         return Forgotten(cancelled=sum(were_cancelled), blanked=len(were_cancelled))
 
     def prune_messages(self, older_than: timedelta, limit: int = 10_000) -> int:
@@ -238,7 +236,7 @@ class EngagementMessageRepository:
         older_than = checked_age("older_than", older_than)
         if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= LARGEST_LIMIT:
             raise InvalidMessage("limit", f"must be an integer from 1 to {LARGEST_LIMIT}")
-        return len(self._execute(statements.prune_finished(), {"older_than": older_than, "limit": limit}).all())
+        return len(self._execute(changing.prune_finished(), {"older_than": older_than, "limit": limit}).all())
 
     # Executing
 
@@ -380,7 +378,7 @@ def _parameters(message: NewMessage, trace_context: str | None) -> dict[str, Any
 
 def _row(message: NewMessage) -> str:
     """Return what is stored of a message, in the order of `PACKED`."""
-    return statements.SEPARATOR.join(
+    return parameters.SEPARATOR.join(
         (
             message.user_id,
             message.message_type,
@@ -388,8 +386,8 @@ def _row(message: NewMessage) -> str:
             message.params_json,
             message.destination,
             message.destination_jid,
-            statements.moment_text(message.scheduled_for),
-            statements.moment_text(message.expires_at),
+            parameters.moment_text(message.scheduled_for),
+            parameters.moment_text(message.expires_at),
             message.key,
         )
     )
@@ -397,8 +395,8 @@ def _row(message: NewMessage) -> str:
 
 def _packed(rows: list[str]) -> dict[str, str]:
     """Return the columns of rows."""
-    join, names = statements.SEPARATOR.join, statements.PACKED
-    values = join(rows).split(statements.SEPARATOR)
+    join, names = parameters.SEPARATOR.join, queueing.PACKED
+    values = join(rows).split(parameters.SEPARATOR)
     return {name: join(values[place :: len(names)]) for place, name in enumerate(names)}
 
 

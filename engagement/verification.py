@@ -34,7 +34,8 @@ from sqlalchemy import (
     union_all,
 )
 
-from engagement._sql.statements import NOW, PENDING, QUEUE, SENDING, C, in_session, schema_in_session
+from engagement._sql.host_sessions import in_session, schema_in_session
+from engagement._sql.table import NOW, PENDING, QUEUE, SENDING, C
 from engagement.messages import JID_FORMS
 from engagement.models import EARLIEST, LATEST, TABLE_NAME, MessageStatus, qualified_name
 

@@ -17,7 +17,7 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.orm import Session
 
 from engagement import EngagementMessageRepository, InDoubt, NotSent, Refused, Sent, migrations, process_message_queue
-from engagement._sql.own_transactions import with_schema
+from engagement._sql.schemas import with_schema
 from engagement._watching import metrics
 from engagement._watching.metrics import COUNTERS, DUE_TO_SENT, QUEUE, QueueReader
 from engagement.models import TABLE_NAME

@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 
 from engagement._claim import Claim, Position, clock
 from engagement._logging import logger
-from engagement._sql import statements
+from engagement._sql import claiming, parameters, settling
 from engagement.messages import DESTINATIONS, OutgoingMessage
 from engagement.models import MessageStatus
 from engagement.outcomes import Outcome, Refused, Verdict, clean_reason
@@ -62,7 +62,7 @@ def claim(
         "worker": holder.name,
         "idempotent": idempotent,
     }
-    rows = connection.execute(statements.claim(one_per_destination=one_per_destination), values)
+    rows = connection.execute(claiming.claim(one_per_destination=one_per_destination), values)
     taken = sorted(rows.all(), key=_place)
     ended = [row for row in taken if row[_STATUS] != MessageStatus.SENDING]
     # Whose first message ended has others that were passed over, and lie behind it.
@@ -91,9 +91,9 @@ def take_over(
     """Take over up to `limit` messages whose worker was lost, under names that `adopt` does not know."""
     until = _held_until(holder.lease)
     values = {**where_lost(held, broken), "limit": limit, "lease": holder.lease, "recoverer": holder.name}
-    rows = connection.execute(statements.take_over_expired_leases(), values)
+    rows = connection.execute(claiming.take_over_expired_leases(), values)
     return [
-        _claim(row, claimed_by, until, lost_workers=int(claimed_by.rpartition(statements.RECOVERY)[2]))
+        _claim(row, claimed_by, until, lost_workers=int(claimed_by.rpartition(claiming.RECOVERY)[2]))
         for *row, claimed_by in rows
     ]
 
@@ -107,13 +107,13 @@ def adopt(connection: Connection, holder: Holder, *, names: Collection[str]) -> 
     """Return what was claimed under `names`, whose commits were not acknowledged: nobody has tried to send it."""
     until = _held_until(holder.lease)
     values = {"names": list(names), "lease": holder.lease, "worker": holder.name}
-    rows = connection.execute(statements.adopt_unacknowledged(), values)
+    rows = connection.execute(claiming.adopt_unacknowledged(), values)
     return [_claim(row, holder.name, until) for row in rows]
 
 
 def note_not_ready(connection: Connection, *, reason: str) -> None:
     """Write on the message that has been due for longest why it is not claimed, unless it says so already."""
-    connection.execute(statements.note_not_ready(), {"reason": reason})
+    connection.execute(claiming.note_not_ready(), {"reason": reason})
 
 
 def extend(connection: Connection, lease: timedelta, held: Iterable[Claim]) -> dict[Claim, float]:
@@ -125,7 +125,7 @@ def extend(connection: Connection, lease: timedelta, held: Iterable[Claim]) -> d
     by_id = {claim.message.id: claim for claim in held}
     names = [claim.claimed_by for claim in by_id.values()]
     values = {"held": _pack(map(str, by_id)), "names": _pack(names), "lease": lease}
-    return {by_id[message_id]: until for message_id in connection.execute(statements.extend_leases(), values).scalars()}
+    return {by_id[message_id]: until for message_id in connection.execute(claiming.extend_leases(), values).scalars()}
 
 
 def settle(connection: Connection, verdicts: Iterable[tuple[Claim, Verdict]]) -> dict[Claim, MessageStatus]:
@@ -141,7 +141,7 @@ def settle(connection: Connection, verdicts: Iterable[tuple[Claim, Verdict]]) ->
         # An UPDATE takes one of two verdicts of a message, whichever it comes to.
         given = {pair[0].message.id: pair for pair in reversed(left)}
         left = [pair for pair in left if pair is not given[pair[0].message.id]]
-        rows = connection.execute(statements.settle_if_claimed(), _packed_verdicts([*reversed(given.values())]))
+        rows = connection.execute(settling.settle_if_claimed(), _packed_verdicts([*reversed(given.values())]))
         recorded |= {given.pop(message_id)[0]: status for message_id, status in rows}
         if given:
             recorded |= _settled_before(connection, given)
@@ -152,7 +152,7 @@ def _settled_before(
     connection: Connection, given: dict[int, tuple[Claim, Verdict]]
 ) -> Iterator[tuple[Claim, MessageStatus]]:
     """Return those that an earlier call recorded, and note what is known of claims that were lost."""
-    for row in connection.execute(statements.attempts_of(), {"ids": sorted(given)}).all():
+    for row in connection.execute(settling.attempts_of(), {"ids": sorted(given)}).all():
         claim, verdict = given[row.id]
         attempt, name = claim.message.attempt, claim.claimed_by
         lost = {"message_id": row.id, "of_attempt": attempt, "of_name": name}
@@ -162,17 +162,17 @@ def _settled_before(
                 yield claim, row.status
         elif verdict.status is MessageStatus.SENT:
             # Who took a message over has not sent it, but found out that it was.
-            if not claim.lost_workers and connection.execute(statements.tell_sent_twice(), lost).first():
+            if not claim.lost_workers and connection.execute(settling.tell_sent_twice(), lost).first():
                 logger.error("engagement.sent_twice message_id=%s attempt=%s", row.id, attempt)
             if (row.attempt, row.status) == (attempt, MessageStatus.SENT):
                 yield claim, row.status
         elif verdict.has_doubt and not claim.lost_workers:
-            connection.execute(statements.doubt_if_not_sent(), lost | {"reason": clean_reason(verdict.reason)})
+            connection.execute(settling.doubt_if_not_sent(), lost | {"reason": clean_reason(verdict.reason)})
 
 
 def is_work_waiting(connection: Connection, after: Position) -> bool:
     """Whether a message is due behind `after`, or a lease has run out."""
-    return bool(connection.execute(statements.peek(), {"after_at": after[0], "after_id": after[1]}).scalar_one())
+    return bool(connection.execute(claiming.peek(), {"after_at": after[0], "after_id": after[1]}).scalar_one())
 
 
 def _held_until(lease: timedelta) -> float:
@@ -184,13 +184,13 @@ def _held_until(lease: timedelta) -> float:
 _decode = json.JSONDecoder().raw_decode
 
 
-# Places in a row of `statements.OUTGOING`: names cost as much as all the rest.
+# Places in a row of `claiming.OUTGOING`: names cost as much as all the rest.
 _ID, _NEXT_ATTEMPT_AT, _STATUS = 0, 11, 12
 _place: Callable[[Sequence[Any]], Position] = itemgetter(_NEXT_ATTEMPT_AT, _ID)
 
 
 def _claim(row: Sequence[Any], claimed_by: str, held_until: float, *, lost_workers: int = 0) -> Claim:
-    """Return what a row of `statements.OUTGOING` says."""
+    """Return what a row of `claiming.OUTGOING` says."""
     message_id, idempotency_key, user_id, message_type, message_key, params_json, *rest = row
     destination, destination_jid, scheduled_for, attempt, retry_count, next_attempt_at, _, trace_context, _ = rest
     known: Outcome | None = None
@@ -233,7 +233,7 @@ def _packed_verdicts(given: Collection[tuple[Claim, Verdict]]) -> dict[str, str]
         "given_delay": _pack(
             ["" if (delay := verdict.delay) is None else str(delay.total_seconds()) for verdict in verdicts]
         ),
-        "given_until": _pack([statements.moment_text(verdict.until) for verdict in verdicts]),
+        "given_until": _pack([parameters.moment_text(verdict.until) for verdict in verdicts]),
         "given_status": _pack([verdict.status for verdict in verdicts]),
         "given_event": _pack([verdict.event for verdict in verdicts]),
         "given_reason": _pack([clean_reason(verdict.reason) or "" for verdict in verdicts]),
@@ -241,5 +241,5 @@ def _packed_verdicts(given: Collection[tuple[Claim, Verdict]]) -> dict[str, str]
     }
 
 
-_pack = statements.SEPARATOR.join
+_pack = parameters.SEPARATOR.join
 _BOOLEANS = {None: "", False: "false", True: "true"}

@@ -17,7 +17,7 @@ from engagement._claim import Claim, Position
 from engagement._delivery import database as claims
 from engagement._delivery.database import Claimed, Holder
 from engagement._logging import logger
-from engagement._sql import statements
+from engagement._sql import claiming
 from engagement._sql.errors import describe, is_of_one_message
 from engagement.models import MessageStatus
 from engagement.outcomes import Verdict, storable
@@ -58,7 +58,7 @@ def claim(
     while len(claimed.claims) + len(claimed.ended) < limit:
         taken = {claim.message.destination_jid for claim in claimed.claims} if one_per_destination else set()
         place, not_to = claimed.go_on_after or after, taken.union(busy)
-        message_id = connection.execute(statements.next_due(), claims.where_due(place, not_to, broken)).scalar()
+        message_id = connection.execute(claiming.next_due(), claims.where_due(place, not_to, broken)).scalar()
         if message_id is None:
             break
         claim_one = partial(
@@ -91,7 +91,7 @@ def take_over(
     taken: list[Claim] = []
     while len(taken) < limit:
         not_lost = [*held, *(claim.message.id for claim in taken)]
-        message_id = connection.execute(statements.next_lost(), claims.where_lost(not_lost, broken)).scalar()
+        message_id = connection.execute(claiming.next_lost(), claims.where_lost(not_lost, broken)).scalar()
         if message_id is None:
             break
         take_one = partial(claims.take_over, connection, holder, limit=1, held=not_lost, broken=broken)

@@ -30,16 +30,8 @@ from engagement._delivery.verdicts import Verdicts
 from engagement._logging import logger
 from engagement._sending.protocols import Transport
 from engagement._sending.sender import Sender
-from engagement._sql.errors import (
-    CannotConnect,
-    DriverFailed,
-    connect,
-    describe,
-    is_of_one_message,
-    is_transient,
-    is_undone,
-    transaction,
-)
+from engagement._sql.errors import CannotConnect, DriverFailed, describe, is_of_one_message, is_transient, is_undone
+from engagement._sql.own_transactions import connect, transaction
 from engagement._watching import observers
 from engagement._watching.observers import Round
 

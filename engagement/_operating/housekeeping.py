@@ -20,9 +20,9 @@ from sqlalchemy.orm import Session
 
 from engagement._delivery.options import Options
 from engagement._logging import logger
-from engagement._sql import statements
+from engagement._sql import turns
 from engagement._sql.errors import describe
-from engagement._sql.statements import schema_in_session
+from engagement._sql.host_sessions import schema_in_session
 from engagement.repository import EngagementMessageRepository
 from engagement.verification import verify
 
@@ -125,10 +125,10 @@ class Housekeeping:
         then, nobody does the work, and that is an error.
         """
         name = f"engagement_housekeeping:{schema_in_session(self._options.schema, session)}:{task}"
-        if session.scalar(statements.take_turn(name)):
+        if session.scalar(turns.take_turn(name)):
             self._holders.pop(task, None)
             return True
-        holders = session.execute(statements.who_has_turn(name)).all()
+        holders = session.execute(turns.who_has_turn(name)).all()
         level = logging.ERROR if holders and holders == self._holders.get(task) else logging.INFO
         logger.log(level, "engagement.turn_taken task=%s pids=%s", task, [row.pid for row in holders])
         self._holders[task] = holders

@@ -39,21 +39,20 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
-from engagement._sql import statements
-from engagement._sql.reading import readable
-from engagement._sql.statements import (
+from engagement._sql import claiming, looking
+from engagement._sql.host_sessions import in_session, readable, schema_in_session
+from engagement._sql.table import (
     FAILED,
     IN_DOUBT,
     NOW,
     PENDING,
+    QUEUE,
     SENDING,
     SENT,
     C,
-    in_session,
     is_due,
     is_older,
     is_prunable,
-    schema_in_session,
     time_since,
 )
 from engagement.messages import BSUID_FORM, checked_flag, checked_id, checked_moment, checked_text, checked_user_id
@@ -300,7 +299,7 @@ def list_messages(
 
 def count_messages(session: Session, *, schema: str | None = None, **filters: Unpack[Filters]) -> int:
     """Return how many messages fit. Indexed as `list_messages` is; otherwise it reads the whole table."""
-    counted = select(func.count()).select_from(statements.QUEUE).where(*_conditions(filters))
+    counted = select(func.count()).select_from(QUEUE).where(*_conditions(filters))
     return int(session.execute(counted, **in_session(schema)).scalar_one())
 
 
@@ -314,7 +313,7 @@ def message_ids(
 
 def count_prunable(session: Session, older_than: timedelta, *, schema: str | None = None) -> int:
     """Return how many messages `prune_messages` would blank. Read by its index."""
-    counted = select(func.count()).select_from(statements.QUEUE).where(is_prunable, is_older)
+    counted = select(func.count()).select_from(QUEUE).where(is_prunable, is_older)
     values = {"older_than": older_than}
     return int(session.execute(counted, values, **in_session(schema)).scalar_one())
 
@@ -391,7 +390,7 @@ def overview(session: Session, *, schema: str | None = None, count_up_to: int | 
     counts = {} if count_up_to is None else _count_roughly(session, queue | values, keywords)
     is_rough = bool(counts)
     if not counts:
-        found = session.execute(statements.count_by_status(), **keywords)
+        found = session.execute(looking.count_by_status(), **keywords)
         counts = {word: count for word, count, _ in found}
     with readable(session):
         table_facts = session.execute(_table_facts(), queue, **keywords).one()
@@ -456,7 +455,7 @@ def _counts_of_unfinished() -> Executable:
 
 def _count_up_to_most(condition: ColumnElement[bool]) -> Select[Any]:
     """Return how many rows fit, counted to `most`; to the end if that is NULL."""
-    some: Select[Any] = select(literal_column("1")).select_from(statements.QUEUE).where(condition)
+    some: Select[Any] = select(literal_column("1")).select_from(QUEUE).where(condition)
     return select(func.count()).select_from(some.limit(bindparam("most", type_=BigInteger)).subquery())
 
 
@@ -485,7 +484,7 @@ def _queue_facts() -> Executable:
     questions: dict[str, Select[Any]] = {
         "due": _count_up_to_most(is_due),
         "oldest_due": select(time_since(func.min(C.next_attempt_at))).where(is_due),
-        "waiting_for": statements.waiting_for(),
+        "waiting_for": claiming.waiting_for(),
         "leases_expired": select(func.count()).where(C.status == SENDING, C.lease_expires_at <= NOW),
         "pending_in_doubt": select(func.count()).select_from(pending).where(pending.c.has_doubt),
         "oldest_in_doubt": select(time_since(func.min(C.next_attempt_at))).where(C.status == IN_DOUBT),

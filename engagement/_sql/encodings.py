@@ -1,4 +1,7 @@
-"""Which texts a database can store: one that was not made in UTF-8 lacks most characters."""
+"""Refuses a text that the database cannot store: the server would do so too, and end the host's transaction with it.
+
+A database that was not made in UTF-8 lacks most characters.
+"""
 
 from __future__ import annotations
 

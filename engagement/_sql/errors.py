@@ -1,13 +1,9 @@
-"""What an error of the database means. Decided by SQLSTATE: not every OperationalError is transient."""
+"""The meaning of an error of the database, by its SQLSTATE: not every OperationalError is transient."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
-from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DataError, DBAPIError, NotSupportedError, SQLAlchemyError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -32,46 +28,6 @@ class NotReplicated(SQLAlchemyError):  # noqa: N818 - what happened
 
     A synchronous standby that it did not wait for, say: if that one is promoted, nothing of the transaction happened.
     """
-
-
-@contextmanager
-def transaction(connection: Connection) -> Iterator[None]:
-    """Commit what the block does. Raises `NotReplicated` for a commit that the server warned of.
-
-    What the block raises and is no error of the database becomes a `DriverFailed`, and undoes it as one of those does.
-    """
-    driver: Any = connection.connection.driver_connection
-    warned: list[str] = []
-
-    def hear(notice: Any) -> None:
-        # By what is the same in every language. A deferred trigger of the host's may warn as well, of what it likes.
-        if notice.severity_nonlocalized == "WARNING" and notice.source_function != "exec_stmt_raise":
-            warned.append(notice.sqlstate)
-
-    driver.add_notice_handler(hear)
-    try:
-        with connection.begin():
-            try:
-                yield
-            except SQLAlchemyError:
-                raise
-            except Exception as error:
-                raise DriverFailed from error
-            warned.clear()
-    finally:
-        driver.remove_notice_handler(hear)
-    if warned:
-        raise NotReplicated
-
-
-def connect(engine: Engine) -> Connection:
-    """Return a connection. Raises `CannotConnect` for what a hook of the host's raises, such as `do_connect`."""
-    try:
-        return engine.connect()
-    except SQLAlchemyError:
-        raise
-    except Exception as error:
-        raise CannotConnect from error
 
 
 def sqlstate(error: BaseException) -> str | None:

@@ -8,17 +8,16 @@ who calls (CVE-2018-1058). So ours search `pg_catalog` alone, and name the table
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
-from functools import lru_cache
+from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Engine, ExceptionContext, event, text
+from sqlalchemy import Connection, Engine, ExceptionContext, event
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 
-from engagement._sql.errors import sqlstate
-from engagement._sql.statements import OUR_SCHEMA, schema_in_force
-from engagement.models import TABLE_NAME
+from engagement._sql.errors import CannotConnect, DriverFailed, NotReplicated, sqlstate
+from engagement._sql.schemas import OUR_SCHEMA, find_schema, schema_in_force, with_schema
 
 _MADE_IN = "engagement_made_in"
 _IMPORTED_IN = os.getpid()
@@ -28,14 +27,6 @@ _WAS_GIVEN = "engagement_schema_was_given"
 SAFE_PATH = "pg_catalog, pg_temp"
 # Under a stricter isolation the claims of two workers would fail each other.
 _TRANSACTION = "ISOLATION LEVEL READ COMMITTED"
-# Every name is PostgreSQL's own, whatever is planted where: no function is called that takes more than one type.
-_FIND_TABLE = text("""
-SELECT nspname FROM pg_catalog.pg_namespace
-JOIN pg_catalog.pg_class ON pg_namespace.oid OPERATOR(pg_catalog.=) relnamespace
-WHERE pg_class.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass(CAST(:table AS pg_catalog.text))
-""")
-# FOR UPDATE OF takes no schema.
-_TABLE = re.compile(rf"(?<![.\w])(?<!OF ){TABLE_NAME}\b")
 
 _READ_ONLY = "25006"
 _NOT_FOUND = frozenset({"42P01", "3F000"})
@@ -70,21 +61,44 @@ def check_engine(engine: Engine) -> None:
         raise ValueError(f"engine: {wanted}, and not {found}")
 
 
-def find_schema(connection: Connection, table: str = TABLE_NAME) -> str | None:
-    """Return the schema in which the search path finds a table of ours, or None."""
-    found: str | None = connection.execute(_FIND_TABLE, {"table": table}).scalar()
-    return found
+@contextmanager
+def transaction(connection: Connection) -> Iterator[None]:
+    """Commit what the block does. Raises `NotReplicated` for a commit that the server warned of.
+
+    What the block raises and is no error of the database becomes a `DriverFailed`, and undoes it as one of those does.
+    """
+    driver: Any = connection.connection.driver_connection
+    warned: list[str] = []
+
+    def hear(notice: Any) -> None:
+        # By what is the same in every language. A deferred trigger of the host's may warn as well, of what it likes.
+        if notice.severity_nonlocalized == "WARNING" and notice.source_function != "exec_stmt_raise":
+            warned.append(notice.sqlstate)
+
+    driver.add_notice_handler(hear)
+    try:
+        with connection.begin():
+            try:
+                yield
+            except SQLAlchemyError:
+                raise
+            except Exception as error:
+                raise DriverFailed from error
+            warned.clear()
+    finally:
+        driver.remove_notice_handler(hear)
+    if warned:
+        raise NotReplicated
 
 
-def with_schema(statement: str, schema: str, connection: Connection) -> str:
-    """Return the text of a statement that names the table with its schema."""
-    return _with_schema(statement, connection.dialect.identifier_preparer.quote_schema(schema))
-
-
-@lru_cache(maxsize=1_000)
-def _with_schema(statement: str, schema: str) -> str:
-    # SQLAlchemy's translation does so anew for each column, each time: a tenth of what a claim takes.
-    return _TABLE.sub(lambda name: f"{schema}.{name[0]}", statement)
+def connect(engine: Engine) -> Connection:
+    """Return a connection. Raises `CannotConnect` for what a hook of the host's raises, such as `do_connect`."""
+    try:
+        return engine.connect()
+    except SQLAlchemyError:
+        raise
+    except Exception as error:
+        raise CannotConnect from error
 
 
 class MadeInAnotherProcess(RuntimeError):  # noqa: N818 - what happened

@@ -1,4 +1,7 @@
-"""Sorts more than fits in memory: in a temporary file, by the database that comes with Python."""
+"""Sorts the keys of a batch, also of one that memory cannot hold, since two batches in two orders would deadlock.
+
+By SQLite, which comes with Python, in a temporary file.
+"""
 
 from __future__ import annotations
 

@@ -32,8 +32,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engagement._logging import logger
 from engagement._sql.errors import describe
-from engagement._sql.own_transactions import SAFE_PATH, check_engine, find_schema, with_schema
-from engagement._sql.statements import FAILED, IN_DOUBT, NOW, PENDING, SENDING, C, is_due, schema_in_force
+from engagement._sql.own_transactions import SAFE_PATH, check_engine
+from engagement._sql.schemas import find_schema, schema_in_force, with_schema
+from engagement._sql.table import FAILED, IN_DOUBT, NOW, PENDING, SENDING, C, is_due
 from engagement._watching.observers import QueueEnd, Round
 from engagement.messages import Queued, QueuedMany
 from engagement.models import MessageStatus

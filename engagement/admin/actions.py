@@ -10,7 +10,7 @@ from typing import Literal
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from engagement._sql.statements import in_schema
+from engagement._sql.schemas import in_schema
 from engagement.messages import InvalidMessage, checked_id
 from engagement.models import EngagementMessage, MessageStatus
 from engagement.repository import EngagementMessageRepository

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from engagement._sql.errors import is_not_migrated, is_unreadable, sqlstate
 from engagement._sql.own_transactions import for_own_transactions
-from engagement._sql.statements import in_schema
+from engagement._sql.schemas import in_schema
 from engagement.cli.parameters import schema_named
 from engagement.cli.problems import DatabaseProblem, Problem
 from engagement.messages import InvalidMessage

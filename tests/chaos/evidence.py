@@ -10,7 +10,7 @@ from typing import Self
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from engagement._sql.statements import RECOVERY
+from engagement._sql.claiming import RECOVERY
 from engagement.verification import Violation, verify
 
 from .ledger import Entry

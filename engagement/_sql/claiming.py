@@ -1,0 +1,246 @@
+"""Statements that give a worker its leases: claim, take over, adopt and extend; and those that look for work."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    Executable,
+    Integer,
+    Interval,
+    Select,
+    Subquery,
+    Text,
+    Update,
+    and_,
+    any_,
+    bindparam,
+    case,
+    cast,
+    column,
+    func,
+    literal_column,
+    null,
+    or_,
+    select,
+    true,
+    tuple_,
+    type_coerce,
+    update,
+)
+
+from engagement._sql.history import history_with
+from engagement._sql.parameters import each_of, limit, packed, text_of, unseen
+from engagement._sql.table import (
+    EXPIRED,
+    IN_DOUBT,
+    LOCKED_UNLESS_BY_OTHERS,
+    MOMENT,
+    NOW,
+    QUEUE,
+    SENDING,
+    C,
+    ctid,
+    is_due,
+    number,
+    unless_in_doubt,
+    word,
+)
+
+OUTGOING = (
+    C.id,
+    C.idempotency_key,
+    C.user_id,
+    C.message_type,
+    C.message_key,
+    # As text: one value that Python cannot read must not break the fetch of all the others.
+    cast(C.message_params, Text).label("message_params"),
+    type_coerce(C.destination, Text),
+    C.destination_jid,
+    C.scheduled_for,
+    C.attempt,
+    C.retry_count,
+    C.next_attempt_at,
+    type_coerce(C.status, Text),
+    C.trace_context,
+)
+_LEASE = NOW + bindparam("lease", type_=Interval)
+
+
+RECOVERY = "/recovery/"
+"""Comes after the name of who took a message over, and before how many workers were lost with it."""
+MOST_LOST_WORKERS = 999_999
+"""As far as they are counted."""
+LOST_WORKERS = f"{RECOVERY}([0-9]{{1,6}})$"
+_WEAK_COMMITS = ("off", "local", "remote_write")
+_MUTE = ("error", "fatal", "panic")
+
+
+def _durably() -> ColumnElement[Any]:
+    """Make this transaction's commit survive a server crash whatever the host's setting: a lost claim is sent again.
+
+    And let the server warn of a commit that a standby does not have.
+    """
+    made_so = [
+        case((func.current_setting(name).in_([word(value) for value in unfit]), func.set_config(name, fit, true())))
+        for name, unfit, fit in (
+            (word("synchronous_commit"), _WEAK_COMMITS, word("on")),
+            (word("client_min_messages"), _MUTE, word("warning")),
+        )
+    ]
+    return unseen(func.concat(*made_so)).label("durable")  # Once, and not for each row.
+
+
+def _after() -> ColumnElement[bool]:
+    place = tuple_(unseen(bindparam("after_at", type_=MOMENT)), unseen(bindparam("after_id", type_=BigInteger)))
+    return tuple_(C.next_attempt_at, C.id) > place
+
+
+@cache
+def claim(*, one_per_destination: bool) -> Executable:
+    """Claim the oldest due messages after (`after_at`, `after_id`), `limit` at most, none to a destination in `busy`.
+
+    Returns them with the new attempt. Those that have expired end here, and are returned too; so are those that may
+    have left, unless the transport is `idempotent`: only under one delivery id with one effect may they be sent again.
+    With `one_per_destination` only the first to each destination is claimed, so that one worker keeps their order.
+    """
+    due = _due(ctid, C.id, C.destination_jid, C.next_attempt_at).limit(unseen(limit)).subquery("due")
+    chosen = _first_of_each_destination(due) if one_per_destination else select(due.c.ctid)
+    expired = C.expires_at <= NOW
+    may_have_left = and_(C.has_doubt, ~bindparam("idempotent", type_=Boolean))
+    ends = or_(expired, may_have_left)
+    event = case((expired, word("expired")), else_=IN_DOUBT)
+    reason = case((C.has_doubt, word("an earlier attempt may have left")))
+    return (
+        update(QUEUE)
+        # An array, not a join or IN: a planner that repeats the sub-select would claim more than `limit`.
+        .where(ctid == any_(func.array(chosen.scalar_subquery())))
+        .values(
+            status=case((ends, unless_in_doubt(EXPIRED, C.has_doubt)), else_=SENDING),
+            attempt=C.attempt + case((ends, number(0)), else_=number(1)),
+            lease_expires_at=case((ends, null()), else_=_LEASE),
+            claimed_by=case((ends, C.claimed_by), else_=bindparam("worker", type_=Text)),
+            history=case((ends, history_with(event, reason)), else_=C.history),
+        )
+        .returning(*OUTGOING, _durably())
+    )
+
+
+def _due(*columns: ColumnElement[Any]) -> Select[Any]:
+    return (
+        select(*columns)
+        .where(is_due, _after(), C.destination_jid != each_of("busy", Text()), C.id != each_of("broken", BigInteger()))
+        .order_by(C.next_attempt_at, C.id)
+        .with_for_update(**LOCKED_UNLESS_BY_OTHERS)
+    )
+
+
+@cache
+def next_due() -> Executable:
+    """Return the id of what `claim` comes to first, and lock it."""
+    return _due(C.id).limit(number(1))
+
+
+def _first_of_each_destination(due: Subquery) -> Select[Any]:
+    place = func.row_number().over(partition_by=due.c.destination_jid, order_by=(due.c.next_attempt_at, due.c.id))
+    numbered = select(due.c.ctid, place.label("place")).subquery("numbered")
+    return select(numbered.c.ctid).where(numbered.c.place == number(1))
+
+
+@cache
+def take_over_expired_leases() -> Executable:
+    """Give the caller a lease on messages whose own ran out, `limit` at most; the attempt stays the same.
+
+    So a late worker can still settle its attempt, and two processors do not recover the same message at once. Returns
+    the name that each is held by, which ends in how many workers were lost with it.
+    """
+    lost = _lost().limit(unseen(limit))
+    # Cut, so that no number of a hand-written name is too large.
+    so_far = cast(func.substring(C.claimed_by, literal_column(f"'{LOST_WORKERS}'")), Integer)
+    lost_workers = func.least(func.coalesce(so_far, number(0)), number(MOST_LOST_WORKERS - 1)) + number(1)
+    name = func.concat(bindparam("recoverer", type_=Text), literal_column(f"'{RECOVERY}'"), lost_workers)
+    return _leased(lost, name).returning(*OUTGOING, _durably(), C.claimed_by)
+
+
+def _lost() -> Select[Any]:
+    return (
+        select(C.id)
+        # What the caller holds itself is not lost, also when it could not extend its leases in time.
+        .where(C.status == SENDING, C.lease_expires_at <= NOW, C.id != each_of("held", BigInteger()))
+        .order_by(C.lease_expires_at)
+        .with_for_update(**LOCKED_UNLESS_BY_OTHERS)
+    )
+
+
+@cache
+def next_lost() -> Executable:
+    """Return the id of what `take_over_expired_leases` comes to first, and lock it."""
+    return _lost().limit(number(1))
+
+
+@cache
+def adopt_unacknowledged() -> Executable:
+    """Return what was claimed under `names`, of transactions whose commits were not acknowledged.
+
+    Such a message was never handed to the transport. What was taken over from others has another name on it.
+    """
+    unacknowledged = C.claimed_by == any_(bindparam("names", type_=ARRAY(Text)))
+    # Behind this, what is known waits to be committed: what somebody has locked is adopted a round later.
+    mine = select(C.id).where(C.status == SENDING, unacknowledged).with_for_update(**LOCKED_UNLESS_BY_OTHERS)
+    return _leased(mine, bindparam("worker", type_=Text)).returning(*OUTGOING, _durably())
+
+
+def _leased(locked: Select[Any], name: ColumnElement[str]) -> Update:
+    """Give a lease under `name` to the messages whose ids `locked` selects."""
+    ids = func.array(locked.correlate(None).scalar_subquery())
+    return update(QUEUE).where(C.id == any_(ids)).values(lease_expires_at=_LEASE, claimed_by=name)
+
+
+@cache
+def extend_leases() -> Executable:
+    """Extend the leases of the messages `held` under `names` that are still being sent, and return their ids.
+
+    Fenced on the name, since who takes a message over leaves its attempt. What somebody else has locked is left out: to
+    wait for it, the leases of all the others would run out.
+    """
+    held = func.unnest(packed("held", BigInteger()), packed("names"))
+    given = held.table_valued(column("id", BigInteger), column("name", Text)).render_derived(name="held")
+    mine = (
+        select(C.id)
+        .where(C.id == given.c.id, C.claimed_by == given.c.name, C.status == SENDING)
+        .with_for_update(of=QUEUE, **LOCKED_UNLESS_BY_OTHERS)
+    )
+    return _leased(mine, C.claimed_by).returning(C.id, _durably())
+
+
+@cache
+def peek() -> Executable:
+    """Return whether there is anything to do: a message is due after (`after_at`, `after_id`), or a lease ran out."""
+    lost = select(C.id).where(C.status == SENDING, C.lease_expires_at <= NOW)
+    return select(or_(select(C.id).where(is_due, _after()).exists(), lost.exists()))
+
+
+@cache
+def note_not_ready() -> Executable:
+    """Write why nothing is claimed on the message that has been due for longest, unless that is what it says last."""
+    oldest = _oldest_due(C.id).with_for_update(**LOCKED_UNLESS_BY_OTHERS).scalar_subquery()
+    return (
+        update(QUEUE)
+        .where(C.id == oldest, C.history[-1]["reason"].astext.is_distinct_from(text_of("reason")))
+        .values(history=history_with(word("not_ready"), text_of("reason")))
+    )
+
+
+def waiting_for() -> Select[Any]:
+    """Return what the message that has been due for longest waits for, if `note_not_ready` was the last to write."""
+    last = C.history[-1]
+    return _oldest_due(case((last["event"].astext == word("not_ready"), last["reason"].astext)))
+
+
+def _oldest_due(wanted: ColumnElement[Any]) -> Select[Any]:
+    return select(wanted).where(is_due).order_by(C.next_attempt_at, C.id).limit(number(1))

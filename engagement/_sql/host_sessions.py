@@ -1,0 +1,57 @@
+"""Statements in a host's session: they go to the engine that has our table, and read moments in any style."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import update
+from sqlalchemy.orm import Session
+
+from engagement._sql.errors import sqlstate
+from engagement._sql.schemas import in_schema, schema_in_force
+from engagement._sql.table import QUEUE
+from engagement.models import EngagementMessage, checked_schema
+
+# A statement of tables has no mapper, by which a session with several engines chooses (`Session.binds`). Of one that
+# reads from a replica, all go where an UPDATE goes: a replica may lack the row that an INSERT has just met.
+_BY_THE_ENGINE_OF_UPDATES: dict[str, Any] = {"mapper": EngagementMessage.__mapper__, "clause": update(QUEUE)}
+
+
+def in_session(schema: str | None) -> dict[str, Any]:
+    """Return the keywords with which a session executes a statement: `in_schema`, and by the engine of our table."""
+    # Whatever the host's engine says: no cursor of the server's inserts or changes what it returns.
+    options = {"stream_results": False, "yield_per": None} | in_schema(schema)
+    return {"execution_options": options, "bind_arguments": _BY_THE_ENGINE_OF_UPDATES}
+
+
+def schema_in_session(schema: str | None, session: Session) -> str | None:
+    """Return where a statement in `session` finds the table; see `in_session`."""
+    checked_schema(schema)  # Before anything is connected to.
+    return schema_in_force(schema, session.connection(bind_arguments=_BY_THE_ENGINE_OF_UPDATES))
+
+
+@contextmanager
+def readable(session: Session, bind_arguments: dict[str, Any] = _BY_THE_ENGINE_OF_UPDATES) -> Iterator[None]:
+    """Let moments be read while the block runs, also by psycopg, which reads those of DateStyle ISO only.
+
+    The host's setting is as before at the end. Where it is ISO, the server is not asked.
+    """
+    connection = session.connection(bind_arguments=bind_arguments)
+    reported = getattr(connection.connection.driver_connection, "info", None)
+    style = "ISO" if reported is None else reported.parameter_status("DateStyle") or "ISO"
+    if style.startswith("ISO"):
+        yield
+        return
+    # Without a transaction nothing would be local to it.
+    scope = "" if getattr(connection.connection.driver_connection, "autocommit", False) else "LOCAL "
+    connection.exec_driver_sql(f"SET {scope}datestyle = ISO")
+    try:
+        yield
+    except BaseException as error:
+        # Else the transaction is over, or back at a savepoint, and the setting with it.
+        if scope == "" or sqlstate(error) is None:
+            connection.exec_driver_sql(f"SET {scope}datestyle = '{style}'")
+        raise
+    connection.exec_driver_sql(f"SET {scope}datestyle = '{style}'")

@@ -1,0 +1,175 @@
+"""Statements that record the verdict of a send, and the traces of a claim that was lost."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    Executable,
+    Float,
+    Integer,
+    TableValuedAlias,
+    Text,
+    and_,
+    any_,
+    bindparam,
+    case,
+    cast,
+    column,
+    func,
+    literal_column,
+    not_,
+    null,
+    or_,
+    select,
+    true,
+    update,
+)
+from sqlalchemy.types import TypeEngine
+
+from engagement._sql.claiming import LOST_WORKERS
+from engagement._sql.history import history_with
+from engagement._sql.parameters import packed, text_of
+from engagement._sql.table import (
+    CANCELLED,
+    IN_DOUBT,
+    LOCKED,
+    MOMENT,
+    NOW,
+    PENDING,
+    QUEUE,
+    SENDING,
+    SENT,
+    C,
+    is_forgotten,
+    is_wanted,
+    number,
+    unless_in_doubt,
+    word,
+)
+from engagement.models import MOST_COUNTED
+
+
+@cache
+def settle_if_claimed() -> Executable:
+    """Record verdicts, one for each message at most, and return (id, status) of those that were recorded.
+
+    Fenced on the attempt and on the name of the claim: one that was lost changes nothing. `Sent` is a fact: it also
+    resolves a doubt, stops the next attempt, and corrects what was called unsent. It needs no more than its attempt,
+    or an earlier one, which says that the claim was lost with a commit. A message that was forgotten meanwhile keeps
+    nothing, and is not tried again.
+    """
+    given = _verdicts().c
+    has_doubt = func.coalesce(given.has_doubt, C.has_doubt)
+    wanted = case((and_(given.status == PENDING, is_forgotten), CANCELLED), else_=given.status)
+    resolves = and_(given.status == SENT, or_(C.status != SENDING, C.claimed_by != given.name))
+    reason = case((is_forgotten, null()), else_=given.reason)
+    is_late_but_sent = and_(given.status == SENT, C.status != SENT)
+    return (
+        update(QUEUE)
+        .values(
+            status=unless_in_doubt(wanted, has_doubt),
+            attempt=given.attempt,
+            claimed_by=given.name,
+            has_doubt=has_doubt,
+            lease_expires_at=null(),
+            sent_at=case((given.status == SENT, NOW)),
+            retry_count=func.least(C.retry_count, number(MOST_COUNTED - 1)) + given.failures,
+            next_attempt_at=case((given.status == PENDING, _next_attempt(given)), else_=C.next_attempt_at),
+            provider_message_id=case((is_forgotten, null()), else_=given.provider_message_id),
+            error_message=case((is_forgotten, null()), else_=func.coalesce(reason, C.error_message)),
+            history=case(
+                (resolves, history_with(word("resolved"), reason, sent=true())),
+                (given.event != SENT, history_with(given.event, reason)),
+                else_=C.history,
+            ),
+        )
+        .where(
+            C.id == given.id,
+            # The fence: whoever was recovered and claimed again in the meantime has another attempt, or another name.
+            or_(
+                and_(C.status == SENDING, C.attempt == given.attempt, C.claimed_by == given.name),
+                and_(is_late_but_sent, C.attempt <= given.attempt),
+            ),
+        )
+        .returning(C.id, C.status)
+    )
+
+
+def _verdicts() -> TableValuedAlias:
+    types: dict[str, TypeEngine[Any]] = {
+        "id": BigInteger(),
+        "attempt": Integer(),
+        "failures": Integer(),
+        "has_doubt": Boolean(),
+        "delay": Float(),
+        "until": MOMENT,
+    }
+    texts = dict.fromkeys(("name", "status", "event", "reason", "provider_message_id"))
+    unnested = func.unnest(*(packed(f"given_{name}", type_) for name, type_ in (types | texts).items()))
+    columns = [column(name, type_ or Text()) for name, type_ in (types | texts).items()]
+    return unnested.table_valued(*columns).render_derived(name="given")
+
+
+def _next_attempt(given: Any) -> ColumnElement[Any]:
+    a_second: ColumnElement[Any] = literal_column("interval '1 second'")
+    # A transport that postpones into the past would otherwise be asked again without end.
+    soonest = NOW + a_second
+    delayed = NOW + given.delay * a_second
+    return case((given.until.is_not(None), func.greatest(given.until, soonest)), else_=delayed)
+
+
+@cache
+def attempts_of() -> Executable:
+    """Return what became of messages whose verdicts were not recorded: (id, attempt, claimed_by, status, event).
+
+    `event` is the last one in the history, if it is one of this attempt. They are locked: to find them recorded by an
+    earlier commit would commit nothing, and not wait for a standby that lacks that one.
+    """
+    entry = C.history[-1]
+    is_of_this = entry["attempt"].astext == cast(C.attempt, Text)
+    columns = C.id, C.attempt, C.claimed_by, C.status, case((is_of_this, entry["event"].astext)).label("event")
+    these = C.id == any_(bindparam("ids", type_=ARRAY(BigInteger)))
+    return select(*columns).where(these).order_by(C.id).with_for_update(**LOCKED)
+
+
+_is_of_another_claim = and_(
+    C.attempt <= bindparam("of_attempt", type_=Integer), C.claimed_by.is_distinct_from(text_of("of_name"))
+)
+
+
+@cache
+def doubt_if_not_sent() -> Executable:
+    """Note that a claim that was lost may have left, unless that is known: whoever holds the message now goes on.
+
+    It is not sent again after that, but by an idempotent transport.
+    """
+    ends = C.status.not_in([PENDING, SENDING])
+    return (
+        update(QUEUE)
+        .where(is_wanted, _is_of_another_claim, ~C.has_doubt, C.status.not_in([SENT, IN_DOUBT]))
+        .values(
+            status=case((ends, IN_DOUBT), else_=C.status),
+            # Who is sending it settles the attempt that it has claimed.
+            attempt=case((C.status == SENDING, C.attempt), else_=bindparam("of_attempt", type_=Integer)),
+            has_doubt=True,
+            history=history_with(IN_DOUBT, case((is_forgotten, null()), else_=text_of("reason"))),
+        )
+    )
+
+
+@cache
+def tell_sent_twice() -> Executable:
+    """Note that two claims of a message were sent, and return its id; nothing if the other one only found that out."""
+    found_out = C.claimed_by.regexp_match(literal_column(f"'{LOST_WORKERS}'"))
+    return (
+        update(QUEUE)
+        .where(is_wanted, C.status == SENT, _is_of_another_claim, not_(found_out))
+        .values(claimed_by=text_of("of_name"), history=history_with(word("sent_twice"), null()))
+        .returning(C.id)
+    )
