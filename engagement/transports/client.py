@@ -87,7 +87,7 @@ class ProviderClient:
             raise ValueError("connections: must be at least 1")
         self._connections = Connections(
             base_url,
-            headers=_checked_headers(headers),
+            headers=headers,
             connect_within=connect_within.total_seconds(),
             idle_seconds=IDLE_CONNECTION_SECONDS,
             limit=connections,
@@ -234,13 +234,6 @@ class ProviderClient:
 
 def _from_now(wait: timedelta) -> datetime:
     return datetime.now(UTC) + wait
-
-
-def _checked_headers(headers: Mapping[str, str]) -> Mapping[str, str]:
-    for name, value in headers.items():
-        if not value or not value.isascii() or not value.isprintable() or value != value.strip():
-            raise ValueError(f"{name}: must be printable ASCII, without blanks around it")
-    return headers
 
 
 _clients: WeakSet[ProviderClient] = WeakSet()

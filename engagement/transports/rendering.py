@@ -48,6 +48,9 @@ def refusal_of(text: object, *, most_characters: int) -> Refused | None:
     return None
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def as_json(payload: Mapping[str, Any]) -> bytes:
     """Return the body of a request: the same payload, the same bytes."""
-    return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return _JSON.encode(payload).encode()

@@ -23,7 +23,7 @@ from engagement.transports.client import (
     Prepared,
     ProviderClient,
 )
-from engagement.transports.exchange import LARGEST_ANSWER
+from engagement.transports.connection import LARGEST_ANSWER
 from engagement.transports.http import Answer, Proof, Silence, what_it_proves
 
 PREPARED = Prepared("/messages", b'{"text":"hello"}')

@@ -89,7 +89,9 @@ def test_nothing_private_is_logged_or_told(behaviour, caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [ValueError, OSError, h11.RemoteProtocolError, RecursionError])
-@pytest.mark.parametrize("step", ["Connections._request", "Connections._new_one", "_Connection.exchange"])
+@pytest.mark.parametrize(
+    "step", ["exchange.Connections._written", "exchange.Connections._new_one", "connection.Connection._exchange"]
+)
 def test_no_error_leaves_a_transport(monkeypatch, step, kind):
     """Whatever the network or h11 raises becomes an outcome, without the text that it holds."""
 
@@ -97,7 +99,7 @@ def test_no_error_leaves_a_transport(monkeypatch, step, kind):
         raise kind(f"{KEY} {arguments}")
 
     monkeypatch.setattr("engagement.transports.client.FIRST_PAUSE", timedelta(microseconds=1))
-    monkeypatch.setattr(f"engagement.transports.exchange.{step}", fail)
+    monkeypatch.setattr(f"engagement.transports.{step}", fail)
     with serving(lambda _: Reply(500)) as server:
         for transport in transports(server.url):
             nothing_private_in(repr(transport.send(outgoing())))

@@ -1,0 +1,222 @@
+"""One thread of the process waits for all connections and does what is done on them; a caller waits for a lock.
+
+Each system call lets another thread run Python, and who made it waits until it may go on. With 500 callers, each of
+whom looks, writes, waits and reads for itself, that costs more than their exchanges do.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from time import monotonic
+from typing import Any, Generic, Protocol, TypeVar
+
+from engagement.transports.http import ConnectError, ConnectTimeout, ReadError, ReadTimeout
+
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+STUCK_SECONDS = 5.0
+"""So long after the deadline a caller waits for the thread to tell how far it came. Then nobody knows."""
+
+T = TypeVar("T")
+Steps = Generator[tuple[int, type[Exception]], None, T]
+"""What is done on a connection: it yields READ or WRITE to wait, and the error to raise there at the deadline."""
+
+
+class Watched(Protocol):
+    """A connection, as the thread sees it. Its socket does not block."""
+
+    socket: socket.socket
+    is_free: bool
+    """Whether it is kept, and watched further, when its steps have ended."""
+    watched_for: int
+    running: Run[Any] | None
+
+    def is_clean(self) -> bool:
+        """Whether it is open and nothing has come on it."""
+
+
+class Run(Generic[T]):
+    """Steps on a connection, and how they ended."""
+
+    def __init__(self, connection: Watched, steps: Steps[T]) -> None:
+        self.connection = connection
+        self.steps = steps
+        self.late: type[Exception] = ConnectTimeout
+        self.is_given_up = False
+        self.value: T
+        self.error: BaseException | None = None
+        self.is_over = threading.Lock()
+        self.is_over.acquire()
+
+
+class Waiter:
+    """The thread. Methods that are not public run in it."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._bell, self._heard = socket.socketpair()
+        self._bell.settimeout(0)
+        self._selector.register(self._heard, READ)
+        self._jobs: deque[tuple[Callable[[Any], None], Any]] = deque()
+        self._over: list[Run[Any]] = []
+        self._is_asleep = False
+        self.has_ended = False
+        threading.Thread(target=self._work, name="engagement-exchanges", daemon=True).start()
+
+    def run(self, connection: Watched, steps: Steps[T], deadline: float) -> T:
+        """Run steps and return what they return. `ConnectTimeout` or `ConnectError`: they were not begun."""
+        if self.has_ended:
+            raise ConnectError
+        run = Run(connection, steps)
+        is_over = False
+        try:
+            self.soon(self._begin, run)
+            is_over = run.is_over.acquire(timeout=max(deadline - monotonic(), 0))
+        finally:
+            if not is_over:  # Late, or interrupted: nothing goes on for which nobody waits.
+                run.is_given_up = True
+                self.soon(self._give_up, run)
+                is_over = run.is_over.acquire(timeout=STUCK_SECONDS)
+        if not is_over:
+            raise ReadTimeout
+        try:
+            if run.error is not None:
+                raise run.error
+            return run.value
+        finally:
+            del run  # The error would hold it, and it the error.
+
+    def close(self, connection: Watched) -> None:
+        """Close a connection as soon as nothing is done on it."""
+        self.soon(self._close, connection)
+
+    def soon(self, job: Callable[[Any], None], given: object) -> None:
+        """Let the thread do something. It is woken once for all that comes before it is awake."""
+        self._jobs.append((job, given))
+        try:
+            if self._is_asleep:
+                self._is_asleep = False
+                with suppress(OSError):
+                    self._bell.send(b"\0")
+        except BaseException:  # Interrupted before it was woken: the next one wakes it.
+            self._is_asleep = True
+            raise
+
+    def end(self) -> None:
+        """Close everything; what runs has failed. Not beside the thread: in it, or in a child, which has none."""
+        self.has_ended = True
+        for connection in [key.data for key in self._selector.get_map().values() if key.data is not None]:
+            if connection.running is not None:
+                connection.running.error = ReadError()
+                self._over.append(connection.running)
+            connection.socket.close()
+        for job, run in self._jobs:
+            if job == self._begin:
+                run.error = ConnectError()
+                self._over.append(run)
+        self._tell()
+        self._bell.close()
+        self._heard.close()
+        self._selector.close()
+
+    def _work(self) -> None:
+        try:
+            while True:
+                self._turn()
+        except BaseException:  # noqa: BLE001 - whoever closes all descriptors of the process closes its own
+            self.end()
+
+    def _turn(self) -> None:
+        self._is_asleep = True  # Before it looks for jobs: who adds one after that wakes it.
+        ready = self._selector.select(0 if self._jobs else None)
+        self._is_asleep = False
+        for key, _ in ready:
+            if key.data is None:
+                self._heard.recv(4096)
+            elif key.data.running is not None:
+                self._go_on(key.data.running)
+            elif not key.data.is_clean():
+                self._close(key.data)
+        for _ in range(len(self._jobs)):
+            job, given = self._jobs.popleft()
+            job(given)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Let go who waited for what is over: all at once, since each of them takes the interpreter from the thread."""
+        for run in self._over:
+            run.is_over.release()
+        self._over.clear()
+
+    def _begin(self, run: Run[Any]) -> None:
+        if run.is_given_up:
+            run.error = ConnectTimeout()
+            self._finish(run)
+        else:
+            run.connection.running = run
+            self._go_on(run)
+
+    def _give_up(self, run: Run[Any]) -> None:
+        if run.connection.running is run:
+            self._go_on(run, run.late())
+
+    def _go_on(self, run: Run[Any], error: Exception | None = None) -> None:
+        try:
+            wanted, run.late = next(run.steps) if error is None else run.steps.throw(error)
+            self._watch(run.connection, wanted)
+        except StopIteration as end:
+            run.value = end.value
+            self._finish(run)
+        except BaseException as failure:  # noqa: BLE001 - it is the caller's
+            run.error = failure
+            self._finish(run)
+
+    def _finish(self, run: Run[Any]) -> None:
+        self._watch(run.connection, READ if run.connection.is_free else 0)
+        run.connection.running = None
+        self._over.append(run)
+
+    def _watch(self, connection: Watched, wanted: int) -> None:
+        before, connection.watched_for = connection.watched_for, wanted
+        if wanted == before:
+            return
+        if not wanted:
+            self._selector.unregister(connection.socket)
+        elif before:
+            self._selector.modify(connection.socket, wanted, connection)
+        else:
+            self._selector.register(connection.socket, wanted, connection)
+
+    def _close(self, connection: Watched) -> None:
+        self._watch(connection, 0)
+        connection.socket.close()
+
+
+_waiter: Waiter | None = None
+_lock = threading.Lock()
+
+
+def the_waiter() -> Waiter:
+    """Return the thread of this process, which begins when it is first needed."""
+    global _waiter  # noqa: PLW0603 - a process has one
+    with _lock:
+        if _waiter is None or _waiter.has_ended:
+            _waiter = Waiter()
+        return _waiter
+
+
+def _begin_anew() -> None:
+    """Close what a child shares with its parent, whose thread watches it further: the selector must not be told."""
+    global _waiter, _lock  # noqa: PLW0603
+    _lock = threading.Lock()
+    if _waiter is not None and not _waiter.has_ended:
+        _waiter.end()
+    _waiter = None
+
+
+os.register_at_fork(after_in_child=_begin_anew)
