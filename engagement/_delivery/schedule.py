@@ -42,19 +42,19 @@ def _last_step(state: State, now: float) -> Step | None:
 def _database_step(state: State, now: float) -> Step | None:
     """Return what is to be done with the database now, or before it can be done."""
     hand, is_to_look = state.hand, now >= state.look_at
-    if not hand.verdicts and not is_to_look:
-        return None
-    may_give_back = bool(state.names.unacknowledged) and state.failure is None
-    if state.is_idle and hand.is_empty and not may_give_back:
-        return Peek(state.cursor.start(now))
-    wanted = _wanted(state, now)
-    if wanted and state.readiness.is_to_be_asked(now):
-        return Ask()
-    if not state.readiness.is_ready:
-        wanted = 0
+    is_to_give_back = bool(state.names.unacknowledged) and state.failure is None and now >= state.give_back_at
+    wanted = 0
+    if hand.verdicts or is_to_look:
+        if state.is_idle and hand.is_empty and not is_to_give_back:
+            return Peek(state.cursor.start(now))
+        wanted = _wanted(state, now)
+        if wanted and state.readiness.is_to_be_asked(now):
+            return Ask()
+        if not state.readiness.is_ready:
+            wanted = 0
     if wanted:
         return _claim(state, now, wanted)
-    return Transact([*hand.verdicts]) if hand.verdicts or may_give_back else None
+    return Transact([*hand.verdicts]) if hand.verdicts or is_to_give_back else None
 
 
 def _wanted(state: State, now: float) -> int:
@@ -87,7 +87,7 @@ def _claim(state: State, now: float, wanted: int) -> Transact:
 def _wait(state: State, now: float) -> Step:
     """Return the wait until something may have to be done."""
     hand = state.hand
-    times = [state.look_at, state.outage.retry_at, state.pace.next_at, state.readiness.ask_at]
+    times = [state.look_at, state.give_back_at, state.outage.retry_at, state.pace.next_at, state.readiness.ask_at]
     if hand.claims:
         times.append(state.leases.extend_at)
         if state.send_timeout < inf:

@@ -52,7 +52,7 @@ class State:
         """Whether what is in hand is not waited for either."""
         self.is_idle = False
         """Whether the last look found nothing that could be sent."""
-        self.look_at = self.recover_at = 0.0
+        self.look_at = self.recover_at = self.give_back_at = 0.0
 
     def stopped(self) -> None:
         """Claim nothing any more."""
@@ -116,6 +116,7 @@ class State:
         if taken.recovered_all:
             self.recover_at = now + self.leases.seconds / 4
         self.names.acknowledge(now)
+        self.give_back_at = now + self.poll_interval if self.names.unacknowledged else 0.0
         self.hand.take(taken.claims)
         if own := [claim for claim in taken.claims if not claim.lost_workers]:
             self.pace.started(own[-1])

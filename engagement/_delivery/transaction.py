@@ -56,13 +56,17 @@ class Transactions:
         taken.name = self._names.begin()
         holder = Holder(taken.name, self._lease)
         if earlier:
-            taken.claims += database.adopt(connection, holder, names=earlier)
+            adopted = database.adopt(connection, holder, names=earlier)
+            taken.claims += adopted[: step.wanted]
+            self._return(connection, adopted[step.wanted :])  # Of two commits that came late there may be too many.
         if clock() >= self._mend_at:
             self._mend_at = clock() + MEND_SECONDS
             self._broken.clear()
         if step.takes_over:
-            lost = how.take_over(connection, holder, limit=step.wanted, held=self._hand.claims, broken=self._broken)
-            taken.recovered_all = len(lost) < step.wanted
+            lost = how.take_over(
+                connection, holder, limit=step.wanted - len(taken.claims), held=self._hand.claims, broken=self._broken
+            )
+            taken.recovered_all = len(lost) + len(taken.claims) < step.wanted
             taken.claims += map(self._unless_it_kills, lost)
         if step.wanted > len(taken.claims):
             self._claim(step, holder, taken, how, connection)
@@ -72,10 +76,13 @@ class Transactions:
         """Give back claims whose commit was not acknowledged: nobody will start them now."""
         if not (names := self._names.unacknowledged):
             return
-        unstarted = Postpone(EARLIEST, "its worker was told of the claim too late to send it")
         holder = Holder(self._names.next(), self._lease)
-        for claim in database.adopt(connection, holder, names=names):
-            database.settle(connection, [(claim, self._verdict(claim, unstarted))])
+        self._return(connection, database.adopt(connection, holder, names=names))
+
+    def _return(self, connection: Connection, claims: list[Claim]) -> None:
+        unstarted = Postpone(EARLIEST, "its worker was told of the claim too late to send it")
+        if claims:
+            database.settle(connection, [(claim, self._verdict(claim, unstarted)) for claim in claims])
 
     def _claim(self, step: Transact, holder: Holder, taken: Taken, how: ModuleType, connection: Connection) -> None:
         busy = set() if self._sends_many else {*step.busy, *(claim.message.destination_jid for claim in taken.claims)}
