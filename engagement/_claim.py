@@ -47,7 +47,7 @@ class Claim:
     claimed_by: str
     held_until: float
     lost_workers: int = 0
-    """How many workers were lost with it, before this one took it over: then the question is what became of it."""
+    """How many workers were lost with it. If any were, this worker looks up the message and does not send it."""
     trace_context: str | None = None
     """The W3C `traceparent` of the span that queued the message."""
     known: Outcome | None = None

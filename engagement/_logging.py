@@ -1,4 +1,4 @@
-"""The logger of all modules. Logs name ids and events, never people or what they are told."""
+"""The logger of all modules. Logs name ids and events, never people or the text of a message."""
 
 from __future__ import annotations
 

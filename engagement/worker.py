@@ -23,7 +23,7 @@ def process_message_queue(
     stop: threading.Event | None = None,
     **options: Unpack[DeliveryOptions],
 ) -> ProcessResult:
-    """Send what is due, until nothing is or `limit` messages were claimed; return what was done. For a cron job.
+    """Send the due messages until none is left, or `limit` were claimed. Return the counts. For a cron job.
 
     Any number of these and of `Worker.run` may run at once. `stop` ends it early: nothing is claimed any more, and
     sends in hand finish. Raises what the database raises if it cannot be reached at first, or for longer than a
@@ -37,7 +37,7 @@ def process_message_queue(
 
 
 class Worker:
-    """Sends what is due, as long as it runs.
+    """Sends due messages, as long as it runs.
 
     - `concurrency`: how many messages are in hand at once, and the largest batch of a transport with `send_many`.
       Plain functions are called in that many threads.
@@ -56,7 +56,7 @@ class Worker:
     - `verify_every`: how often to look for broken promises, each of which is logged. None leaves that to you.
 
     Of many workers one prunes, and one verifies, at a time. Each takes one more connection of the engine's pool while
-    it is at it, which must have one to spare, or leases would not be extended meanwhile. No send waits for it.
+    it is at it. The pool must have one to spare, or leases would not be extended meanwhile. No send waits for it.
     """
 
     def __init__(self, engine: Engine, transport: Transport, **options: Unpack[WorkerOptions]) -> None:
@@ -65,7 +65,7 @@ class Worker:
         self._transport = transport
 
     def run(self, stop: threading.Event | None = None) -> ProcessResult:
-        """Send what is due until `stop` is set; then let the sends in hand finish, settle them, and return.
+        """Send due messages until `stop` is set; then let the sends in hand finish, settle them, and return.
 
         A lost database is waited for. An error that waiting does not mend, such as a missing table, is raised.
         """

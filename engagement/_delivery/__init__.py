@@ -1,1 +1,1 @@
-"""What a worker does: claim, send, settle, and recover."""
+"""Claim, send, settle, recover: the work of a worker."""

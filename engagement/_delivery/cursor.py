@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from engagement._claim import START, Position
 
 RESTART_SECONDS = 1.0
-"""A claim starts where the last one ended, past the dead index entries of what was claimed before. What was back-dated
-or committed late lies before that, so one starts from the beginning this often."""
+"""A claim starts where the last one ended, past the dead index entries of earlier claims. A message that was
+back-dated, or committed late, lies before that place. So one claim starts from the beginning this often."""
 RESTART_SHARE = 0.1
 """The most of its time that a worker spends on that: while another session holds an old snapshot, no dead entry can be
 removed, and to step over all of them takes ever longer."""
 LONGEST_RESTART_SECONDS = 60.0
-"""But it is put off for no longer: that one took long may also have been a lock, or a machine that slept."""
+"""No start is put off for longer: the last one may have waited for a lock, or the machine may have slept."""
 
 
 class Cursor:
@@ -39,9 +39,9 @@ class Cursor:
         return [start, START] if is_last else [start]
 
     def claimed(self, position: Position | None, restart_took: float | None, now: float) -> None:
-        """Go on behind what was claimed last, and put the next start from the beginning off if this was one.
+        """Go on behind the last message that was claimed. A start from the beginning puts the next one off.
 
-        That one takes its share of the time and no more, however long it takes.
+        The longer it took, the rarer it is: `RESTART_SHARE` of the time at most.
         """
         if position is not None:
             self.position = position

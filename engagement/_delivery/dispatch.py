@@ -1,4 +1,4 @@
-"""The sender's side of a run: what is handed over, what is heard of it, and what is given up."""
+"""The sender's side of a run: hear its news, ask whether it is ready, give up calls that take too long."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engagement.outcomes import InDoubt, Outcome, Postpone, clean_reason
 
 
 class Dispatch:
-    """Tells `state` what the sender says."""
+    """Passes the sender's news on to `state`, with a verdict for each answer."""
 
     def __init__(
         self, transport: Transport, sender: Sender, options: Options, state: State, verdicts: Verdicts
@@ -70,8 +70,8 @@ class Dispatch:
 
 
 def _why_not_ready(transport: object) -> str:
-    """Return what a transport says that it waits for, or nothing."""
+    """Return the transport's own reason for not being ready; empty if it gives none."""
     try:
         return clean_reason(getattr(transport, "why_not_ready", None)) or ""
-    except Exception:  # noqa: BLE001 - the host's code, and no reason to stop
+    except Exception:  # noqa: BLE001 - the host's code must not end the run
         return ""

@@ -1,4 +1,4 @@
-"""What a worker has in hand."""
+"""The messages in hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Hand:
         self.claims: dict[int, Claim] = {}
         """By message id, from the claim until the settlement."""
         self.verdicts: list[tuple[Claim, Verdict]] = []
-        """What is to be settled, in the order of the answers."""
+        """The verdicts that are not settled yet, in the order of the answers."""
         self.overdue: set[Claim] = set()
         """Calls that outlasted `send_timeout`. Each still occupies a thread and its destination."""
 
@@ -48,7 +48,7 @@ class Hand:
         return [claim for claim in self.unanswered if claim.started_at <= moment and claim.handle is not None]
 
     def take(self, claims: Iterable[Claim]) -> None:
-        """Take what was claimed."""
+        """Take new claims."""
         self.claims |= {claim.message.id: claim for claim in claims}
 
     def decide(self, claim: Claim, verdict: Verdict) -> None:
@@ -56,7 +56,7 @@ class Hand:
         self.verdicts.append((claim, verdict))
 
     def settle(self) -> None:
-        """Let go of what had a verdict, now that it is committed."""
+        """Let go of the claims with a verdict: it is committed."""
         for claim, _ in self.verdicts:
             if self.claims.get(claim.message.id) is claim:
                 del self.claims[claim.message.id]

@@ -1,4 +1,4 @@
-"""When the leases of what is in hand are extended."""
+"""When the leases of the messages in hand are extended."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Leases:
         self.extend_at = now + seconds / 3
 
     def extended(self, claims: Sequence[Claim], until: Mapping[Claim, float], now: float) -> None:
-        """Note what was committed. What is missing in `until` is lost, or locked for a moment."""
+        """Believe in the new leases: they are committed. A claim that `until` lacks is lost, or locked for now."""
         for claim in claims:
             claim.held_until = until.get(claim, LOST)
         self.extend_at = now + self.seconds / 3

@@ -1,4 +1,4 @@
-"""What `claims` does to many messages at once, message by message: for when the data of one of them make it fail.
+"""The statements of `database`, message by message: for a batch that the data of one message made fail.
 
 Each has a savepoint of its own. One that fails is logged and left out, and harms no other.
 """

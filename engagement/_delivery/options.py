@@ -1,4 +1,4 @@
-"""What a worker was told: checked once, and never changed."""
+"""The options of a worker: checked once, never changed."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from engagement._claim import Claim
 
 
 class Pace:
-    """The next send starts `interval` seconds after the last one really began, which may be later than its claim."""
+    """The next send starts `interval` seconds after the last one began, which may be long after its claim."""
 
     def __init__(self, interval: float) -> None:
         self.interval = interval

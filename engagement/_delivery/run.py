@@ -1,8 +1,8 @@
-"""One run of a worker: claim, send, settle, and recover what other workers left behind.
+"""One run of a worker: claim, send, settle, and recover the messages of lost workers.
 
 A claim is committed before anything is sent, and no transaction is open while somebody else's server is waited for.
-One thread does all the database work; `Sender` runs the transport beside it. `schedule.next_step` says what is done
-next, `State` hears what came of it.
+One thread does all the database work; `Sender` runs the transport beside it. `schedule.next_step` names the
+next step, `State` hears its result.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def deliver(
     until_empty: bool = False,
     limit: int | None = None,
 ) -> ProcessResult:
-    """Work until there is nothing to do if `until_empty`, or until told to stop; then say what was done."""
+    """Deliver until `stop` is set or, with `until_empty`, until nothing is due. Return the counts."""
     paced = options.min_interval > timedelta(0)
     sender = Sender(transport, concurrency=options.concurrency, classify=options.rule, tells_begun=paced)
     state = State(
@@ -72,7 +72,7 @@ def deliver(
 
 
 class Delivery:
-    """Does each step, and tells `state` what came of it."""
+    """Does each step and reports its result to `state`."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class Delivery:
                 break
         self._tell_of(step, taken)
         self._state.committed(step, taken, clock())
-        # From here on they may be sent: what fails before, gives them back.
+        # They may be sent from here on. An error before this line gives them back.
         self._sender.start(taken.claims)
         if len(self._state.hand.claims) > 1:
             time.sleep(0)  # Other threads run: sends that take no time end before the database is asked.
@@ -214,7 +214,7 @@ class Delivery:
             connection = connect(self._engine)
         except CannotConnect as error:
             if not self._state.outage.database_was_reached and error.__cause__ is not None:
-                raise error.__cause__ from None  # It may never work, and who starts the worker should see why.
+                raise error.__cause__ from None  # The host's hook may never work: its author sees its own error.
             raise
         with connection, transaction(connection):
             return work(connection)

@@ -1,6 +1,6 @@
-"""What a worker does next: a pure function of its state and the time, without a database, a clock or a thread.
+"""The next step of a worker: a pure function of its state and the time, without a database, a clock or a thread.
 
-`run` does the step, and tells `State` what came of it.
+`run` does the step and reports its result to `State`. tests/test_schedule.py plays thousands of histories against both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ STOP_SECONDS = 1.0
 
 
 def next_step(state: State, now: float) -> Step:
-    """Return what is to be done now. A question changes nothing."""
+    """Return the step that is to be done now. A question changes nothing."""
     if state.has_given_up:
         return Over(state.failure)
     hand = state.hand
@@ -29,7 +29,7 @@ def next_step(state: State, now: float) -> Step:
 
 
 def _last_step(state: State, now: float) -> Step | None:
-    """Return the end if this is it, or what a person waits for when nothing is in hand."""
+    """With nothing in hand, return the end of the run, or the reason that a person waits for."""
     if state.is_stopped or state.failure is not None or state.left <= 0:
         return Over(state.failure)
     if state.readiness.is_to_be_told(now, at_once=state.until_empty) and not state.outage.is_on:
@@ -40,7 +40,7 @@ def _last_step(state: State, now: float) -> Step | None:
 
 
 def _database_step(state: State, now: float) -> Step | None:
-    """Return what is to be done with the database now, or before it can be done."""
+    """Return the work for the database, or the question to the transport that comes before it."""
     hand, is_to_look = state.hand, now >= state.look_at
     is_to_give_back = bool(state.names.unacknowledged) and state.failure is None and now >= state.give_back_at
     wanted = 0
@@ -62,7 +62,7 @@ def _wanted(state: State, now: float) -> int:
     if state.is_stopped or state.failure is not None or now < state.pace.next_at:
         return 0
     if state.outage.is_on and state.hand.verdicts:
-        return 0  # What is known is settled first, whatever becomes of the next claim.
+        return 0  # The verdicts first: a claim that fails would undo them too.
     in_use = state.hand.in_use
     if state.sends_many and in_use:
         return 0

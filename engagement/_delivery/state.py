@@ -1,4 +1,4 @@
-"""What a run of a worker knows, and how each event changes it."""
+"""The state of a run, and how each event changes it."""
 
 from __future__ import annotations
 
@@ -47,12 +47,17 @@ class State:
         """How many messages may still be claimed."""
         self.is_stopped = False
         self.failure: Exception | None = None
-        """What is raised when nothing is in hand any more; nothing is claimed until then."""
+        """The error that ends the run, once the messages in hand are settled. Nothing is claimed until then."""
         self.has_given_up = False
-        """Whether what is in hand is not waited for either."""
+        """Whether a second error ends the run with messages in hand."""
         self.is_idle = False
-        """Whether the last look found nothing that could be sent."""
-        self.look_at = self.recover_at = self.give_back_at = 0.0
+        """Whether the last look found nothing that could be sent. The next one peeks before it claims."""
+        self.look_at = 0.0
+        """When to claim again without an answer that makes room."""
+        self.recover_at = 0.0
+        """When to take over from lost workers again."""
+        self.give_back_at = 0.0
+        """When to give back again, while commits are unacknowledged."""
 
     def stopped(self) -> None:
         """Claim nothing any more."""
@@ -72,7 +77,7 @@ class State:
             self.cursor.go_back([claim.place])
             self.look_at = 0.0
         if claim.is_overdue and not isinstance(outcome, Sent):
-            return  # It is in doubt, and this adds nothing.
+            return  # The message is in doubt already.
         self.hand.decide(claim, verdict)
         self.outage.retry()
 
@@ -150,6 +155,6 @@ class State:
         if will_mend and not (self.until_empty and waited_enough):
             self.outage.failed(now)
             return
-        # What is in hand is finished before it is raised: what waiting does not mend may concern the next claim only.
+        # The messages in hand are finished first: the error may concern the next claim only (a column that is missing).
         self.has_given_up = self.failure is not None or not self.hand.claims
         self.failure = error

@@ -1,4 +1,4 @@
-"""What a worker does next, and what one transaction of it did."""
+"""The steps of a worker, and the result of one transaction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engagement.outcomes import Verdict
 
 @dataclass(frozen=True, slots=True)
 class Transact:
-    """Settle, then claim up to `wanted`, or give back what nobody will start, in one transaction."""
+    """Settle the verdicts. Then claim up to `wanted`, or give back claims that nobody will start. One transaction."""
 
     verdicts: Sequence[tuple[Claim, Verdict]]
     wanted: int = 0
@@ -27,14 +27,14 @@ class Transact:
 
 @dataclass(frozen=True, slots=True)
 class Peek:
-    """Ask the database whether there is anything to do behind a place."""
+    """Ask the database whether a message is due behind a place, or a lease has run out."""
 
     after: Position
 
 
 @dataclass(frozen=True, slots=True)
 class Extend:
-    """Extend the leases of what is in hand."""
+    """Extend the leases of these claims."""
 
     claims: Sequence[Claim]
 
@@ -84,7 +84,7 @@ Step = Transact | Peek | Extend | GiveUp | Ask | Tell | Collect | Nap | Over
 
 @dataclass(slots=True)
 class Taken:
-    """What one transaction did, to be noted once it is committed."""
+    """The result of a transaction, which counts once it is committed."""
 
     name: str = ""
     """The name under which it claimed; empty if it did not."""

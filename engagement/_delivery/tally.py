@@ -1,4 +1,4 @@
-"""What a worker did: counted for its caller, logged for its operators.
+"""The work of a run: counted for its caller, logged for its operators.
 
 Logs name ids and events, never people or what they are told.
 """
@@ -19,7 +19,7 @@ from engagement.outcomes import InDoubt, NotSent, Postpone, Refused, Verdict, cl
 
 @dataclass(frozen=True, slots=True)
 class ProcessResult:
-    """What was done.
+    """The work of a run, in numbers.
 
     `processed` is how many outcomes there were; the counts from `succeeded` to `cancelled` add up to it, but for claims
     that were lost. Besides are counted, since they were not tried: `expired` messages, and those `in_doubt` of an
@@ -39,7 +39,7 @@ class ProcessResult:
 
 
 class Tally:
-    """Counts and logs what became of each attempt."""
+    """Counts and logs the end of each attempt."""
 
     def __init__(self, errors_kept: int | None) -> None:
         self._counts: Counter[str] = Counter()
@@ -82,7 +82,7 @@ class Tally:
                 logger.warning("engagement.in_doubt message_id=%s status=%s", message.id, status)
 
     def result(self) -> ProcessResult:
-        """Return what was counted."""
+        """Return the counts."""
         return ProcessResult(**self._counts, errors=tuple(self._errors))
 
 

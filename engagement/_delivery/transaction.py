@@ -1,4 +1,4 @@
-"""One transaction of a worker: settle, take over what others lost, claim; or give back what nobody will start."""
+"""One transaction of a worker: settle, adopt, take over, claim; or settle and give back."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Transactions:
         return taken
 
     def give_back(self, connection: Connection) -> None:
-        """Give back claims whose commit was not acknowledged: nobody will start them now."""
+        """Give back the claims of commits that were not acknowledged: nobody will start them now."""
         if not (names := self._names.unacknowledged):
             return
         holder = Holder(self._names.next(), self._lease)
@@ -107,7 +107,7 @@ class Transactions:
         taken.ended = claimed.ended
 
     def _unless_it_kills(self, claim: Claim) -> Claim:
-        """Ask no more what became of a message when those who asked were lost too, as often as a send may fail."""
+        """Park a message that kills its workers. A look-up is not repeated for ever (three workers lost: in doubt)."""
         if claim.lost_workers > 1 and claim.message.retry_count + claim.lost_workers >= self._max_retries:
             claim.known = InDoubt(f"{claim.lost_workers} workers were lost with it")
         return claim

@@ -13,7 +13,7 @@ DEFAULT_BACKOFF = exponential_backoff()
 
 
 class Verdicts:
-    """What an outcome means for the message of a claim."""
+    """Decides an outcome by the options: `NotSent` at the third failure is `failed`."""
 
     def __init__(self, options: Options, *, idempotent: bool) -> None:
         self._options = options
@@ -31,10 +31,10 @@ class Verdicts:
         )
 
     def _backoff(self, failures: int) -> timedelta:
-        """Ask the host's rule; one that breaks must not lose what happened."""
+        """Ask the host's rule. If it breaks, the default one holds: an outcome is never lost to a rule."""
         try:
             wait = self._options.backoff(failures)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the host's code, as above
             logger.error("engagement.backoff_failed error=%s", type(error).__name__)
         else:
             if isinstance(wait, timedelta):

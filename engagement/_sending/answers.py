@@ -12,11 +12,11 @@ from engagement.models import EARLIEST
 from engagement.outcomes import Classify, InDoubt, NotSent, Outcome, Postpone, Sent, as_outcome
 
 Read = Callable[[Any, int], list[Outcome]]
-"""Turns what was returned into an outcome for each of so many messages."""
+"""Turns a returned value into an outcome for each of so many messages."""
 
 
 class BrokenOff(Exception):  # noqa: N818 - what happened
-    """A batch raised `error` after it had said what became of the first messages."""
+    """A batch raised `error` after it had told the outcomes of the first messages."""
 
     def __init__(self, told: list[Outcome], error: BaseException) -> None:
         super().__init__()
@@ -25,19 +25,19 @@ class BrokenOff(Exception):  # noqa: N818 - what happened
 
 
 def outcomes(result: Result, messages: int, read: Read, classify: Classify) -> list[Outcome]:
-    """Return what the transport answered, or what its exception means, for each message of the call."""
+    """Return an outcome for each message of a call: the transport's answers, or the meaning of its exception."""
     try:
         return read(result(), messages)
     except BrokenOff as broken:
         told, outcome = broken.told, _meaning(broken.error, read, classify)
-    except BaseException as error:  # noqa: BLE001 - the one place: whatever a transport raises becomes an outcome
+    except BaseException as error:  # noqa: BLE001 - the one place where exceptions of a transport become outcomes
         told, outcome = [], _meaning(error, read, classify)
     return told + [outcome] * (messages - len(told))
 
 
 def _meaning(error: BaseException, read: Read, classify: Classify) -> Outcome:
     if read is read_look_up:
-        return worker_lost(error)  # Whatever it is, it says nothing of the send.
+        return worker_lost(error)  # A look-up that fails says nothing of the send.
     if isinstance(error, LeaseRanOut):
         return Postpone(EARLIEST, "the lease ran out before the send")  # Until now, by the database's clock.
     if isinstance(error, MayHaveLeft):
@@ -50,7 +50,7 @@ def _meaning(error: BaseException, read: Read, classify: Classify) -> Outcome:
 def _classified(error: Exception, classify: Classify) -> Outcome:
     try:
         outcome = classify(error)
-    except BaseException as second:  # noqa: BLE001 - a broken rule must not lose what happened
+    except BaseException as second:  # noqa: BLE001 - a broken rule must not lose the outcome
         return InDoubt(f"classify raised {type(second).__name__} for {type(error).__name__}")
     if isinstance(outcome, Outcome):
         return outcome
@@ -88,7 +88,7 @@ def worker_lost(error: BaseException | None = None) -> InDoubt:
 
 
 def is_yes(said: object) -> bool:
-    """Return whether that is a yes of `ready`: only True is, since most of what is no answer is true to Python."""
+    """Return whether `ready` said yes. Only True is a yes: most mistakes are true to Python (a coroutine, a text)."""
     if isinstance(said, BaseException):
         logger.warning("engagement.ready_failed error=%s", type(said).__name__)
     elif not isinstance(said, bool):

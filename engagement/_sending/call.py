@@ -8,7 +8,7 @@ from contextvars import Context, ContextVar, Token
 from typing import Any
 
 Result = Callable[[], Any]
-"""Returns what a call of the transport returned, or raises what it raised."""
+"""A call of the transport: returns its value, or raises its exception."""
 
 
 class LeaseRanOut(BaseException):
@@ -27,9 +27,10 @@ _call_of_this_send: ContextVar[Call | None] = ContextVar("engagement_call", defa
 
 @contextmanager
 def checked_lease() -> Iterator[None]:
-    """Do what is inside only if the send that this runs in may still begin; else raise what says so.
+    """Run the block only if the send around it may still begin; else raise `LeaseRanOut`, or `MayHaveLeft`.
 
-    For what did something else first, which may have taken its time. Outside a worker's send nothing is checked.
+    For a transport that did something else first (a policy that asked another server). Outside a worker's send nothing
+    is checked.
     """
     call = _call_of_this_send.get()
     if call is None:
@@ -67,7 +68,7 @@ class Call:
         self.may_have_left = False
 
     def begin(self) -> Token[Call | None]:
-        """Check, right before the call, and let what is called check again until `end`."""
+        """Check, right before the call. `checked_lease` can check again until `end`."""
         self.check()
         return _call_of_this_send.set(self)
 
@@ -76,8 +77,8 @@ class Call:
         _call_of_this_send.reset(token)
 
     def check(self) -> None:
-        """Raise what forbids the call."""
+        """Raise `LeaseRanOut` if the call may not begin any more."""
 
     def arrive(self, result: Result) -> None:
-        """Take what `result()` returns or raises."""
+        """Take the result of the call, by calling `result`."""
         raise NotImplementedError

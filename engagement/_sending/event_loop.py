@@ -12,7 +12,7 @@ from typing import Any
 from engagement._sending.call import Call, MayHaveLeft
 
 CLOSE_SECONDS = 5.0
-"""How long the event loop may take to cancel what is left in it."""
+"""How long the event loop may take to cancel its last tasks."""
 
 
 class _Task:
@@ -32,7 +32,7 @@ class _Task:
         self._task.add_done_callback(self._arrive)
 
     def cancel(self) -> bool:
-        if not self._is_asked_to_end:  # Once, also for a batch: what it does in the end is not broken off again.
+        if not self._is_asked_to_end:  # Once, also for a batch: a second request would break off its clean-up.
             self._is_asked_to_end = True
             self._loop.call_soon_threadsafe(self._cancel)
         return False
@@ -54,7 +54,7 @@ class _Task:
 
 
 async def _outlived(function: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    """Await it, and let nothing that it raises end the event loop, in which others are being sent."""
+    """Await it. An exit that it raises must not end the event loop, in which others are being sent."""
     try:
         return await function()
     except (KeyboardInterrupt, SystemExit) as error:
@@ -100,8 +100,8 @@ class EventLoop:
             self._thread.join(CLOSE_SECONDS)
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
-        with asyncio.Runner(loop_factory=lambda: loop) as runner:  # At its end it cancels what is left.
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:  # At its end it cancels the tasks that are left.
             while not self._is_closed:
-                # A task that a send began raises these out of the loop. Who awaits it is told.
+                # A task that a send began raises these out of the loop. Its own `await` raises them too.
                 with suppress(KeyboardInterrupt, SystemExit):
                     runner.get_loop().run_forever()

@@ -12,7 +12,7 @@ SendFunction = Callable[[OutgoingMessage], Any]
 
 
 class SendingTransport(Protocol):
-    """An object that sends. It may also have what `Transport` lists as optional."""
+    """An object that sends. `Transport` lists its optional attributes."""
 
     def send(self, message: OutgoingMessage, /) -> Any:
         """Send, and return an outcome, or `None` or a provider's message id for `Sent`."""
@@ -29,11 +29,11 @@ class BatchTransport(Protocol):
 
 
 Transport = SendFunction | SendingTransport | BatchTransport
-"""What sends: a function, or an object with `send` or `send_many`. Optional on the object, each also as `async def`:
+"""A function that sends, or an object with `send` or `send_many`. Optional on the object, each also as `async def`:
 
 - `ready() -> bool`: False while nothing can be sent; nothing is claimed then. Asked at most once a second.
-- `why_not_ready: str | None`: what it waits for, read after such a no. It is logged and shown: nothing personal.
+- `why_not_ready: str | None`: the reason, read after such a no. It is logged and shown: nothing personal.
 - `idempotent: bool`: the same delivery id twice has one effect.
-- `look_up(message) -> Sent | NotSent | None`: what became of this delivery id; None if that is not known. `NotSent`
-  only if the far side takes nothing any more under this id: what is not found may come from a worker that is frozen.
+- `look_up(message) -> Sent | NotSent | None`: the fate of this delivery id; None if that is not known. `NotSent` only
+  if the far side takes nothing any more under this id: a message that it lacks may come from a worker that is frozen.
 """

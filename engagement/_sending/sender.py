@@ -70,7 +70,7 @@ class Sender:
         self.can_be_asked = ready is not None
 
     def start(self, claims: list[Claim]) -> None:
-        """Send what was claimed; ask what became of what was taken over."""
+        """Send the messages that were claimed; look up those that were taken over."""
         now = clock()
         to_send = []
         for claim in claims:
@@ -109,7 +109,7 @@ class Sender:
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A function of the transport, and what runs it where it belongs."""
+    """A function of the transport, and the threads or the event loop that run it."""
 
     function: Callable[..., Any]
     submit: Callable[[Call], Handle]
@@ -163,7 +163,7 @@ class _Asking(Call):
     def arrive(self, result: Result) -> None:
         try:
             said = result()
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it is no yes
+        except BaseException as error:  # noqa: BLE001 - an exception is a no
             said = error
         self._news.put(Ready(said))
 

@@ -80,7 +80,7 @@ class Threads:
             self._wake_ups.put(False)  # noqa: FBT003 - whether somebody is needed
 
     def _wake_one(self) -> None:
-        # Who is being woken sets this back before it looks for jobs, so it finds what was put there before.
+        # A thread that wakes sets this back before it looks for jobs, so it finds every job that was put there before.
         if not self._is_waking:
             self._is_waking = True
             self._wake_ups.put(True)  # noqa: FBT003
