@@ -1,22 +1,19 @@
-"""What may be queued: every bad input is refused by name before the database is touched, and the rest comes back."""
+"""Which texts, destinations, params and moments a message may have, and what kind of value it is."""
 
 import json
 import pickle
 import re
-import sys
 import uuid
 from collections import OrderedDict
-from dataclasses import FrozenInstanceError, fields, replace
-from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
+from dataclasses import FrozenInstanceError
+from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from enum import Enum, IntEnum, StrEnum
 from types import MappingProxyType
 
 import pytest
 from conftest import new_message
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
-from sqlalchemy import text
+from refusals import A_MICROSECOND, CLOCKS, NOON, SECRET, _valid, assert_names, refused
 from sqlalchemy.orm import Session
 
 from engagement import (
@@ -24,71 +21,15 @@ from engagement import (
     EngagementMessage,
     EngagementMessageRepository,
     InvalidMessage,
-    NewMessage,
     OutgoingMessage,
     Queued,
-    idempotency_key,
     repository,
-    weekly_idempotency_key,
 )
-from engagement._operating.inspection import list_messages
-from engagement.messages import MAX_PARAMS_BYTES, MAX_PARAMS_DEPTH, MAX_TEXT, MAX_TYPE, delivery_id
+from engagement.messages import MAX_PARAMS_BYTES, MAX_PARAMS_DEPTH, MAX_TEXT, MAX_TYPE
 from engagement.models import EARLIEST, LATEST, MessageStatus
 
-NOON = datetime(2025, 11, 21, 12, tzinfo=UTC)
-A_MICROSECOND = timedelta(microseconds=1)
-SECRET = "Zx9secret"
 TEXT_FIELDS = ["user_id", "message_type", "message_key", "destination_jid", "idempotency_key"]
 ARABIC = "٥٥١١٩٩٩٩٩٩٩٩٩"
-
-
-class Clocks(tzinfo):
-    """A place whose clocks are set back by an hour at 02:00 on 2 November 2025: 01:30 comes twice."""
-
-    def utcoffset(self, moment):
-        """Return 4 hours behind until the second 01:00, and 5 from then on."""
-        night = moment.replace(tzinfo=None, fold=0)
-        is_summer = night < datetime(2025, 11, 2, 1) or (night < datetime(2025, 11, 2, 2) and moment.fold == 0)  # noqa: DTZ001 - wall-clock times
-        return timedelta(hours=-4 if is_summer else -5)
-
-    def dst(self, moment):
-        """Return how far the clocks are set forward."""
-        return self.utcoffset(moment) + timedelta(hours=5)
-
-
-CLOCKS = Clocks()
-
-
-def refused(**given_fields) -> InvalidMessage:
-    """Return the error for a message with these fields, raised by a repository that has no database to touch."""
-    given = {name: value for name, value in _valid().items() if name not in given_fields} | given_fields
-    with pytest.raises(InvalidMessage) as caught:
-        EngagementMessageRepository(Session()).queue_message(**given)
-    return caught.value
-
-
-def accepted(**given_fields) -> NewMessage | None:
-    try:
-        return NewMessage(**given_fields)
-    except InvalidMessage:
-        return None
-
-
-def _valid() -> dict:
-    message = new_message()
-    return {
-        "user_id": message.user_id,
-        "message_type": message.message_type,
-        "message_key": message.message_key,
-        "message_params": message.message_params,
-        "destination": message.destination,
-        "destination_jid": message.destination_jid,
-    }
-
-
-def assert_names(error: InvalidMessage, field: str) -> None:
-    assert error.field == field
-    assert str(error).startswith(f"{field}: ")
 
 
 # Texts
@@ -139,23 +80,6 @@ def test_a_message_type_has_a_longest_length():
     """The longest type is taken, and one more character is refused."""
     assert new_message(message_type="a" * MAX_TYPE).message_type == "a" * MAX_TYPE
     assert_names(refused(message_type="a" * (MAX_TYPE + 1)), "message_type")
-
-
-@pytest.mark.parametrize("letter", ["k", "é", "日", "😀"])
-def test_an_idempotency_key_has_at_most_512_bytes(letter):
-    """The limit of a key is counted in bytes of UTF-8, and holds on both sides."""
-    fits = letter * (512 // len(letter.encode()))
-    fits += "k" * (512 - len(fits.encode()))
-
-    assert len(fits.encode()) == 512
-    assert new_message(idempotency_key=fits).key == fits
-    assert_names(refused(idempotency_key=fits + "k"), "idempotency_key")
-
-
-def test_a_computed_key_is_measured_too():
-    """A user id that fits its field, but not into a key of 512 bytes, is refused."""
-    assert_names(refused(user_id="😀" * 124), "idempotency_key")
-    assert len(new_message(user_id="😀" * 123).key.encode()) == 511
 
 
 @pytest.mark.parametrize("message_type", ["a", "goodbye", "week_2", "a_", "a9"])
@@ -454,146 +378,6 @@ def test_a_time_zone_is_a_tzinfo(bad):
     assert_names(error, "tz")
 
 
-# Keys
-
-
-def test_a_key_is_user_type_and_day():
-    """The contract's example."""
-    assert idempotency_key("user123", "goodbye", datetime(2025, 11, 21, tzinfo=UTC)) == "user123:goodbye:2025-11-21"
-
-
-@pytest.mark.parametrize(
-    ("moment", "tz", "day"),
-    [
-        (datetime(2025, 11, 22, 2, 59, 59, tzinfo=UTC), timezone(timedelta(hours=-3)), "2025-11-21"),
-        (datetime(2025, 11, 22, 3, 0, tzinfo=UTC), timezone(timedelta(hours=-3)), "2025-11-22"),
-        (datetime(2025, 11, 21, 9, 59, 59, tzinfo=UTC), timezone(timedelta(hours=14)), "2025-11-21"),
-        (datetime(2025, 11, 21, 10, 0, tzinfo=UTC), timezone(timedelta(hours=14)), "2025-11-22"),
-        (datetime(2025, 11, 22, 1, 0, tzinfo=timezone(timedelta(hours=5))), UTC, "2025-11-21"),
-        (EARLIEST, timezone(timedelta(hours=-23)), "0001-01-01"),
-        (LATEST, timezone(timedelta(hours=23)), "9999-12-30"),
-    ],
-)
-def test_the_day_is_the_local_one(moment, tz, day):
-    """`tz` says whose midnight parts the days, for the function and for a message alike."""
-    assert idempotency_key("u", "t", moment, tz=tz) == f"u:t:{day}"
-    assert new_message("u", message_type="t", scheduled_for=moment, tz=tz).key == f"u:t:{day}"
-
-
-def test_the_day_of_a_message_without_a_time_is_today():
-    """Without `scheduled_for` the day is today's, in `tz`."""
-    for tz in (UTC, timezone(timedelta(hours=14)), timezone(timedelta(hours=-12))):
-        before = datetime.now(tz).date()
-        keys = {idempotency_key("u", "t", tz=tz), new_message("u", message_type="t", tz=tz).key}
-
-        assert keys <= {f"u:t:{day}" for day in (before, datetime.now(tz).date())}
-
-
-@pytest.mark.parametrize("tz", [UTC, timezone(timedelta(hours=14)), timezone(timedelta(hours=-12))])
-def test_a_date_is_that_day_wherever_it_is_spent(tz):
-    """A date has one reading as the day of a key; midnight of some zone would make it another one."""
-    assert idempotency_key("u", "t", date(2025, 11, 21), tz=tz) == "u:t:2025-11-21"
-    assert weekly_idempotency_key("u", "t", date(2025, 11, 21), tz=tz) == "u:t:2025-W47"
-
-
-@pytest.mark.parametrize(
-    ("moment", "tz", "week"),
-    [
-        (datetime(2026, 12, 31, 12, tzinfo=UTC), UTC, "2026-W53"),
-        (datetime(2027, 1, 1, 12, tzinfo=UTC), UTC, "2026-W53"),
-        (datetime(2027, 1, 3, 23, 59, tzinfo=UTC), UTC, "2026-W53"),
-        (datetime(2027, 1, 4, tzinfo=UTC), UTC, "2027-W01"),
-        (datetime(2027, 1, 4, 2, 59, tzinfo=UTC), timezone(timedelta(hours=-3)), "2026-W53"),
-        (datetime(2024, 12, 30, tzinfo=UTC), UTC, "2025-W01"),
-        (EARLIEST, UTC, "0001-W01"),
-    ],
-)
-def test_a_weekly_key_has_the_year_of_its_week(moment, tz, week):
-    """Around New Year a week has one key, and weeks a year apart have two; Monday begins where the person is."""
-    assert weekly_idempotency_key("u", "weekly_review", moment, tz=tz) == f"u:weekly_review:{week}"
-
-
-def test_this_week_is_that_of_now():
-    """Without `when` the week is this one, in `tz`."""
-    before = datetime.now(UTC)
-    key = weekly_idempotency_key("u", "t")
-
-    assert key in {f"u:t:{now:%G-W%V}" for now in (before, datetime.now(UTC))}
-
-
-def message_of(user, **fields):
-    jid = "5511999999999@s.whatsapp.net"
-    given = {"message_type": "goodbye", "message_key": "goodbye", "destination": "individual", "destination_jid": jid}
-    return NewMessage(user_id=user, scheduled_for=NOON, **given | fields)
-
-
-def test_a_user_is_found_by_the_uuid_that_was_queued(session):
-    """Whatever takes a user id takes a UUID: else a host that forgets a user would forget nobody."""
-    user = uuid.UUID("0190F8A1-5C5B-7CC0-9C3A-0A1B2C3D4E5F")
-    messages = EngagementMessageRepository(session)
-    messages.queue_messages([message_of(user), message_of(user, message_type="review")])
-
-    assert len(messages.get_pending_messages(user)) == len(list_messages(session, user_id=user)) == 2
-    assert messages.cancel_pending_messages(user, "review") == 1
-    assert (messages.forget_user(user).cancelled, messages.forget_user(user).blanked) == (1, 0)
-
-
-def test_a_uuid_is_a_user_id():
-    """It has one reading, that of `str`: a message and its key hold that."""
-    user = uuid.UUID("0190F8A1-5C5B-7CC0-9C3A-0A1B2C3D4E5F")
-    message = message_of(user)
-
-    assert message.user_id == str(user) == "0190f8a1-5c5b-7cc0-9c3a-0a1b2c3d4e5f"
-    assert message.key == idempotency_key(user, "goodbye", NOON) == idempotency_key(str(user), "goodbye", NOON)
-
-
-def test_a_given_key_is_kept():
-    """A host's own key replaces the daily one, whatever it looks like."""
-    assert new_message(idempotency_key="invoice 7 / é").key == "invoice 7 / é"
-
-
-def test_a_key_has_one_reading():
-    """A colon in the user id cannot make two messages share a key."""
-    assert idempotency_key("a:b", "c", NOON) != idempotency_key("a", "b_c", NOON)
-    with pytest.raises(InvalidMessage, match="event_type"):
-        idempotency_key("a", "b:c", NOON)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "field"),
-    [
-        (("", "goodbye", NOON), "user_id"),
-        ((f"{SECRET}\x00", "goodbye", NOON), "user_id"),
-        (("u", "Goodbye", NOON), "event_type"),
-        (("u", "goodbye", datetime(2025, 11, 21)), "when"),  # noqa: DTZ001 - that is the point
-        (("u", "goodbye", "2025-11-21"), "when"),
-    ],
-)
-@pytest.mark.parametrize("make_key", [idempotency_key, weekly_idempotency_key])
-def test_a_key_of_bad_input_is_refused(make_key, arguments, field):
-    """The functions refuse what a message would refuse, and name their own parameters."""
-    with pytest.raises(InvalidMessage) as caught:
-        make_key(*arguments)
-
-    assert_names(caught.value, field)
-    assert SECRET not in str(caught.value)
-
-
-def test_a_changed_copy_has_the_key_of_the_change():
-    """`dataclasses.replace` gives the message of another user or day that one's key, and keeps a given one."""
-    message = new_message("ana", scheduled_for=NOON)
-
-    assert replace(message, user_id="bea").key == "bea:goodbye:2025-11-21"
-    assert replace(message, scheduled_for=NOON + timedelta(days=1)).key == "ana:goodbye:2025-11-22"
-    assert replace(new_message("ana", idempotency_key="k"), user_id="bea").key == "k"
-
-
-def test_a_delivery_id_never_changes():
-    """The id that providers recognise a repeat by is a function of the key alone, in every release."""
-    assert delivery_id("user123:goodbye:2025-11-21") == uuid.UUID("cf934ab3-ea5f-5231-ac6a-0a185b6862ab")
-    assert delivery_id("user123:goodbye:2025-11-22") != delivery_id("user123:goodbye:2025-11-21")
-
-
 # Values
 
 
@@ -671,106 +455,3 @@ def test_nothing_personal_is_in_a_repr():
             assert SECRET not in shown
             assert "5511987654321" not in shown
             assert type(value).__name__ in shown
-
-
-# Whatever is accepted is stored; whatever is refused never reaches the database
-
-ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=12)
-PRINTABLE = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=20)
-MOSTLY_PRINTABLE = st.integers(0, 9).flatmap(lambda n: PRINTABLE if n else ANY_TEXT)
-TYPES = st.from_regex(r"[a-z][a-z0-9_]{0,9}", fullmatch=True)
-JIDS = st.from_regex(r"[1-9][0-9]{6,14}@s\.whatsapp\.net|[1-9][0-9]{4,19}@lid", fullmatch=True)
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
-PARAMS = st.dictionaries(
-    st.text(max_size=5),
-    st.recursive(
-        SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6
-    ),
-    max_size=4,
-)
-ODD_PARAMS = st.dictionaries(ANY_TEXT, st.floats() | st.lists(ANY_TEXT), max_size=3)
-OFFSETS = st.builds(timezone, st.timedeltas(timedelta(hours=-23), timedelta(hours=23)))
-NIGHT_OF_THE_CLOCKS = st.datetimes(datetime(2025, 11, 2), datetime(2025, 11, 2, 3), timezones=st.just(CLOCKS))  # noqa: DTZ001 - bounds are naive
-MOMENTS = NIGHT_OF_THE_CLOCKS | st.datetimes(timezones=OFFSETS) | st.datetimes(timezones=OFFSETS | st.none())
-
-
-@st.composite
-def any_fields(draw):
-    """Return the fields of a message, most of which can be queued."""
-    given_fields = {
-        "user_id": draw(MOSTLY_PRINTABLE),
-        "message_type": draw(TYPES),
-        "message_key": draw(MOSTLY_PRINTABLE),
-        "message_params": draw(PARAMS | PARAMS | ODD_PARAMS),
-        "destination": draw(st.sampled_from(["individual"] * 9 + ["group"])),
-        "destination_jid": draw(JIDS),
-    }
-    optional = {"idempotency_key": MOSTLY_PRINTABLE, "tz": OFFSETS | st.just(CLOCKS), "scheduled_for": MOMENTS}
-    given_fields |= {name: draw(values) for name, values in optional.items() if draw(st.booleans())}
-    if draw(st.booleans()):
-        given_fields["expires_at"] = draw(later_than(given_fields.get("scheduled_for")) | MOMENTS)
-    return given_fields
-
-
-def later_than(moment):
-    """Return moments up to a day after `moment`, or after the start of the year 3000, in any zone."""
-    start = moment if moment and moment.tzinfo and EARLIEST < moment < LATEST else datetime(3000, 1, 1, tzinfo=UTC)
-    waits = st.timedeltas(A_MICROSECOND, timedelta(days=1))
-    return st.builds(lambda wait, zone: (start.astimezone(UTC) + wait).astimezone(zone), waits, OFFSETS)
-
-
-@pytest.mark.parametrize("path", ["one", "a chunk", "chunks"])
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    # Each example has a transaction of its own; what the fixture patches is the same for all.
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(fields_given=any_fields())
-@example(
-    fields_given=_valid()
-    | {
-        "scheduled_for": datetime(2025, 11, 2, 1, 30, tzinfo=CLOCKS, fold=1),
-        "expires_at": datetime(2025, 11, 2, 1, 45, tzinfo=CLOCKS),
-    }
-)
-@example(fields_given=_valid() | {"scheduled_for": EARLIEST, "expires_at": LATEST})
-@example(fields_given=_valid() | {"message_params": {"a": 10**4299, "b": 5e-324, "c": 1.7e308, r"\u0000": "\\"}})
-def test_what_is_accepted_is_stored_unchanged(shared_engine, monkeypatch, path, fields_given):
-    """A message is refused before the database is touched, or comes back from PostgreSQL as it was given."""
-    message = accepted(**fields_given)
-    if message is None:
-        assert refused(**fields_given).field in {field.name for field in fields(NewMessage)}
-        return
-    monkeypatch.setattr(repository, "CHUNK", 1)
-    batch = {"one": [message], "a chunk": [message], "chunks": [message, new_message(idempotency_key="another")]}[path]
-
-    with shared_engine.connect() as connection, connection.begin() as transaction:
-        queueing = EngagementMessageRepository(Session(connection))
-        if path == "one":
-            assert queueing.queue_message(message).created
-        else:
-            assert queueing.queue_messages(batch).created == len(batch)
-        query = "SELECT *, message_params::text AS params FROM engagement_message_queue WHERE idempotency_key = :key"
-        found = connection.execute(text(query), {"key": message.key}).one()
-        transaction.rollback()
-
-    for name in ("user_id", "message_type", "message_key", "destination", "destination_jid"):
-        assert getattr(found, name) == getattr(message, name)
-    assert found.expires_at == in_utc(message.expires_at)
-    if message.scheduled_for is not None:
-        assert found.scheduled_for == found.next_attempt_at == in_utc(message.scheduled_for)
-    assert numbers_exact(found.params) == numbers_exact(message.params_json)
-
-
-def in_utc(moment: datetime | None) -> datetime | None:
-    """Return what can be compared: a time that comes twice equals none of another zone."""
-    return moment and moment.astimezone(UTC)
-
-
-def numbers_exact(document: str) -> object:
-    """Read JSON with every number as the decimal that is written: jsonb turns 1e23 into an integer, which is equal."""
-    limit = sys.get_int_max_str_digits()
-    assert limit == 4300, "the limit that the package relies on"
-    return json.loads(document, parse_float=Decimal, parse_int=Decimal)

@@ -1,25 +1,18 @@
-"""Queueing on the caller's own transaction: once for each key, from any number of callers, sync and async."""
+"""Queueing: what the caller's transaction decides, what a duplicate is, and batches of any size."""
 
-import asyncio
 import gc
-import inspect
-import threading
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import pytest
-from conftest import PATIENCE, execute, in_thread, new_message, queue, row, wait_until_blocked
-from sqlalchemy import Engine, event, text
+from batches import chunks_of, keys, messages
+from conftest import PATIENCE, execute, in_thread, new_message, queue, row
+from host_code import Host
+from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import Session, SessionTransaction
-from sqlalchemy.pool import NullPool
+from sqlalchemy.orm import Session
 
 from engagement import (
-    AsyncEngagementMessageRepository,
     EngagementMessageRepository,
     InvalidMessage,
     MessageStatus,
@@ -28,70 +21,14 @@ from engagement import (
     QueuedMany,
     migrations,
     process_message_queue,
-    repository,
 )
 
 SERIALIZATION_FAILURE = "40001"
-DEADLOCK = "40P01"
-
-
-class Awaited:
-    """A sync session or repository that is awaited like an async one, so that one scenario plays both."""
-
-    def __init__(self, original):
-        self._original = original
-
-    def __getattr__(self, name):
-        method = getattr(self._original, name)
-
-        async def call(*args, **kwargs):
-            result = method(*args, **kwargs)
-            return Awaited(result) if isinstance(result, SessionTransaction) else result
-
-        return call
-
-
-class Host:
-    """A host's code: runs a scenario, `async def scenario(session, repository)`, in a session that it then closes."""
-
-    def __init__(self, engine: Engine, kind: str) -> None:
-        self.engine = engine
-        self.kind = kind
-
-    def play(self, scenario, *, isolation: str = "READ COMMITTED", schema: str | None = None) -> Any:
-        """Run the scenario to its end, and return what it returns."""
-        return asyncio.run(getattr(self, f"_{self.kind}")(scenario, isolation, schema))
-
-    async def _sync(self, scenario, isolation, schema):
-        with Session(self.engine.execution_options(isolation_level=isolation)) as session:
-            return await scenario(Awaited(session), Awaited(EngagementMessageRepository(session, schema=schema)))
-
-    async def _async(self, scenario, isolation, schema):
-        engine = create_async_engine(self.engine.url, poolclass=NullPool, isolation_level=isolation)
-        async with AsyncSession(engine) as session:
-            return await scenario(session, AsyncEngagementMessageRepository(session, schema=schema))
 
 
 @pytest.fixture(name="host", params=["sync", "async"])
 def _host(request, engine):
     return Host(engine, request.param)
-
-
-def keys(engine: Engine) -> list[str]:
-    with engine.connect() as connection:
-        query = "SELECT idempotency_key FROM engagement_message_queue ORDER BY id"
-        return list(connection.execute(text(query)).scalars())
-
-
-def messages(count: int, **given) -> list[NewMessage]:
-    return [new_message(idempotency_key=f"k{number:06}", **given) for number in range(count)]
-
-
-@contextmanager
-def chunks_of(size: int):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(repository, "CHUNK", size)
-        yield
 
 
 # On the caller's transaction
@@ -379,81 +316,6 @@ def test_a_stricter_isolation_answers_truly_or_fails_to_serialize(host, isolatio
     assert sqlstate == SERIALIZATION_FAILURE
 
 
-# Races
-
-
-def race_for_one_key(engine: Engine, *, winner_commits: bool) -> tuple[Queued, list[Queued]]:
-    """Return the answers of a transaction that is held open until nineteen others wait for its key, and of those."""
-
-    def queue_it():
-        with Session(engine) as session, session.begin():
-            return EngagementMessageRepository(session).queue_message(new_message())
-
-    with ThreadPoolExecutor(19) as pool, Session(engine) as winner:
-        first = EngagementMessageRepository(winner).queue_message(new_message())
-        others = [pool.submit(queue_it) for _ in range(19)]
-        wait_until_blocked(engine, 19)
-        if winner_commits:
-            winner.commit()
-        else:
-            winner.rollback()
-        return first, [other.result(PATIENCE) for other in others]
-
-
-def test_twenty_callers_queue_one_key_once(engine):
-    """One of twenty that queue a key at once creates it, and the nineteen others name its row."""
-    first, others = race_for_one_key(engine, winner_commits=True)
-
-    assert first.created
-    assert [other.created for other in others] == [False] * 19
-    assert {other.message_id for other in others} == {first.message_id}
-    assert len(keys(engine)) == 1
-
-
-def test_if_the_winner_rolls_back_exactly_one_of_the_waiting_wins(engine):
-    """Nothing is lost to a rival that rolled back: one of the nineteen that waited creates the message."""
-    _, others = race_for_one_key(engine, winner_commits=False)
-
-    assert sorted(other.created for other in others) == [False] * 18 + [True]
-    (message_id,) = {other.message_id for other in others}
-    assert row(engine, message_id).status == "pending"
-    assert len(keys(engine)) == 1
-
-
-def test_twenty_threads_that_start_together_queue_one_key_once(engine):
-    """Without anybody's help with the order, one creates the message and nineteen name its row."""
-    start = threading.Barrier(20)
-
-    def queue_it(_):
-        with Session(engine) as session, session.begin():
-            session.connection()
-            start.wait(PATIENCE)
-            return EngagementMessageRepository(session).queue_message(new_message())
-
-    with ThreadPoolExecutor(20) as pool:
-        answers = list(pool.map(queue_it, range(20)))
-
-    assert sorted(answer.created for answer in answers) == [False] * 19 + [True]
-    assert len({answer.message_id for answer in answers}) == 1
-
-
-def test_async_callers_race_like_threads(engine):
-    """Ten sessions of one event loop that queue a key at once create it once."""
-
-    async def one(async_engine):
-        async with AsyncSession(async_engine) as session, session.begin():
-            return await AsyncEngagementMessageRepository(session).queue_message(new_message())
-
-    async def all_at_once():
-        async_engine = create_async_engine(engine.url, poolclass=NullPool)
-        return await asyncio.gather(*(one(async_engine) for _ in range(10)))
-
-    answers = asyncio.run(all_at_once())
-
-    assert sorted(answer.created for answer in answers) == [False] * 9 + [True]
-    assert len({answer.message_id for answer in answers}) == 1
-
-
 @pytest.mark.parametrize("size", [None, 3, 12], ids=["one", "one chunk", "many chunks"])
 def test_only_a_key_that_is_there_makes_a_duplicate(host, size):
     """An id that is there is an error: a sequence that a restore left behind must not make messages vanish."""
@@ -623,80 +485,6 @@ def test_two_batches_in_one_transaction(host):
     assert len(keys(host.engine)) == 14
 
 
-@pytest.mark.parametrize("chunk", [1000, 2], ids=["in one chunk", "in several"])
-def test_concurrent_batches_in_opposite_orders_never_deadlock(engine, chunk):
-    """Two batches with the same keys in opposite orders, both begun before either could end, wait for one another.
-
-    A third transaction holds the middle key until both are blocked. Were keys taken in the order given, each batch
-    would by then hold the one end of which the other one needs next.
-    """
-    batch = messages(9)
-
-    def queue_all(given):
-        with Session(engine) as session, session.begin():
-            return EngagementMessageRepository(session).queue_messages(given)
-
-    with chunks_of(chunk), Session(engine) as session:
-        EngagementMessageRepository(session).queue_message(batch[4])
-        there = in_thread(queue_all, batch)
-        wait_until_blocked(engine, 1)
-        back = in_thread(queue_all, batch[::-1])
-        wait_until_blocked(engine, 2)
-        session.rollback()
-        answers = {there.result(PATIENCE), back.result(PATIENCE)}
-
-    assert answers == {QueuedMany(9, 0), QueuedMany(0, 9)}
-
-
-def test_a_batch_in_chunks_takes_no_key_before_it_has_all(engine):
-    """Two batches that meet half-way, in different chunks, never deadlock.
-
-    Each pauses after most of its keys until the other one is there too. Were each chunk inserted as it comes, both
-    would by then hold what the other one needs next.
-    """
-    batch = messages(8)
-    half_way = threading.Barrier(2)
-
-    def produce(given):
-        for number, message in enumerate(given):
-            if number == 6:
-                half_way.wait(PATIENCE)
-            yield message
-
-    def queue_all(given):
-        with Session(engine) as session, session.begin():
-            return EngagementMessageRepository(session).queue_messages(produce(given))
-
-    with chunks_of(2):
-        there, back = in_thread(queue_all, batch), in_thread(queue_all, batch[::-1])
-        answers = {there.result(2 * PATIENCE), back.result(2 * PATIENCE)}
-
-    assert answers == {QueuedMany(8, 0), QueuedMany(0, 8)}
-
-
-def test_many_batches_in_random_orders_never_deadlock(engine):
-    """Six threads that queue the same keys in shuffled orders, in one chunk and in several, all come through."""
-    batch = messages(400)
-    start = threading.Barrier(6)
-
-    def queue_all(turn):
-        start.wait(PATIENCE)
-        created = 0
-        for repeat in range(3):
-            shift = (turn * 67 + repeat * 131) % len(batch)
-            given = (batch[shift:] + batch[:shift])[:: -1 if turn % 2 else 1]
-            with Session(engine) as session, session.begin():
-                created += (
-                    EngagementMessageRepository(session).queue_messages(given if turn % 3 else given[:90]).created
-                )
-        return created
-
-    with chunks_of(100), ThreadPoolExecutor(6) as pool:
-        created = list(pool.map(queue_all, range(6)))
-
-    assert sum(created) == len(keys(engine)) == 400
-
-
 # Another schema
 
 
@@ -736,28 +524,6 @@ def test_the_table_may_be_in_another_schema(host):
     assert many == [QueuedMany(3, 0), QueuedMany(9, 3)]
     assert stored == 13
     assert keys(engine) == []
-
-
-# The async twin
-
-
-def public_methods(class_: type) -> dict:
-    return {name: member for name, member in vars(class_).items() if not name.startswith("_")}
-
-
-def test_the_async_repository_has_the_same_methods():
-    """Same names, same signatures, each awaited, each with its promise."""
-    ours, twins = public_methods(EngagementMessageRepository), public_methods(AsyncEngagementMessageRepository)
-
-    assert ours.keys() == twins.keys()
-    for name, method in ours.items():
-        assert inspect.signature(method) == inspect.signature(twins[name]), name
-        assert inspect.iscoroutinefunction(twins[name])
-        assert not inspect.iscoroutinefunction(method)
-        assert twins[name].__doc__
-    constructors = (EngagementMessageRepository.__init__, AsyncEngagementMessageRepository.__init__)
-    sync_names, async_names = (list(inspect.signature(constructor).parameters) for constructor in constructors)
-    assert sync_names == async_names
 
 
 # Errors of the database

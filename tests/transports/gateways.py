@@ -13,6 +13,8 @@ from loopback import Received, Reply
 
 from engagement import OutgoingMessage
 from engagement.transports.client import ProviderClient
+from engagement.transports.dialects import EVOLUTION
+from engagement.transports.gateway import WhatsAppGateway, whatsapp_message_id
 
 KEY = "s3cr3t-key-5b1c"
 TEXT = "Olá Ana, sentimos sua falta 💛"
@@ -222,3 +224,13 @@ class CloudLike(Ledger):
             "fbtrace_id": "Az8or2yhqkZfEZ-_4Qn_Bam",
         }
         return Reply(status, {"error": error | more}, self.headers)
+
+
+LIKES = {"evolution": EvolutionLike, "waha": WahaLike, "wuzapi": WuzapiLike}
+MESSAGE_ID = whatsapp_message_id(outgoing().delivery_id)
+
+
+def gateway(server, dialect=EVOLUTION, **options) -> WhatsAppGateway:
+    session = "main" if dialect is EVOLUTION else "default"
+    given = {"url": server.url, "key": KEY, "session": session, "render": say, "answer_within": timedelta(seconds=5)}
+    return WhatsAppGateway(dialect=dialect, verify=False, **given | options)
