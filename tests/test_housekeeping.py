@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from conftest import new_message, queue, row
+from conftest import in_thread, new_message, queue, row, until
+from crashes.accidents import Running
 from sqlalchemy import event, func, select, text
 from sqlalchemy.orm import Session
-from test_crashes import Running, in_thread, until
 
 from engagement import (
     EngagementMessage,

@@ -13,10 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import new_message, queue, row
+from conftest import new_message, queue, row, until
+from crashes.accidents import Running
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session
-from test_crashes import Running, until
 
 from engagement import EngagementMessageRepository, MessageStatus, Sent, migrations, process_message_queue
 from engagement._operating.temporary_postgres import find_binaries

@@ -1,0 +1,156 @@
+"""A claim whose commit a promoted standby never received: what is known of it still counts."""
+
+from concurrent.futures import Future
+from contextlib import contextmanager
+from datetime import timedelta
+
+import pytest
+from conftest import execute, new_message, queue, row, until
+
+from crashes.accidents import LATER, PATIENCE_SECONDS, Running, events_of, lose
+from engagement import InDoubt, NotSent, Postpone, Refused, Sent, Withdraw, process_message_queue
+from engagement._claim import START
+from engagement._delivery import database as claims
+from engagement._delivery.database import Holder
+from engagement.models import EARLIEST
+from engagement.outcomes import Verdict
+
+
+def forget_claim(engine, message_id) -> None:
+    """Put a row back to what it was before its claim, as a promoted standby does that had not received it."""
+    execute(
+        engine,
+        "UPDATE engagement_message_queue SET status = 'pending', attempt = 0, claimed_by = NULL,"
+        " lease_expires_at = NULL WHERE id = :id",
+        id=message_id,
+    )
+
+
+class Answers:
+    """A transport whose sends wait until the test answers each of them."""
+
+    def __init__(self) -> None:
+        self.begun, self._futures = [], []
+
+    def send(self, message):
+        """Wait for the answer."""
+        future = Future()
+        self._futures.append(future)
+        self.begun.append(message.attempt)
+        return future.result(PATIENCE_SECONDS)
+
+    def answer(self, which, outcome) -> None:
+        """Let a send end."""
+        self._futures[which].set_result(outcome)
+
+
+@contextmanager
+def two_claims_of_one_attempt(engine, message_id):
+    """Let two workers send one attempt, since the claim of the first was forgotten, and a third one look for work."""
+    answers, options = Answers(), {"backoff": lambda _: timedelta(0)}
+    with Running(engine, answers, **options) as first:
+        until(lambda: answers.begun == [1])
+        forget_claim(engine, message_id)
+        with Running(engine, answers, **options) as second:
+            until(lambda: answers.begun == [1, 1])
+            with Running(engine, answers, **options):
+                yield answers, first, second
+
+
+@pytest.mark.parametrize(
+    "outcome", [NotSent("busy"), Refused("no such number"), Withdraw("opted out"), Postpone(EARLIEST, "not now")]
+)
+def test_a_claim_that_was_lost_with_a_commit_settles_no_other_of_its_attempt(engine, caplog, outcome):
+    """What became of a claim says nothing of another one of the same number, which is being sent."""
+    (message_id,) = queue(engine, new_message())
+
+    with two_claims_of_one_attempt(engine, message_id) as (answers, _, _):
+        held = row(engine, message_id)
+        answers.answer(0, outcome)
+        until(lambda: f"engagement.claim_lost message_id={message_id} attempt=1" in caplog.text)
+        assert row(engine, message_id) == held
+        answers.answer(1, Sent("second"))
+        until(lambda: row(engine, message_id).status == "sent")
+
+    assert answers.begun == [1, 1]
+    assert row(engine, message_id).provider_message_id == "second"
+
+
+def test_a_doubt_of_a_claim_that_was_lost_is_kept(engine):
+    """It may have left, so that the message is not sent again, also if the other claim of it was not sent."""
+    (message_id,) = queue(engine, new_message())
+
+    with two_claims_of_one_attempt(engine, message_id) as (answers, _, _):
+        answers.answer(0, InDoubt("no answer"))
+        until(lambda: row(engine, message_id).has_doubt)
+        assert (row(engine, message_id).status, row(engine, message_id).attempt) == ("sending", 1)
+        answers.answer(1, NotSent("busy"))
+        until(lambda: row(engine, message_id).status == "in_doubt")
+
+    assert answers.begun == [1, 1]
+    assert events_of(engine, message_id) == ["in_doubt", "not_sent", "in_doubt"]
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled"])
+def test_a_doubt_of_a_claim_that_was_lost_undoes_an_end(engine, status):
+    """Nothing ends as unsent that may have left."""
+    (message_id,) = queue(engine, new_message())
+    outcome = Refused("no such number") if status == "failed" else Withdraw("opted out")
+
+    with two_claims_of_one_attempt(engine, message_id) as (answers, _, _):
+        answers.answer(1, outcome)
+        until(lambda: row(engine, message_id).status == status)
+        answers.answer(0, InDoubt("no answer"))
+        until(lambda: row(engine, message_id).status == "in_doubt")
+
+
+def test_sent_of_a_claim_that_was_lost_ends_the_message_and_a_second_one_is_told(engine, caplog):
+    """A message that was sent is sent, whoever holds it; that it went out twice is an error in the log, and is kept."""
+    (message_id,) = queue(engine, new_message())
+
+    with two_claims_of_one_attempt(engine, message_id) as (answers, _, _):
+        answers.answer(0, Sent("first"))
+        until(lambda: row(engine, message_id).status == "sent")
+        answers.answer(1, Sent("second"))
+        until(lambda: f"engagement.sent_twice message_id={message_id} attempt=1" in caplog.text)
+
+    found = row(engine, message_id)
+    assert (answers.begun, found.provider_message_id) == ([1, 1], "first")
+    assert events_of(engine, message_id) == ["resolved", "sent_twice"]
+
+
+@pytest.mark.parametrize("outcome", [Sent("wamid"), InDoubt("no answer")])
+def test_what_is_known_of_a_claim_that_was_forgotten_keeps_it_from_being_sent_again(engine, outcome):
+    """Its worker is the only one that knows of the send, and tells the database that has forgotten it."""
+    (message_id,) = queue(engine, new_message())
+    sends = []
+
+    def send(message):
+        sends.append(message.id)
+        forget_claim(engine, message_id)
+        return outcome
+
+    process_message_queue(engine, send)
+    process_message_queue(engine, send)
+
+    assert sends == [message_id]
+    assert row(engine, message_id).status == ("sent" if isinstance(outcome, Sent) else "in_doubt")
+
+
+def test_two_verdicts_of_one_message_are_recorded_one_after_the_other(engine):
+    """A worker that knows of two claims of one attempt loses neither of what became of them."""
+    (message_id,) = queue(engine, new_message())
+    (first,) = lose(engine, message_id)
+    forget_claim(engine, message_id)
+    with engine.begin() as connection:
+        (second,) = claims.claim(
+            connection, Holder("second", LATER), limit=1, after=START, busy=[], one_per_destination=True
+        ).claims
+    unsent = Verdict(status="failed", event="refused", reason="no such number")
+    sent = Verdict(status="sent", event="sent", has_doubt=False)
+
+    with engine.begin() as connection:
+        recorded = claims.settle(connection, [(second, unsent), (first, sent)])
+
+    assert recorded == {second: "failed", first: "sent"}
+    assert row(engine, message_id).status == "sent"
