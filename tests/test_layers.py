@@ -74,3 +74,10 @@ def test_no_door_is_private():
     for page in pages:
         if page.name not in {"architecture.md", "decisions.md"}:
             assert "engagement._" not in page.read_text(), page
+
+
+def test_no_file_of_tests_has_over_600_lines():
+    """A file has one subject, and somebody who looks for a test reads one."""
+    files = PACKAGE.parent.joinpath("tests").rglob("*.py")
+
+    assert [path for path in files if len(path.read_text().splitlines()) > 600] == []
