@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import sys
 from functools import cache
 from time import monotonic, sleep
 
@@ -182,6 +183,10 @@ class Connection:
         if len(framing) > 1 or (head.status_code in {204, 304} and framing not in ([], [b"0"])):
             return  # It says that there is more than may come: some servers send it, and not at once.
         wire.start_next_cycle()
+        if sys.platform == "linux":
+            # A server that writes more than its answer, in a second write, may hold that back until we acknowledge the
+            # first (Nagle). Our system would do so 40 ms later, or with the next request, and it would be its answer.
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         self._free_since = monotonic()
         self.is_free = True
 

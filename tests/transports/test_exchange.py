@@ -105,6 +105,29 @@ def test_what_comes_on_an_idle_connection_is_a_reason_to_distrust_all(idle_for):
         assert server.connections == 4
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system can be asked to acknowledge at once")
+def test_what_waits_for_our_acknowledgement_does_not_come_with_the_next_answer():
+    """A second small write is held back until the first is acknowledged: else ours does that with the next request."""
+    is_written = threading.Event()
+
+    def answer_all_and_one_twice(connection):
+        for _ in range(8):  # Until our system expects that a request follows each answer, and saves itself the rest.
+            connection.sendall(Reply(201, "own").encode())
+            connection.recv(65_536)
+        connection.sendall(Reply(201, "own").encode())
+        connection.sendall(Reply(201, "forged").encode())
+        is_written.set()
+        connection.recv(1)
+
+    with serving(lambda _: answer_all_and_one_twice) as server:
+        one = client(server.url)
+        assert {deliver(one) for _ in range(9)} == {Sent("own")}
+        assert is_written.wait(5)
+        time.sleep(0.005)  # of the 40 ms that our system would wait
+        server.behave = lambda _: Reply(201, "next")
+        assert deliver(one) == Sent("next")
+
+
 @pytest.mark.parametrize(
     "head",
     [
