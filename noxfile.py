@@ -16,8 +16,8 @@ nox.options.default_venv_backend = "uv"
 # Left out on the oldest libraries: what takes long and depends on none that has an older version. These are the
 # transports (h11), what speaks of the server, and what measures or breaks the product from outside.
 SAME_ON_THE_OLDEST = (
-    "transports", "chaos", "test_adopting.py", "test_benchmarks.py", "test_least_privilege.py", "test_planted.py",
-    "test_settings.py", "test_standby.py", "test_temporary_postgres.py", "test_typing.py",
+    "transports", "chaos", "test_adopting.py", "test_benchmarks.py", "test_contributing.py", "test_least_privilege.py",
+    "test_planted.py", "test_settings.py", "test_standby.py", "test_temporary_postgres.py", "test_typing.py",
 )  # fmt: skip
 PROVE_THE_WHEEL = """
 import engagement

@@ -25,6 +25,7 @@ from shell import Ran, url_of
 from sqlalchemy import URL, Engine, Result, create_engine, event, make_url, text
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
+from xdist.scheduler import WorkStealingScheduling
 
 from engagement import Destination, EngagementMessageRepository, NewMessage, OutgoingMessage, migrations
 from engagement._operating.temporary_postgres import temporary_postgres
@@ -48,6 +49,12 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "direct(reason): with --pgbouncer this test is skipped, for the reason")
     if config.getoption("--pgbouncer") and pgbouncer_program() is None:
         raise pytest.UsageError(f"--pgbouncer: {NO_PGBOUNCER}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log) -> WorkStealingScheduling:
+    """Give each worker half of the files: what a file sets up for all its tests is then set up once, but for few."""
+    return WorkStealingScheduling(config, log)
 
 
 def pytest_runtest_setup(item) -> None:
