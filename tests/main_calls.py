@@ -22,7 +22,8 @@ from engagement._delivery import database as claims
 from engagement._delivery.database import Holder
 from engagement._delivery.options import Options
 from engagement._operating.housekeeping import Housekeeping
-from engagement._operating.inspection import activity, count_messages, list_messages, overview
+from engagement._operating.lists import count_messages, list_messages
+from engagement._operating.overview import activity, overview
 from engagement._sql.own_transactions import for_own_transactions
 from engagement._watching.metrics import QueueReader
 from engagement.policies import FrequencyCap

@@ -16,9 +16,10 @@ from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
 from engagement import process_message_queue
-from engagement._operating.inspection import Activity
+from engagement._operating.overview import Activity
 from engagement.admin import pages
 from engagement.admin.chart import HEIGHT, WIDTH, chart_of
+from engagement.admin.shown import long_words
 from engagement.verification import verify
 
 
@@ -525,7 +526,7 @@ def _rows_of(node: dict) -> int:
 def test_pages_read_little_of_a_large_queue(large, admin, monkeypatch):
     """No count of all rows and no sort of them: what is read does not grow with what was sent long ago."""
     monkeypatch.setattr(pages, "COUNT_UP_TO", 100)
-    monkeypatch.setattr("engagement._operating.inspection.RATE_ROWS", 100)
+    monkeypatch.setattr("engagement._operating.overview.RATE_ROWS", 100)
     for path in ("", "?span=week", "messages", "messages?status=in_doubt", "messages?user=user7", "messages/7"):
         with plans(large) as read:
             assert admin.get(path).status_code == 200
@@ -574,4 +575,4 @@ def test_the_page_tells_what_keeps_a_queue_waiting(admin, engine):
 )
 def test_durations_are_said_in_two_units(duration, words):
     """Enough to know whether to worry."""
-    assert pages.long_words(duration) == words
+    assert long_words(duration) == words

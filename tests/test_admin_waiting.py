@@ -39,7 +39,7 @@ def test_an_action_that_takes_too_long_says_that_nothing_was_done(engine, caplog
 def test_the_overview_does_without_a_chart_that_takes_too_long(engine, monkeypatch):
     """The counts do not wait for it."""
     slow = lambda session, *_, **__: session.execute(text("SELECT pg_sleep(20)"))  # noqa: E731
-    monkeypatch.setattr("engagement._operating.inspection.activity", slow)
+    monkeypatch.setattr("engagement.admin.pages.activity", slow)
     put(engine, "failed")
     with admin_of(engine, patience=timedelta(milliseconds=300)) as client:
         page = client.get("")

@@ -22,14 +22,8 @@ from engagement import (
     migrations,
     verify,
 )
-from engagement._operating.inspection import (
-    activity,
-    count_messages,
-    count_prunable,
-    list_messages,
-    message_ids,
-    overview,
-)
+from engagement._operating.lists import count_messages, count_prunable, list_messages, message_ids
+from engagement._operating.overview import activity, overview
 from engagement.models import EngagementBase
 
 DAY = timedelta(days=1)

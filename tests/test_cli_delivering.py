@@ -18,7 +18,7 @@ from shell import PATIENCE, killed_at_the_end, program, terminal
 from sqlalchemy.orm import Session
 
 from engagement import EngagementMessageRepository, migrations
-from engagement._operating.inspection import masked
+from engagement._operating.masking import masked
 from engagement.cli.parameters import duration, positive_duration
 
 # Queueing

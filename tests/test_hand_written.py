@@ -8,7 +8,7 @@ from conftest import execute, new_message, queue
 from sqlalchemy.orm import Session
 
 from engagement import EngagementMessageRepository
-from engagement._operating.inspection import list_messages
+from engagement._operating.lists import list_messages
 from engagement.verification import verify
 
 LONG_NUMBER = "9" * 131_072

@@ -10,7 +10,9 @@ from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
 from engagement import EngagementMessageRepository, InvalidMessage, migrations
-from engagement._operating.inspection import activity, count_messages, list_messages, overview, timeline
+from engagement._operating.lists import count_messages, list_messages
+from engagement._operating.overview import activity, overview
+from engagement._operating.timeline import timeline
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 A_DAY = timedelta(days=1)
@@ -177,7 +179,7 @@ def test_the_overview_counts_and_ages_by_the_databases_clock(engine):
 
 def test_a_rate_is_over_what_was_read(engine, monkeypatch):
     """Where the newest rows reach back less than an hour, the rate is theirs: it is not capped by how many are read."""
-    monkeypatch.setattr("engagement._operating.inspection.RATE_ROWS", 2)
+    monkeypatch.setattr("engagement._operating.overview.RATE_ROWS", 2)
     queue(engine, *(new_message(f"user{number}") for number in range(4)))
     update(engine, "created_at = now() - interval '10 minutes' + id * interval '1 minute'")
 

@@ -9,7 +9,7 @@ from conftest import new_message
 from refusals import NOON, SECRET, assert_names, refused
 
 from engagement import EngagementMessageRepository, InvalidMessage, NewMessage, idempotency_key, weekly_idempotency_key
-from engagement._operating.inspection import list_messages
+from engagement._operating.lists import list_messages
 from engagement.messages import delivery_id
 from engagement.models import EARLIEST, LATEST
 

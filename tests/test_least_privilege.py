@@ -12,16 +12,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from engagement import (
-    EngagementMessageRepository,
-    InDoubt,
-    NotSent,
-    Refused,
-    Sent,
-    migrations,
-    process_message_queue,
-)
-from engagement._operating.inspection import activity, count_messages, list_messages, overview
+from engagement import EngagementMessageRepository, InDoubt, NotSent, Refused, Sent, migrations, process_message_queue
+from engagement._operating.lists import count_messages, list_messages
+from engagement._operating.overview import activity, overview
 from engagement._sql.errors import sqlstate
 from engagement._watching.metrics import QueueReader
 from engagement.policies import FrequencyCap

@@ -10,7 +10,7 @@ from commands import facts, messages, statuses
 from conftest import new_message, queue
 from shell import talk
 
-from engagement._operating.inspection import pseudonym
+from engagement._operating.masking import pseudonym
 from engagement.messages import delivery_id, key_hash
 
 PERSONAL = {

@@ -21,7 +21,7 @@ from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
 
 from engagement import EngagementMessageRepository, migrations, process_message_queue
-from engagement._operating.inspection import overview
+from engagement._operating.overview import overview
 from engagement._watching.metrics import QueueReader
 from engagement.models import TABLE_NAME, EngagementBase
 from engagement.verification import verify

@@ -15,7 +15,7 @@ from engagement import NotSent, Sent, Worker, process_message_queue
 from engagement._claim import START, clock
 from engagement._delivery import cursor, dispatch, readiness, run, transaction
 from engagement._delivery import database as claims
-from engagement._operating import inspection
+from engagement._operating.overview import overview
 from engagement._sending.sender import _Sending
 from engagement.policies import Gate
 
@@ -410,7 +410,7 @@ class _Waiting:
 
 def waits_for(engine):
     with Session(engine) as session:
-        return inspection.overview(session).waiting_for
+        return overview(session).waiting_for
 
 
 def test_what_keeps_a_queue_waiting_is_told_in_log_and_status(engine, caplog):

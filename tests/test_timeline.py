@@ -23,7 +23,9 @@ from engagement import (
     exponential_backoff,
     process_message_queue,
 )
-from engagement._operating.inspection import list_messages, mask_address, masked, pseudonym, timeline
+from engagement._operating.lists import list_messages
+from engagement._operating.masking import mask_address, masked, pseudonym
+from engagement._operating.timeline import timeline
 
 AT_ONCE = exponential_backoff(timedelta(microseconds=1), jitter=0)
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -363,6 +365,6 @@ def test_a_pseudonym_is_made_with_a_secret():
     """Who knows how they are made, and tries all numbers, finds none: another process makes other ones."""
     assert pseudonym("447700900101", b"one") == pseudonym("447700900101", b"one")
     assert len({pseudonym("447700900101", key) for key in (b"one", b"another")} | {pseudonym("447700900101")}) == 3
-    code = "from engagement._operating.inspection import pseudonym; print(pseudonym('447700900101'))"
+    code = "from engagement._operating.masking import pseudonym; print(pseudonym('447700900101'))"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT) for _ in range(2)]
     assert len({run.stdout for run in runs}) == 2

@@ -13,7 +13,7 @@ from conftest import new_message, outgoing, queue, row
 from sqlalchemy import create_engine
 
 from engagement import Sent, Worker, process_message_queue
-from engagement._operating.inspection import timeline
+from engagement._operating.timeline import timeline
 from engagement.admin import create_admin
 from engagement.policies import Consent, Route
 from engagement.transports.console import Console

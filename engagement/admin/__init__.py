@@ -1,6 +1,6 @@
 """The admin page: how the queue stands, what became of a message, and what is to become of it.
 
-It shows what `inspection` tells and does what the repository does. It cannot write, edit or delete a row.
+It shows what the command tells and does what the repository does. It cannot write, edit or delete a row.
 """
 
 from engagement.admin.application import create_admin

@@ -16,7 +16,8 @@ from starlette_admin.theme import BaseTheme, IconSet
 from engagement._sql.own_transactions import for_own_transactions
 from engagement.admin.database import Queue
 from engagement.admin.guards import Authenticated, Authentication, May, OwnCookies, Permission, SameOrigin, ShortForms
-from engagement.admin.pages import MessagesPage, OverviewPage, Shown, path_for
+from engagement.admin.pages import MessagesPage, OverviewPage
+from engagement.admin.shown import Shown, path_for
 
 MOUNT = "engagement"
 PATIENCE = timedelta(seconds=5)

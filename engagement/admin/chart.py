@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from engagement._operating.inspection import Activity
+from engagement._operating.overview import Activity
 
 WIDTH, HEIGHT = 1000, 100
 """What the rectangles are measured in. They are stretched to the page, the labels are not: a phone shows them, too."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta, tzinfo
-from typing import Any
 from urllib.parse import urlencode
 
 from sqlalchemy.orm import Session
@@ -15,22 +14,22 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
-from starlette_admin.flash import flash, get_flashed_messages
+from starlette_admin.flash import flash
 from starlette_admin.routing import route
-from starlette_admin.views import CustomView
 
 from engagement._logging import logger
-from engagement._operating import inspection
+from engagement._operating.lists import Filters, list_messages
+from engagement._operating.masking import HIDDEN, mask_address, masked
+from engagement._operating.overview import activity, overview
+from engagement._operating.timeline import timeline
 from engagement.admin.actions import ACTIONS, Action, act, actions_for
 from engagement.admin.chart import chart_of
-from engagement.admin.database import Queue
-from engagement.admin.guards import Permission
+from engagement.admin.shown import Page, path_for
 from engagement.messages import InvalidMessage, delivery_id, id_typed, key_hash
 from engagement.models import EngagementMessage, MessageStatus
 from engagement.repository import EngagementMessageRepository
 
 PAGE = 50
-NOTHING = "-"
 COUNT_UP_TO = 10_000
 """A larger table is not counted whole: a page must not read a million rows to say how many there are."""
 
@@ -51,96 +50,6 @@ SPANS = {
 }
 
 
-def path_for(request: Request, name: str, /, **parameters: Any) -> str:
-    """Return where a page of ours is, without scheme and host: behind a proxy we may not know them."""
-    return request.url_for(f"{request.app.state.ROUTE_NAME}:{name}", **parameters).path
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """What all pages share: the queue, and how it is shown."""
-
-    queue: Queue
-    tz: tzinfo
-    may_reveal: Permission
-    may_act: Permission
-    secret: bytes = field(repr=False)
-
-    def pseudonym(self, user_id: str) -> str:
-        """Return what stands for a user."""
-        return inspection.pseudonym(user_id, self.secret)
-
-    async def reveals(self, request: Request) -> bool:
-        """Tell whether this page shows what is personal: it was asked for, and is allowed."""
-        return request.query_params.get("reveal") == "1" and await self.may_reveal(request)
-
-    def words(self) -> dict[str, Any]:
-        """Return what templates call to put values in words."""
-        return {
-            "moment": self._moment,
-            "clock": lambda at, form: self._local(at).strftime(form),
-            "zone": str(self.tz),
-            "long": long_words,
-            "size": _size,
-            "spoken": lambda word: str(word).replace("_", " "),
-            "statuses": tuple(MessageStatus),
-            "delivery_id": delivery_id,
-        }
-
-    def _moment(self, at: datetime) -> str:
-        return self._local(at).strftime("%Y-%m-%d %H:%M:%S")
-
-    def _local(self, at: datetime) -> datetime:
-        try:
-            return at.astimezone(self.tz)
-        except OverflowError:  # The first and the last hours that there are have no time in every zone.
-            return at
-
-
-def long_words(duration: timedelta | None) -> str:
-    """Say roughly how long: the two largest units."""
-    if duration is None:
-        return NOTHING
-    seconds = max(int(duration.total_seconds()), 0)
-    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
-    parts = [f"{seconds // length % (10**9 if name == 'd' else _FULL[name])} {name}" for name, length in units]
-    first = next((place for place, (_, length) in enumerate(units) if seconds >= length), len(units) - 1)
-    return " ".join(parts[first : first + 2])
-
-
-_FULL = {"h": 24, "min": 60, "s": 60}
-
-
-def _size(count: int | None) -> str:
-    """Say roughly how many bytes."""
-    if count is None:
-        return NOTHING
-    amount = float(count)
-    for unit in ("B", "kB", "MB"):
-        if amount < 1000:  # noqa: PLR2004 - what the units mean
-            return f"{amount:.0f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} GB"
-
-
-class Page(CustomView):
-    """A page of ours, rendered by the admin that it was added to."""
-
-    def __init__(self, shown: Shown) -> None:
-        super().__init__()
-        self.shown = shown
-
-    async def render(self, request: Request, name: str, **context: Any) -> Response:
-        """Return the page `name`."""
-        assert self.templates is not None
-        context |= {
-            "may_reveal": await self.shown.may_reveal(request),
-            "reveal": await self.shown.reveals(request),
-            "flashed_messages": get_flashed_messages(request),
-        }
-        return self.templates.TemplateResponse(request, name, context)
-
-
 class OverviewPage(Page):
     """How the queue stands, at one look."""
 
@@ -156,19 +65,17 @@ class OverviewPage(Page):
         since = _on_the_hour(datetime.now(self.shown.tz), bucket) - (SPANS[chosen].buckets - 1) * bucket
         queue = self.shown.queue
 
-        overview = await queue.run(
-            lambda session: inspection.overview(session, schema=queue.schema, count_up_to=COUNT_UP_TO)
-        )
+        standing = await queue.run(lambda session: overview(session, schema=queue.schema, count_up_to=COUNT_UP_TO))
         try:
-            activity = await queue.run(lambda session: inspection.activity(session, since, bucket, schema=queue.schema))
+            past = await queue.run(lambda session: activity(session, since, bucket, schema=queue.schema))
         except HTTPException:
-            activity = None  # The counts are worth showing without it.
+            past = None  # The counts are worth showing without it.
         return await self.render(
             request,
             "overview.html",
-            overview=overview,
+            overview=standing,
             count_up_to=COUNT_UP_TO,
-            chart=None if activity is None else chart_of(activity),
+            chart=None if past is None else chart_of(past),
             spans=SPANS,
             chosen=chosen,
         )
@@ -201,7 +108,7 @@ class MessagesPage(Page):
             before, after = (id_typed(asked[name]) if asked.get(name) else None for name in ("before", "after"))
 
             def look(session: Session) -> list[EngagementMessage]:
-                return inspection.list_messages(
+                return list_messages(
                     session, before=before, after=after, limit=PAGE + 1, schema=queue.schema, **filters
                 )
 
@@ -217,7 +124,7 @@ class MessagesPage(Page):
             request,
             "messages.html",
             messages=page,
-            mask=inspection.mask_address,
+            mask=mask_address,
             pseudonym=self.shown.pseudonym,
             problem=problem,
             newer=_page_link(request, after=page[0].id) if page and (there_is_more if goes_up else before) else None,
@@ -253,13 +160,13 @@ class MessagesPage(Page):
         if reveals:
             _log(request, "reveal", "revealed", message.id)
         # To mask a long history, as one written by hand may be, takes its time: other pages need not wait for it.
-        timeline = await run_in_threadpool(inspection.timeline, message, reveal=reveals)
+        moments = await run_in_threadpool(timeline, message, reveal=reveals)
         facts = await run_in_threadpool(_facts, message, self.shown.pseudonym, reveal=reveals)
         return await self.render(
             request,
             "message.html",
             message=message,
-            timeline=timeline,
+            timeline=moments,
             facts=facts,
             actions=actions_for(message) if await self.shown.may_act(request) else [],
         )
@@ -343,8 +250,8 @@ _FILTERS = {
 """What the page calls the fields of a filter."""
 
 
-def _filters(asked: Mapping[str, str], tz: tzinfo) -> inspection.Filters:
-    filters: inspection.Filters = {}
+def _filters(asked: Mapping[str, str], tz: tzinfo) -> Filters:
+    filters: Filters = {}
     if status := asked.get("status"):
         if status not in set(MessageStatus):
             raise InvalidMessage("status", "must be one of the list")
@@ -379,18 +286,17 @@ def _facts(message: EngagementMessage, pseudonym: Callable[[str], str], *, revea
     """Return what is known of a message but its timeline, as (name, value) pairs; None is shown as a dash."""
     error, key = message.error_message, message.idempotency_key
     params = json.dumps(message.message_params, ensure_ascii=False, indent=2)
-    hidden = inspection.HIDDEN
     return [
         ("User", message.user_id if reveal else pseudonym(message.user_id)),
-        ("To", message.destination_jid if reveal else inspection.mask_address(message.destination_jid)),
+        ("To", message.destination_jid if reveal else mask_address(message.destination_jid)),
         ("Destination", message.destination),
         ("Type", message.message_type),
         ("Message key", message.message_key),
-        ("Parameters", params if reveal or not message.message_params else hidden),
+        ("Parameters", params if reveal or not message.message_params else HIDDEN),
         ("Attempts", message.attempt),
         ("Failures", message.retry_count),
-        ("Last error", error if reveal or error is None else inspection.masked(error, message)),
-        ("Provider's id", message.provider_message_id if reveal or not message.provider_message_id else hidden),
+        ("Last error", error if reveal or error is None else masked(error, message)),
+        ("Provider's id", message.provider_message_id if reveal or not message.provider_message_id else HIDDEN),
         ("Delivery id", delivery_id(key)),
         ("Idempotency key", key) if reveal else ("Hash of its key", key_hash(key)),
     ]

@@ -14,7 +14,7 @@ from rich.console import Console
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from engagement._operating.inspection import Filters, count_messages, list_messages, message_ids
+from engagement._operating.lists import Filters, count_messages, list_messages, message_ids
 from engagement.cli.choosing import described, filtered, find_message
 from engagement.cli.connecting import Database
 from engagement.cli.problems import Problem, needs_attention

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from sqlalchemy.orm import Session
 
-from engagement._operating.inspection import count_messages, count_prunable
+from engagement._operating.lists import count_messages, count_prunable
 from engagement.cli.acting import ask, dry_run_option, in_number, show_dry_run, told_if_ended_early, yes_option
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command

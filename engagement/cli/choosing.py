@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
-from engagement._operating.inspection import Filters
+from engagement._operating.lists import Filters
 from engagement.cli.parameters import moment_ago
 from engagement.cli.showing import for_person
 from engagement.messages import id_typed

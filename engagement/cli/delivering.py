@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from engagement._delivery.tally import ProcessResult
-from engagement._operating.inspection import masked
+from engagement._operating.masking import masked
 from engagement._sending.protocols import Transport
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command

@@ -7,16 +7,9 @@ from typing import Any
 
 import click
 
-from engagement._operating.inspection import (
-    HIDDEN,
-    LONGEST_PAGE,
-    Filters,
-    list_messages,
-    mask_address,
-    masked,
-    pseudonym,
-    timeline,
-)
+from engagement._operating.lists import LONGEST_PAGE, Filters, list_messages
+from engagement._operating.masking import HIDDEN, mask_address, masked, pseudonym
+from engagement._operating.timeline import timeline
 from engagement.cli.choosing import filtered, find_message
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import click
 
-from engagement._operating.inspection import overview
+from engagement._operating.overview import overview
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
 from engagement.cli.parameters import duration

@@ -1,0 +1,285 @@
+"""The whole queue: how it stands now, and what was due and sent over time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Executable,
+    Integer,
+    Interval,
+    Select,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    column,
+    extract,
+    func,
+    literal_column,
+    select,
+    table,
+    true,
+    union_all,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
+
+from engagement._sql import claiming, looking
+from engagement._sql.host_sessions import in_session, readable, schema_in_session
+from engagement._sql.table import (
+    FAILED,
+    IN_DOUBT,
+    NOW,
+    PENDING,
+    QUEUE,
+    SENDING,
+    SENT,
+    C,
+    is_due,
+    is_prunable,
+    time_since,
+)
+from engagement.messages import checked_moment
+from engagement.models import MessageStatus, qualified_name
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+from engagement._operating.masking import masked
+
+RATE_OVER = timedelta(hours=1)
+RATE_ROWS = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overview:
+    """How the queue stands. Ages and leases are by the database's clock."""
+
+    by_status: Mapping[MessageStatus, int]
+    is_rough: bool
+    """Whether what is finished, and what reached `count_up_to`, is estimated."""
+    due: int
+    oldest_due: timedelta | None
+    """How long the oldest due message has been waiting."""
+    waiting_for: str | None
+    """What it waits for, if a worker's transport has said why it is not ready."""
+    queued_per_minute: float
+    """Over the last hour, or as far back as the newest 10,000 messages reach: an estimate, by id."""
+    sent_per_minute: float
+    """Likewise, by when they were due: what was sent of an older backlog after newer messages may be missed."""
+    leases_expired: int
+    """Of the messages that are `sending`, how many have lost their worker, and wait to be recovered."""
+    pending_in_doubt: int
+    """Of the pending messages, how many may have left before."""
+    oldest_in_doubt: timedelta | None
+    """How long ago the oldest message in doubt was last due."""
+    table_bytes: int
+    index_bytes: int
+    dead_rows: int
+    """As the statistics of PostgreSQL estimate it; a replica knows none."""
+    last_vacuum: datetime | None
+
+
+def overview(session: Session, *, schema: str | None = None, count_up_to: int | None = None) -> Overview:
+    """Return how the queue stands.
+
+    The counts are exact and read the narrowest whole index (an index-only scan, while the table is vacuumed); all else
+    is read by partial indexes, from at most 10,000 rows, or from PostgreSQL's own statistics.
+
+    With `count_up_to`, a table that has more rows is not counted: what is finished is then estimated by the statistics,
+    and all else is counted so far and no further. `pending_in_doubt` speaks of as many pending messages.
+    """
+    keywords = in_session(schema)
+    queue = {"queue": qualified_name(schema_in_session(schema, session))}
+    values = {"over": RATE_OVER, "rows": RATE_ROWS, "most": count_up_to}
+    facts = session.execute(_queue_facts(), values, **keywords).one()
+    counts = {} if count_up_to is None else _count_roughly(session, queue | values, keywords)
+    is_rough = bool(counts)
+    if not counts:
+        found = session.execute(looking.count_by_status(), **keywords)
+        counts = {word: count for word, count, _ in found}
+    with readable(session):
+        table_facts = session.execute(_table_facts(), queue, **keywords).one()
+    return Overview(
+        by_status=dict.fromkeys(MessageStatus, 0) | {MessageStatus(word): count for word, count in counts.items()},
+        is_rough=is_rough,
+        queued_per_minute=_per_minute(facts.queued, facts.queued_over),
+        sent_per_minute=_per_minute(facts.sent, facts.sent_over),
+        due=facts.due,
+        oldest_due=facts.oldest_due,
+        waiting_for=facts.waiting_for and masked(facts.waiting_for),
+        leases_expired=facts.leases_expired,
+        pending_in_doubt=facts.pending_in_doubt,
+        oldest_in_doubt=facts.oldest_in_doubt,
+        **table_facts._mapping,  # noqa: SLF001 - the public name of a row's mapping
+    )
+
+
+def _count_roughly(session: Session, values: Mapping[str, Any], keywords: Mapping[str, Any]) -> dict[str, int]:
+    """Return counts that read little; none if the table is small, or the planner has not looked at it."""
+    counts: dict[str, int] = {row.word: row.counted for row in session.execute(_estimates(), values, **keywords)}
+    if counts:
+        for word, count in session.execute(_counts_of_unfinished(), values, **keywords):
+            # Where counting was broken off, the estimate may know more.
+            counts[word] = max(count, counts.get(word, 0)) if count == values["most"] else count
+    return counts
+
+
+@cache
+def _estimates() -> Executable:
+    """Return (status, count) as the planner believes, if the table has more than `most` rows; else nothing."""
+    of_relation = ("oid", "reltuples", "relname", "relnamespace")
+    of_statistics = ("schemaname", "tablename", "attname", "most_common_vals", "most_common_freqs")
+    relation = table("pg_class", *map(column, of_relation), schema="pg_catalog")
+    namespace = table("pg_namespace", *map(column, ("oid", "nspname")), schema="pg_catalog")
+    statistics = table("pg_stats", *map(column, of_statistics), schema="pg_catalog")
+    words = cast(cast(statistics.c.most_common_vals, Text), ARRAY(Text))
+    common = func.unnest(words, statistics.c.most_common_freqs).table_valued("word", "share").render_derived("common")
+    return (
+        select(common.c.word, cast(relation.c.reltuples * common.c.share, BigInteger).label("counted"))
+        .select_from(relation)
+        .join(namespace, namespace.c.oid == relation.c.relnamespace)
+        .join(
+            statistics,
+            and_(statistics.c.schemaname == namespace.c.nspname, statistics.c.tablename == relation.c.relname),
+        )
+        .join(common, true())
+        .where(
+            relation.c.oid == func.to_regclass(bindparam("queue", type_=Text)),
+            relation.c.reltuples > bindparam("most", type_=BigInteger),
+            statistics.c.attname == "status",
+        )
+    )
+
+
+@cache
+def _counts_of_unfinished() -> Executable:
+    """Return (status, count) of those that have an index of their own, each counted to `most`."""
+    words = (PENDING, SENDING, FAILED, IN_DOUBT)
+    return union_all(*(select(word, _count_up_to_most(C.status == word).scalar_subquery()) for word in words))
+
+
+def _count_up_to_most(condition: ColumnElement[bool]) -> Select[Any]:
+    """Return how many rows fit, counted to `most`; to the end if that is NULL."""
+    some: Select[Any] = select(literal_column("1")).select_from(QUEUE).where(condition)
+    return select(func.count()).select_from(some.limit(bindparam("most", type_=BigInteger)).subquery())
+
+
+def _per_minute(count: int, over: timedelta | None) -> float:
+    if not count or over is None:
+        return 0.0
+    # Over the whole hour, unless the rows that were read do not reach back so far.
+    span = RATE_OVER if count < RATE_ROWS else over
+    return count / max(span.total_seconds(), 1) * 60
+
+
+@cache
+def _queue_facts() -> Executable:
+    long_ago = NOW - bindparam("over", type_=Interval)
+    rows = bindparam("rows", type_=BigInteger)
+    newest = select(C.created_at.label("at")).order_by(C.id.desc()).limit(rows).subquery("newest")
+    last_sent = (
+        select(C.sent_at.label("at"))
+        # A cancelled message may be due in a year; a sent one was due.
+        .where(is_prunable, C.status == SENT, C.next_attempt_at <= NOW)
+        .order_by(C.next_attempt_at.desc())
+        .limit(rows)
+        .subquery("last_sent")
+    )
+    pending = select(C.has_doubt).where(C.status == PENDING).limit(bindparam("most", type_=BigInteger)).subquery()
+    questions: dict[str, Select[Any]] = {
+        "due": _count_up_to_most(is_due),
+        "oldest_due": select(time_since(func.min(C.next_attempt_at))).where(is_due),
+        "waiting_for": claiming.waiting_for(),
+        "leases_expired": select(func.count()).where(C.status == SENDING, C.lease_expires_at <= NOW),
+        "pending_in_doubt": select(func.count()).select_from(pending).where(pending.c.has_doubt),
+        "oldest_in_doubt": select(time_since(func.min(C.next_attempt_at))).where(C.status == IN_DOUBT),
+    }
+    for name, found in (("queued", newest), ("sent", last_sent)):
+        questions[name] = select(func.count()).select_from(found).where(found.c.at > long_ago)
+        questions[f"{name}_over"] = select(time_since(func.min(found.c.at))).where(found.c.at > long_ago)
+    return select(*(question.scalar_subquery().label(name) for name, question in questions.items()))
+
+
+@cache
+def _table_facts() -> Executable:
+    queue = func.to_regclass(bindparam("queue", type_=Text))
+    statistics = table(
+        "pg_stat_all_tables",
+        *(column(name) for name in ("relid", "n_dead_tup", "last_vacuum", "last_autovacuum")),
+        schema="pg_catalog",
+    )
+    return select(
+        func.pg_table_size(queue, type_=BigInteger).label("table_bytes"),
+        func.pg_indexes_size(queue, type_=BigInteger).label("index_bytes"),
+        statistics.c.n_dead_tup.label("dead_rows"),
+        func.greatest(statistics.c.last_vacuum, statistics.c.last_autovacuum).label("last_vacuum"),
+    ).where(statistics.c.relid == queue)
+
+
+MOST_BUCKETS = 2_000
+LATEST_SEND = timedelta(days=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What was due, and what was sent, in the bucket that begins `at`."""
+
+    at: datetime
+    due: int
+    sent: int
+
+
+def activity(session: Session, since: datetime, bucket: timedelta, *, schema: str | None = None) -> list[Activity]:
+    """Return what was due and what was sent since then, bucket by bucket until now, zeros included.
+
+    Read by the partial indexes on when messages were last due, which leave out what was forgotten or pruned. A message
+    that was sent more than two days after it was due is only counted as sent if it was due in this time.
+    """
+    checked_moment("since", since)
+    if bucket <= timedelta(0):
+        raise ValueError("bucket: must be more than nothing")
+    keywords = in_session(schema)
+    values = {"since": since, "bucket": bucket, "latest": LATEST_SEND}
+    past: timedelta = session.execute(_time_since(), values, **keywords).scalar_one()
+    if (buckets := past // bucket + 1) > MOST_BUCKETS:
+        raise ValueError(f"bucket: makes {buckets} buckets, more than {MOST_BUCKETS}")
+    rows = session.execute(_activity(), values, **keywords)
+    counts = {number: (due, sent) for number, due, sent in rows}
+    return [Activity(since + number * bucket, *counts.get(number, (0, 0))) for number in range(buckets)]
+
+
+@cache
+def _time_since() -> Executable:
+    return select(time_since(bindparam("since", type_=TIMESTAMP(timezone=True))))
+
+
+@cache
+def _activity() -> Executable:
+    since = bindparam("since", type_=TIMESTAMP(timezone=True))
+    is_recent = and_(since <= C.next_attempt_at, C.next_attempt_at <= NOW)
+    was_due = select(C.next_attempt_at.label("at"), literal_column("1").label("due"), literal_column("0").label("sent"))
+    was_sent = select(C.sent_at, literal_column("0"), literal_column("1"))
+    latest = bindparam("latest", type_=Interval)
+    seen = union_all(
+        # One for each index: with OR, the planner reads the whole table.
+        was_due.where(C.status == PENDING, is_recent),
+        was_due.where(C.status == SENDING, is_recent),
+        was_due.where(C.status == IN_DOUBT, is_recent),
+        was_due.where(is_prunable, is_recent),
+        was_sent.where(
+            is_prunable,
+            C.status == SENT,
+            and_(since - latest <= C.next_attempt_at, C.next_attempt_at <= NOW),
+            C.sent_at >= since,
+        ),
+    ).subquery("seen")
+    bucket = bindparam("bucket", type_=Interval)
+    number = func.floor(extract("epoch", seen.c.at - since) / extract("epoch", bucket)).cast(Integer)
+    return select(number, func.sum(seen.c.due), func.sum(seen.c.sent)).group_by(number)
