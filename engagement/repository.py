@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from itertools import chain, islice
 from operator import itemgetter
@@ -18,7 +18,7 @@ from sqlalchemy import Executable, Select
 from sqlalchemy.exc import StatementError
 
 from engagement._logging import logger
-from engagement._sql import changing, host_sessions, looking, parameters, queueing
+from engagement._sql import changing, host_sessions, looking, queueing
 from engagement._sql.encodings import with_storable_texts
 from engagement._sql.host_sessions import readable
 from engagement._sql.sorting import SortedTexts
@@ -89,7 +89,7 @@ class EngagementMessageRepository:
         return observing.queueing(message.message_type, partial(self._queue, message))
 
     def _queue(self, message: NewMessage, trace_context: str | None) -> Queued:
-        values = _parameters(message, trace_context)
+        values = {**queueing.row(message), "trace_context": trace_context}
         created_id = self._execute(queueing.insert_message(), values).scalar_one_or_none()
         if created_id is None:
             return self._duplicate(message, values)
@@ -147,7 +147,7 @@ class EngagementMessageRepository:
 
     def _insert(self, rows: list[str], trace_context: str | None, *, most_are_there: bool = False) -> int:
         """Insert rows whose keys are new, and return how many those were."""
-        values = {**_packed(rows), "trace_context": trace_context}
+        values = {**queueing.packed_rows(rows), "trace_context": trace_context}
         created: int = self._execute(queueing.insert_packed(most_are_there=most_are_there), values).rowcount
         return created
 
@@ -345,7 +345,7 @@ def _chunks(messages: Iterable[NewMessage]) -> Iterator[list[tuple[str, str]]]:
     while chunk := list(islice(remaining, CHUNK)):
         for message in chunk:
             _check_message(message)
-        yield [(message.key, _row(message)) for message in chunk]
+        yield [(message.key, queueing.packed_row(message)) for message in chunk]
 
 
 def _check_message(message: object) -> None:
@@ -361,52 +361,8 @@ def _hide_values(error: StatementError) -> None:
             shown.args = (str(shown.args[0]).partition("\n")[0], *shown.args[1:])
 
 
-def _parameters(message: NewMessage, trace_context: str | None) -> dict[str, Any]:
-    return {
-        "user_id": message.user_id,
-        "message_type": message.message_type,
-        "message_key": message.message_key,
-        "message_params": message.params_json,
-        "destination": str(message.destination),
-        "destination_jid": message.destination_jid,
-        "scheduled_for": _in_utc(message.scheduled_for),
-        "expires_at": _in_utc(message.expires_at),
-        "idempotency_key": message.key,
-        "trace_context": trace_context,
-    }
-
-
-def _row(message: NewMessage) -> str:
-    """Return what is stored of a message, in the order of `PACKED`."""
-    return parameters.SEPARATOR.join(
-        (
-            message.user_id,
-            message.message_type,
-            message.message_key,
-            message.params_json,
-            message.destination,
-            message.destination_jid,
-            parameters.moment_text(message.scheduled_for),
-            parameters.moment_text(message.expires_at),
-            message.key,
-        )
-    )
-
-
-def _packed(rows: list[str]) -> dict[str, str]:
-    """Return the columns of rows."""
-    join, names = parameters.SEPARATOR.join, queueing.PACKED
-    values = join(rows).split(parameters.SEPARATOR)
-    return {name: join(values[place :: len(names)]) for place, name in enumerate(names)}
-
-
 def _decision(by: str | None, reason: str | None) -> dict[str, str | None]:
     return {"by": clean_reason(by), "reason": clean_reason(reason)}
-
-
-def _in_utc(moment: datetime | None) -> datetime | None:
-    # Offsets of old local mean times have seconds, which not every reader takes.
-    return None if moment is None else moment.astimezone(UTC)
 
 
 def _checked_key(key: str) -> str:

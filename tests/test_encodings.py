@@ -6,7 +6,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from engagement import EngagementMessageRepository, InvalidMessage, migrations, process_message_queue
+from engagement import EngagementMessageRepository, InvalidMessage, Sent, migrations, process_message_queue
 
 
 @pytest.fixture(name="made_in")
@@ -77,7 +77,12 @@ def test_sql_ascii_stores_what_it_is_given(made_in):
         queued = EngagementMessageRepository(session).queue_message(new_message("→", message_params={"name": "→"}))
     seen = []
 
-    process_message_queue(engine, seen.append)
+    def send(message):
+        seen.append(message)
+        return Sent("wamid→")
+
+    process_message_queue(engine, send)
 
     assert seen[0].message_params == {"name": "→"}
-    assert row(engine, queued.message_id).status == "sent"
+    found = row(engine, queued.message_id)
+    assert (found.status, found.provider_message_id) == ("sent", "wamid→")

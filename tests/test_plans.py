@@ -5,12 +5,15 @@ from datetime import timedelta
 
 import pytest
 from by_hand import HOLDER, NOON, claim, repeat
-from conftest import database_url
+from conftest import database_url, new_message
 from pytest_postgresql.janitor import DatabaseJanitor
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.orm import Session
 
+from engagement import EngagementMessageRepository
 from engagement._delivery import database as claims
+from engagement.models import MessageStatus
+from engagement.outcomes import Verdict
 
 FINISHED_ROWS = 100_000
 """They stand for five million: the plans that are chosen for these are chosen for more all the more."""
@@ -126,3 +129,18 @@ def test_counting_reads_an_index_instead_of_the_table(full_engine):
         reads = generic_plan(session, repeat("count_by_status"))
 
     assert ("Index Only Scan", "user") in reads
+
+
+def test_a_settlement_of_one_message_reads_one_row(engine):
+    """In a table of a few thousand too, which the planner would read whole for as many rows as it expects of JSON."""
+    with Session(engine) as session, session.begin():
+        EngagementMessageRepository(session).queue_messages(new_message(f"user{n}") for n in range(4_000))
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE engagement_message_queue"))
+
+    def settle_one(session: Session) -> None:
+        sent = Verdict(status=MessageStatus.SENT, event="sent")
+        assert claims.settle(session.connection(), [(claim(session)[0], sent)])
+
+    with Session(engine) as session:
+        assert generic_plan(session, settle_one) == [("Index Scan", "pkey")]

@@ -141,7 +141,8 @@ def settle(connection: Connection, verdicts: Iterable[tuple[Claim, Verdict]]) ->
         # An UPDATE takes one of two verdicts of a message, whichever it comes to.
         given = {pair[0].message.id: pair for pair in reversed(left)}
         left = [pair for pair in left if pair is not given[pair[0].message.id]]
-        rows = connection.execute(settling.settle_if_claimed(), _packed_verdicts([*reversed(given.values())]))
+        values = settling.settlements(_settlement(*pair) for pair in reversed(given.values()))
+        rows = connection.execute(settling.settle_if_claimed(), values)
         recorded |= {given.pop(message_id)[0]: status for message_id, status in rows}
         if given:
             recorded |= _settled_before(connection, given)
@@ -222,24 +223,20 @@ def _claim(row: Sequence[Any], claimed_by: str, held_until: float, *, lost_worke
     )
 
 
-def _packed_verdicts(given: Collection[tuple[Claim, Verdict]]) -> dict[str, str]:
-    verdicts = [verdict for _, verdict in given]
+def _settlement(claim: Claim, verdict: Verdict) -> settling.Settlement:
     return {
-        "given_id": _pack([str(claim.message.id) for claim, _ in given]),
-        "given_attempt": _pack([str(claim.message.attempt) for claim, _ in given]),
-        "given_name": _pack([claim.claimed_by for claim, _ in given]),
-        "given_failures": _pack(["1" if verdict.counts_as_failure else "0" for verdict in verdicts]),
-        "given_has_doubt": _pack([_BOOLEANS[verdict.has_doubt] for verdict in verdicts]),
-        "given_delay": _pack(
-            ["" if (delay := verdict.delay) is None else str(delay.total_seconds()) for verdict in verdicts]
-        ),
-        "given_until": _pack([parameters.moment_text(verdict.until) for verdict in verdicts]),
-        "given_status": _pack([verdict.status for verdict in verdicts]),
-        "given_event": _pack([verdict.event for verdict in verdicts]),
-        "given_reason": _pack([clean_reason(verdict.reason) or "" for verdict in verdicts]),
-        "given_provider_message_id": _pack([clean_reason(verdict.provider_message_id) or "" for verdict in verdicts]),
+        "id": claim.message.id,
+        "attempt": claim.message.attempt,
+        "name": claim.claimed_by,
+        "status": verdict.status,
+        "event": verdict.event,
+        "failures": int(verdict.counts_as_failure),
+        "has_doubt": verdict.has_doubt,
+        "delay": None if verdict.delay is None else verdict.delay.total_seconds(),
+        "until": None if verdict.until is None else parameters.moment_text(verdict.until),
+        "reason": clean_reason(verdict.reason),
+        "provider_message_id": clean_reason(verdict.provider_message_id),
     }
 
 
 _pack = parameters.SEPARATOR.join
-_BOOLEANS = {None: "", False: "false", True: "true"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import (
@@ -22,14 +24,62 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.types import TypeEngine
 
-from engagement._sql.parameters import packed, planned_anew, text_of
+from engagement._sql.parameters import SEPARATOR, moment_text, packed, planned_anew, text_of
 from engagement._sql.table import MOMENT, NOW, QUEUE, C, is_forgotten, word
+from engagement.messages import NewMessage
 
-_GIVEN = ("user_id", "message_type", "message_key", "message_params", "destination", "destination_jid")
+# A row on its way to SQL, as texts: each column, the attribute of a `NewMessage` that it holds, and its type.
+_Row = dict[str, tuple[str, TypeEngine[Any]]]
+_CONTENT: _Row = {
+    "user_id": ("user_id", Text()),
+    "message_type": ("message_type", Text()),
+    "message_key": ("message_key", Text()),
+    "message_params": ("params_json", JSONB()),
+    "destination": ("destination", Text()),
+    "destination_jid": ("destination_jid", Text()),
+}
+_TEXTS: _Row = _CONTENT | {"idempotency_key": ("key", Text())}
+_ROW: _Row = _TEXTS | {"scheduled_for": ("scheduled_for", MOMENT), "expires_at": ("expires_at", MOMENT)}
+_texts_of = attrgetter(*(attribute for attribute, _ in _TEXTS.values()))
 # Any other conflict is an error: an id that is there, say, since the sequence was restored from a backup.
 _KEY: dict[str, Any] = {"index_elements": [C.idempotency_key]}
-_INSERTED = (*_GIVEN, "scheduled_for", "expires_at", "next_attempt_at", "idempotency_key", "trace_context")
+
+
+def row(message: NewMessage) -> dict[str, str | None]:
+    """Return the parameters of `insert_message`, without the trace."""
+    return {name: value or None for name, value in zip(_ROW, _values(message), strict=True)}
+
+
+def packed_row(message: NewMessage) -> str:
+    """Return a message as one of the texts that `packed_rows` takes."""
+    return SEPARATOR.join(_values(message))
+
+
+def packed_rows(rows: Iterable[str]) -> dict[str, str]:
+    """Return the parameters of `insert_packed`, without the trace."""
+    values = SEPARATOR.join(rows).split(SEPARATOR)
+    return {name: SEPARATOR.join(values[place :: len(_ROW)]) for place, name in enumerate(_ROW)}
+
+
+def _values(message: NewMessage) -> tuple[str, ...]:
+    """Return the texts that `_ROW` names; a moment that is missing is empty."""
+    return *_texts_of(message), moment_text(message.scheduled_for), moment_text(message.expires_at)
+
+
+def _typed(name: str, text: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return the value of a column, of its text."""
+    _, type_ = _ROW[name]
+    # Where psycopg2 writes NULL for a text, the server takes that for one, but not for a moment.
+    return text if isinstance(type_, Text) else cast(text, type_)
+
+
+def _inserted(text_in: Callable[[str], ColumnElement[Any]]) -> dict[str, ColumnElement[Any]]:
+    """Return the columns of a new row, of the texts that `_ROW` names."""
+    row = {name: _typed(name, text_in(name)) for name in _ROW}
+    start = _start(row["scheduled_for"], row["expires_at"])
+    return row | {"scheduled_for": start, "next_attempt_at": start, "trace_context": text_of("trace_context")}
 
 
 def _start(scheduled_for: ColumnElement[Any], expires_at: ColumnElement[Any]) -> ColumnElement[Any]:
@@ -41,16 +91,7 @@ def _start(scheduled_for: ColumnElement[Any], expires_at: ColumnElement[Any]) ->
 @cache
 def insert_message() -> Executable:
     """Insert one message and return its id, or nothing if its key exists."""
-    # Cast, since psycopg2 writes values into the statement: what is NULL there is of no type.
-    scheduled_for = cast(bindparam("scheduled_for", type_=MOMENT), MOMENT)
-    expires_at = cast(bindparam("expires_at", type_=MOMENT), MOMENT)
-    values = {name: text_of(name) for name in (*_GIVEN, "idempotency_key", "trace_context")} | {
-        "message_params": cast(bindparam("message_params", type_=Text), JSONB),
-        "scheduled_for": _start(scheduled_for, expires_at),
-        "next_attempt_at": _start(scheduled_for, expires_at),
-        "expires_at": expires_at,
-    }
-    return postgresql_insert(QUEUE).values(values).on_conflict_do_nothing(**_KEY).returning(C.id)
+    return postgresql_insert(QUEUE).values(_inserted(text_of)).on_conflict_do_nothing(**_KEY).returning(C.id)
 
 
 @cache
@@ -60,7 +101,7 @@ def find_key() -> Executable:
     A host may be granted no more columns than queueing needs.
     """
     queue = text_of("queue")
-    may_compare = and_(*(func.has_column_privilege(queue, word(name), word("SELECT")) for name in _GIVEN))
+    may_compare = and_(*(func.has_column_privilege(queue, word(name), word("SELECT")) for name in _CONTENT))
     return select(C.id, C.status, may_compare).where(C.idempotency_key == bindparam("idempotency_key"))
 
 
@@ -70,37 +111,26 @@ def differences() -> Executable:
 
     Of a message that was forgotten or pruned, what was blanked is not compared.
     """
-    given = {name: text_of(f"given_{name}") for name in _GIVEN}
-    given["message_params"] = cast(given["message_params"], JSONB)
+    given = {name: _typed(name, text_of(f"given_{name}")) for name in _CONTENT}
     differs = {name: type_coerce(C[name], value.type) != value for name, value in given.items()}
     differs["message_params"] = and_(differs["message_params"], not_(is_forgotten))
-    return select(*(func.coalesce(differs[name], false()).label(name) for name in _GIVEN)).where(
+    return select(*(func.coalesce(differs[name], false()).label(name) for name in _CONTENT)).where(
         C.idempotency_key == bindparam("idempotency_key")
     )
-
-
-PACKED = (*_GIVEN, "scheduled_for", "expires_at", "idempotency_key")
 
 
 @cache
 def insert_packed(*, most_are_there: bool = False) -> Executable:
     """Insert packed rows whose keys are new; the row count says how many. It is faster if it knows of many repeats."""
-    columns = [column(name, Text) for name in PACKED]
-    unnested = func.unnest(*(packed(name) for name in PACKED)).table_valued(*columns, with_ordinality="ordinal")
+    texts = [column(name, Text) for name in _ROW]
+    unnested = func.unnest(*map(packed, _ROW)).table_valued(*texts, with_ordinality="ordinal")
     rows = unnested.render_derived(name="given").c
-    start = _start(cast(rows.scheduled_for, MOMENT), cast(rows.expires_at, MOMENT))
-    chosen = {name: rows[name] for name in PACKED} | {
-        "message_params": cast(rows.message_params, JSONB),
-        "expires_at": cast(rows.expires_at, MOMENT),
-        "scheduled_for": start,
-        "next_attempt_at": start,
-        "trace_context": text_of("trace_context"),
-    }
+    columns = _inserted(rows.__getitem__)
     # Keys are taken in the order in which they are given, or concurrent batches would deadlock: the repository sorts.
-    ordered = select(*(chosen[name].label(name) for name in _INSERTED)).order_by(rows.ordinal)
+    ordered = select(*(value.label(name) for name, value in columns.items())).order_by(rows.ordinal)
     if most_are_there:
         # Without this, each would be numbered and checked before it is turned down.
         is_new = ~select(C.id).where(C.idempotency_key == rows.idempotency_key).exists()
         ordered = ordered.where(is_new, planned_anew())
-    created = postgresql_insert(QUEUE).from_select(_INSERTED, ordered).on_conflict_do_nothing(**_KEY)
+    created = postgresql_insert(QUEUE).from_select(list(columns), ordered).on_conflict_do_nothing(**_KEY)
     return created.execution_options(preserve_rowcount=True)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from json import JSONEncoder
+from typing import Annotated, Any, TypedDict, get_type_hints
 
 from sqlalchemy import (
     ARRAY,
+    JSON,
     BigInteger,
     Boolean,
     ColumnElement,
     Executable,
     Float,
     Integer,
-    TableValuedAlias,
+    Subquery,
     Text,
     and_,
     any_,
@@ -30,11 +33,10 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.types import TypeEngine
 
 from engagement._sql.claiming import LOST_WORKERS
 from engagement._sql.history import history_with
-from engagement._sql.parameters import packed, text_of
+from engagement._sql.parameters import text_of, unseen
 from engagement._sql.table import (
     CANCELLED,
     IN_DOUBT,
@@ -55,6 +57,33 @@ from engagement._sql.table import (
 from engagement.models import MOST_COUNTED
 
 
+class Settlement(TypedDict):
+    """A verdict on its way to SQL: its columns, and the type of each here and there."""
+
+    id: Annotated[int, BigInteger()]
+    attempt: Annotated[int, Integer()]
+    name: Annotated[str, Text()]
+    status: Annotated[str, Text()]
+    event: Annotated[str, Text()]
+    failures: Annotated[int, Integer()]
+    has_doubt: Annotated[bool | None, Boolean()]
+    delay: Annotated[float | None, Float()]
+    """In seconds."""
+    until: Annotated[str | None, MOMENT]
+    reason: Annotated[str | None, Text()]
+    provider_message_id: Annotated[str | None, Text()]
+
+
+_COLUMNS = {name: hint.__metadata__[0] for name, hint in get_type_hints(Settlement, include_extras=True).items()}
+# Without escapes, which the server would have to turn into its encoding, and cannot where it has none (SQL_ASCII).
+_in_json = JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
+
+
+def settlements(given: Iterable[Settlement]) -> dict[str, str]:
+    """Return the parameter of `settle_if_claimed`."""
+    return {"settlements": _in_json(list(given))}
+
+
 @cache
 def settle_if_claimed() -> Executable:
     """Record verdicts, one for each message at most, and return (id, status) of those that were recorded.
@@ -64,7 +93,7 @@ def settle_if_claimed() -> Executable:
     or an earlier one, which says that the claim was lost with a commit. A message that was forgotten meanwhile keeps
     nothing, and is not tried again.
     """
-    given = _verdicts().c
+    given = _given().c
     has_doubt = func.coalesce(given.has_doubt, C.has_doubt)
     wanted = case((and_(given.status == PENDING, is_forgotten), CANCELLED), else_=given.status)
     resolves = and_(given.status == SENT, or_(C.status != SENDING, C.claimed_by != given.name))
@@ -101,19 +130,13 @@ def settle_if_claimed() -> Executable:
     )
 
 
-def _verdicts() -> TableValuedAlias:
-    types: dict[str, TypeEngine[Any]] = {
-        "id": BigInteger(),
-        "attempt": Integer(),
-        "failures": Integer(),
-        "has_doubt": Boolean(),
-        "delay": Float(),
-        "until": MOMENT,
-    }
-    texts = dict.fromkeys(("name", "status", "event", "reason", "provider_message_id"))
-    unnested = func.unnest(*(packed(f"given_{name}", type_) for name, type_ in (types | texts).items()))
-    columns = [column(name, type_ or Text()) for name, type_ in (types | texts).items()]
-    return unnested.table_valued(*columns).render_derived(name="given")
+def _given() -> Subquery:
+    json = unseen(cast(text_of("settlements"), JSON))
+    columns = [column(name, type_) for name, type_ in _COLUMNS.items()]
+    rows = func.json_to_recordset(json).table_valued(*columns).render_derived(name="rows", with_types=True)
+    # The planner expects a hundred rows of a function. For so many it reads a table of a few thousand from end to end,
+    # also if there is one row. Behind a limit that it cannot see, it expects ten.
+    return select(*rows.c).limit(unseen(cast(null(), BigInteger))).subquery("given")
 
 
 def _next_attempt(given: Any) -> ColumnElement[Any]:

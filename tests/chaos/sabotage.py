@@ -49,7 +49,7 @@ def drop_the_fence(engine: Engine) -> None:
 
     @event.listens_for(engine, "before_cursor_execute", retval=True)
     def unfenced(_conn, _cursor, statement, parameters, *_):
-        if "given_id" in parameters:
+        if "settlements" in parameters:
             statement, dropped = FENCE.subn("", statement)
             assert dropped == 1, statement
         return statement, parameters

@@ -153,7 +153,7 @@ class CommitWatch:
         if "busy" in parameters and "sending" in statuses(cursor):
             conn.info["claims"] = True
         # None, if it repeats what was committed and not acknowledged.
-        if "given_id" in parameters and cursor.rowcount > 0:
+        if "settlements" in parameters and cursor.rowcount > 0:
             conn.info["settles"] = True
 
     def _before_commit(self, conn):

@@ -90,7 +90,7 @@ def is_claim(parameters) -> bool:
 
 
 def is_settlement(parameters) -> bool:
-    return "given_id" in parameters
+    return "settlements" in parameters
 
 
 def is_take_over(parameters) -> bool:
