@@ -14,7 +14,7 @@ from benchmarks.given import given, key
 from benchmarks.measuring import Contender, compare, timed
 from benchmarks.setup import Setup
 from engagement import OutgoingMessage, Sent
-from engagement.messages import Destination
+from engagement.models import Destination
 from engagement.transports.cloud import WhatsAppCloud
 from engagement.transports.gateway import WhatsAppGateway
 from engagement.transports.webhook import Webhook

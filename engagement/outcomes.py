@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import ClassVar, assert_never
 
-from engagement.messages import checked_moment
+from engagement.messages.checks import checked_moment
 from engagement.models import MessageStatus
 
 LONGEST_DELAY = timedelta(days=366)

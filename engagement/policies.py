@@ -24,7 +24,8 @@ from engagement._sending.protocols import Transport
 from engagement._sql import looking
 from engagement._sql.errors import is_transient
 from engagement._sql.own_transactions import connect, for_own_transactions
-from engagement.messages import InvalidMessage, OutgoingMessage, checked_destination, checked_flag, checked_jid
+from engagement.messages import InvalidMessage, OutgoingMessage
+from engagement.messages.checks import checked_destination, checked_flag, checked_jid
 from engagement.models import EARLIEST, Destination, MessageStatus
 from engagement.outcomes import NotSent, Outcome, Postpone, Refused, Sent, Withdraw, causes
 

@@ -23,15 +23,9 @@ from engagement._sql.encodings import with_storable_texts
 from engagement._sql.host_sessions import readable
 from engagement._sql.sorting import SortedTexts
 from engagement._watching import observers as observing
-from engagement.messages import (
+from engagement.messages import Cancellation, Forgotten, InvalidMessage, NewMessage, Queued, QueuedMany, StatusCounts
+from engagement.messages.checks import (
     MAX_KEY_BYTES,
-    Cancellation,
-    Forgotten,
-    InvalidMessage,
-    NewMessage,
-    Queued,
-    QueuedMany,
-    StatusCounts,
     checked_age,
     checked_id,
     checked_moment,

@@ -36,7 +36,7 @@ from sqlalchemy import (
 
 from engagement._sql.host_sessions import in_session, schema_in_session
 from engagement._sql.table import NOW, PENDING, QUEUE, SENDING, C
-from engagement.messages import JID_FORMS
+from engagement.messages.checks import JID_FORMS
 from engagement.models import EARLIEST, LATEST, TABLE_NAME, MessageStatus, qualified_name
 
 if TYPE_CHECKING:

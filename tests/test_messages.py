@@ -25,7 +25,7 @@ from engagement import (
     Queued,
     repository,
 )
-from engagement.messages import MAX_PARAMS_BYTES, MAX_PARAMS_DEPTH, MAX_TEXT, MAX_TYPE
+from engagement.messages.checks import MAX_PARAMS_BYTES, MAX_PARAMS_DEPTH, MAX_TEXT, MAX_TYPE
 from engagement.models import EARLIEST, LATEST, MessageStatus
 
 TEXT_FIELDS = ["user_id", "message_type", "message_key", "destination_jid", "idempotency_key"]

@@ -17,7 +17,8 @@ from sqlalchemy import Connection
 from engagement._claim import Claim, Position, clock
 from engagement._logging import logger
 from engagement._sql import claiming, parameters, settling
-from engagement.messages import DESTINATIONS, OutgoingMessage
+from engagement.messages import OutgoingMessage
+from engagement.messages.checks import DESTINATIONS
 from engagement.models import MessageStatus
 from engagement.outcomes import Outcome, Refused, Verdict, clean_reason
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TypedDict
 
-from engagement.messages import checked_age, checked_flag
+from engagement.messages.checks import checked_age, checked_flag
 from engagement.models import checked_schema
 from engagement.outcomes import Backoff, Classify, classify_exception, exponential_backoff
 

@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Text, func, literal_column, select
 
 from engagement._sql.host_sessions import in_session, readable
 from engagement._sql.table import QUEUE, C, is_older, is_prunable
-from engagement.messages import checked_id, checked_moment, checked_text, checked_user_id
+from engagement.messages.checks import checked_id, checked_moment, checked_text, checked_user_id
 from engagement.models import EngagementMessage, MessageStatus
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import hmac
 import re
 import secrets
 
-from engagement.messages import BSUID_FORM
+from engagement.messages.checks import BSUID_FORM
 from engagement.models import EngagementMessage
 
 HIDDEN = "***"

@@ -45,7 +45,7 @@ from engagement._sql.table import (
     is_prunable,
     time_since,
 )
-from engagement.messages import checked_moment
+from engagement.messages.checks import checked_moment
 from engagement.models import MessageStatus, qualified_name
 
 if TYPE_CHECKING:

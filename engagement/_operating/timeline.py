@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import Any
 
 from engagement._operating.masking import masked
-from engagement.messages import checked_flag
+from engagement.messages.checks import checked_flag
 from engagement.models import EngagementMessage, MessageStatus
 
 NOT_KEPT = "unknown"

@@ -17,7 +17,7 @@ from engagement._sending.event_loop import EventLoop
 from engagement._sending.protocols import Transport
 from engagement._sending.threads import Threads
 from engagement._watching import observers as observing
-from engagement.messages import checked_flag
+from engagement.messages.checks import checked_flag
 from engagement.outcomes import Classify, Outcome
 
 

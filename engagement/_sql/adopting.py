@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, text
 
-from engagement.messages import JID_FORMS
+from engagement.messages.checks import JID_FORMS
 from engagement.models import TABLE_NAME, Destination, qualified_name
 
 SET_ASIDE = "engagement_before"

@@ -11,7 +11,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from engagement._sql.schemas import in_schema
-from engagement.messages import InvalidMessage, checked_id
+from engagement.messages import InvalidMessage
+from engagement.messages.checks import checked_id
 from engagement.models import EngagementMessage, MessageStatus
 from engagement.repository import EngagementMessageRepository
 

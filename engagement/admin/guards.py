@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engagement.messages import checked_flag
+from engagement.messages.checks import checked_flag
 
 Authentication = Callable[[Request], str | Response | Awaitable[str | Response | None] | None]
 """Says who asks, as a name for the log; or answers itself, as with a redirect to a login; None keeps the door shut.

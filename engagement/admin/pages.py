@@ -25,7 +25,8 @@ from engagement._operating.timeline import timeline
 from engagement.admin.actions import ACTIONS, Action, act, actions_for
 from engagement.admin.chart import chart_of
 from engagement.admin.shown import Page, path_for
-from engagement.messages import InvalidMessage, delivery_id, id_typed, key_hash
+from engagement.messages import InvalidMessage, delivery_id, key_hash
+from engagement.messages.checks import id_typed
 from engagement.models import EngagementMessage, MessageStatus
 from engagement.repository import EngagementMessageRepository
 

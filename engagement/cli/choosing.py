@@ -11,7 +11,7 @@ import click
 from engagement._operating.lists import Filters
 from engagement.cli.parameters import moment_ago
 from engagement.cli.showing import for_person
-from engagement.messages import id_typed
+from engagement.messages.checks import id_typed
 from engagement.models import EngagementMessage, MessageStatus
 from engagement.repository import EngagementMessageRepository
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import click
 
 from engagement._sending.protocols import Transport
-from engagement.messages import checked_moment
+from engagement.messages.checks import checked_moment
 from engagement.transports import TransportNotFound, load_transport
 
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s|m|h|d)")

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Self
 
-from engagement.messages import BSUID_FORM, OutgoingMessage
+from engagement.messages import OutgoingMessage
+from engagement.messages.checks import BSUID_FORM
 from engagement.outcomes import Outcome, Refused, Sent
 from engagement.transports.client import PROBE_TIMEOUT, Finding, Prepared, ProviderClient
 from engagement.transports.cloud_codes import finding_of

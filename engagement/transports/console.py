@@ -7,7 +7,8 @@ import sys
 import threading
 from typing import Protocol
 
-from engagement.messages import OutgoingMessage, checked_flag
+from engagement.messages import OutgoingMessage
+from engagement.messages.checks import checked_flag
 from engagement.outcomes import Outcome, Sent
 from engagement.transports.rendering import Render, words_of
 

@@ -14,7 +14,8 @@ from typing import Any, Self
 from urllib.parse import quote
 
 from engagement._logging import logger
-from engagement.messages import BSUID_FORM, OutgoingMessage, checked_flag
+from engagement.messages import OutgoingMessage
+from engagement.messages.checks import BSUID_FORM, checked_flag
 from engagement.outcomes import Outcome, Refused, Sent
 from engagement.transports.client import PROBE_TIMEOUT, Finding, Prepared, ProviderClient
 from engagement.transports.cloud_codes import finding_of

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
-from engagement.messages import checked_flag
+from engagement.messages.checks import checked_flag
 
 _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]*:[0-9a-f:.]*(%[a-z0-9._-]+)?")
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Self
 
-from engagement.messages import OutgoingMessage, checked_flag
+from engagement.messages import OutgoingMessage
+from engagement.messages.checks import checked_flag
 from engagement.outcomes import Outcome, Sent
 from engagement.transports.client import PROBE_TIMEOUT, Prepared, ProviderClient
 from engagement.transports.http import Answer, Silence

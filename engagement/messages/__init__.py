@@ -1,0 +1,25 @@
+"""The values that cross the boundary: what a host asks for, what it is told, and what a transport is given.
+
+All input is checked when a value is made, so that nothing bad ever reaches the host's open transaction.
+"""
+
+from engagement.messages.checks import InvalidMessage
+from engagement.messages.keys import DELIVERY_NAMESPACE, delivery_id, idempotency_key, key_hash, weekly_idempotency_key
+from engagement.messages.results import Cancellation, Forgotten, Queued, QueuedMany, StatusCounts
+from engagement.messages.values import NewMessage, OutgoingMessage
+
+__all__ = [
+    "DELIVERY_NAMESPACE",
+    "Cancellation",
+    "Forgotten",
+    "InvalidMessage",
+    "NewMessage",
+    "OutgoingMessage",
+    "Queued",
+    "QueuedMany",
+    "StatusCounts",
+    "delivery_id",
+    "idempotency_key",
+    "key_hash",
+    "weekly_idempotency_key",
+]

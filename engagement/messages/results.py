@@ -1,0 +1,77 @@
+"""What a repository answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Literal
+
+from engagement.models import MessageStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """What became of one `queue_message`.
+
+    `created` is False for a duplicate; `message_id` and `status` are then those of the message that was there. They
+    are None if the caller cannot see that message: it is newer than the snapshot (REPEATABLE READ, SERIALIZABLE),
+    row-level security hides it, such as another tenant's, or somebody has just deleted its row.
+    """
+
+    created: bool
+    message_id: int | None
+    idempotency_key: str = field(repr=False)
+    status: MessageStatus | None
+    differs_in: tuple[str, ...] | None = field(default=(), compare=False)
+    """The fields of a duplicate that the message that was there has other values of, such as `("message_params",)`: of
+    `user_id`, `message_type`, `message_key`, `message_params`, `destination` and `destination_jid`. What was blanked
+    since is not compared. None if the caller cannot see that message, or may not read those columns."""
+
+    @property
+    def is_of_another_user(self) -> bool:
+        """Whether the key is that of another user's message: then nothing was queued for this one."""
+        return self.differs_in is not None and "user_id" in self.differs_in
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedMany:
+    """What became of one `queue_messages`: their sum is how many messages were given."""
+
+    created: int
+    duplicates: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancellation:
+    """What became of one `cancel_message`.
+
+    `too_late` means that the message is, or may have been, sent, or ended otherwise: `status` says which.
+    """
+
+    verdict: Literal["cancelled", "already_cancelled", "too_late", "not_found"]
+    status: MessageStatus | None
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it is certain that the message is not sent."""
+        return self.status is MessageStatus.CANCELLED
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What became of one `forget_user`: how many pending messages were cancelled, and how many in all were blanked."""
+
+    cancelled: int
+    blanked: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatusCounts:
+    """How many messages stand where; `oldest_due` is how long the oldest due message has been waiting."""
+
+    by_status: Mapping[MessageStatus, int]
+    oldest_due: timedelta | None
+
+    def __getitem__(self, status: MessageStatus | str) -> int:
+        return self.by_status[MessageStatus(status)]
