@@ -35,8 +35,9 @@ class Hand:
     @property
     def in_use(self) -> int:
         """How many calls go on once the verdicts are settled."""
-        settling = sum(self.claims.get(claim.message.id) is claim for claim, _ in self.verdicts)
-        return len(self.claims) - settling + len(self.overdue)
+        # A set: a claim that was given up and then answered has two verdicts.
+        settling = {claim for claim, _ in self.verdicts if self.claims.get(claim.message.id) is claim}
+        return len(self.claims) - len(settling) + len(self.overdue)
 
     @property
     def busy(self) -> set[str]:

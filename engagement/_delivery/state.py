@@ -156,5 +156,5 @@ class State:
             self.outage.failed(now)
             return
         # The messages in hand are finished first: the error may concern the next claim only (a column that is missing).
-        self.has_given_up = self.failure is not None or not self.hand.claims
+        self.has_given_up = self.failure is not None
         self.failure = error
