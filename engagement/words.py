@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from engagement._sending.protocols import Transport
 from engagement.messages import OutgoingMessage
 from engagement.outcomes import Outcome, Refused
-from engagement.policies import Gate, plain_function
+from engagement.policies.gates import Gate, plain_function
 
 if TYPE_CHECKING:
     from fluent.runtime import FluentBundle
     from fluent.runtime.resolver import Pattern
 
-    from engagement._catalogues.lint import Catalogue
+    from engagement._catalogues.catalogue import Catalogue
 
 CATALOGUES = Path(__file__).parent / "catalogues"
 """The words of the demo: English and Brazilian Portuguese, and an example to start from."""
@@ -176,7 +176,8 @@ class FluentRenderer:
         default: str = "en",
         fallbacks: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        from engagement._catalogues.lint import Chain, read_catalogues, tag_of
+        from engagement._catalogues.catalogue import read_catalogues
+        from engagement._catalogues.locales import Chain, tag_of
 
         if not Path(path).is_dir():
             raise ValueError("catalogues: the path is no folder")
@@ -236,9 +237,11 @@ class _Voice:
         """Parse a text and all that it refers to; `BrokenCatalogue` if that cannot be done."""
         from fluent.syntax import ast
 
+        from engagement._catalogues.needs import needs_of
+
         with self._preparing:
             # Faults are looked for, since Fluent itself shows some of them to the person without calling them errors.
-            faults = self._catalogue.needs(name).faults
+            faults = needs_of(self._catalogue, name).faults
             self._bundle.add_resource(ast.Resource([*self._catalogue.parsed_since()]))
             self._faults[name] = faults
 

@@ -15,7 +15,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from engagement import EngagementMessageRepository, migrations, process_message_queue
-from engagement.policies import Consent, FrequencyCap, QuietHours, Route, local_window
+from engagement.policies import Consent, FrequencyCap, QuietHours, Route
+from engagement.policies.frequency_cap import local_window
 
 PATIENCE = 20
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engagement import process_message_queue
-from engagement.policies import Consent, FrequencyCap, QuietHours, quiet_until
+from engagement.policies import Consent, FrequencyCap, QuietHours
+from engagement.policies.quiet_hours import quiet_until
 from engagement.transports.rendering import words_of
 from engagement.words import speaking
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engagement import NotSent, words
-from engagement._catalogues.lint import BrokenCatalogue, Problem, lint_catalogues, read_catalogues
+from engagement._catalogues.catalogue import BrokenCatalogue, Problem, read_catalogues
+from engagement._catalogues.lint import lint_catalogues
 from engagement.transports.rendering import words_of
 from engagement.words import CATALOGUES, FluentRenderer, LocaleUnknown, NoWords, fluent_id, speaking
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from engagement.messages import OutgoingMessage
 from engagement.outcomes import NotSent, Outcome, Refused
-from engagement.policies import for_want_of_a_zone
+from engagement.policies.gates import for_want_of_a_zone
 from engagement.words import NoWords, without_controls
 
 Words = TypeVar("Words", bound=object)

@@ -1,0 +1,13 @@
+"""Whether, where and when: what is asked before a message is sent, at the moment when it would be.
+
+Each policy is a transport around another one. It asks a plain function of the host's, and lets the message through or
+answers in its place; nothing has left by then, so a question that fails is never in doubt.
+"""
+
+from engagement.policies.frequency_cap import FrequencyCap
+from engagement.policies.gates import Gate
+from engagement.policies.local_time import TimeZoneOf
+from engagement.policies.people import Consent, Route
+from engagement.policies.quiet_hours import QuietHours
+
+__all__ = ["Consent", "FrequencyCap", "Gate", "QuietHours", "Route", "TimeZoneOf"]
