@@ -5,23 +5,18 @@ It executes statements and shapes their answers. It never commits, rolls back or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from functools import partial
-from itertools import chain, islice
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from uuid import UUID
 
-from sqlalchemy import Executable, Select
-from sqlalchemy.exc import StatementError
+from sqlalchemy import Executable
 
 from engagement._logging import logger
-from engagement._sql import changing, host_sessions, looking, queueing
-from engagement._sql.encodings import with_storable_texts
-from engagement._sql.host_sessions import readable
-from engagement._sql.sorting import SortedTexts
+from engagement._queueing import batch, one
+from engagement._sql import changing, looking
+from engagement._sql.host_sessions import HostSession
 from engagement._watching import observers as observing
 from engagement.messages import Cancellation, Forgotten, InvalidMessage, NewMessage, Queued, QueuedMany, StatusCounts
 from engagement.messages.checks import (
@@ -32,7 +27,7 @@ from engagement.messages.checks import (
     checked_text,
     checked_user_id,
 )
-from engagement.models import EngagementMessage, MessageStatus, checked_schema, qualified_name
+from engagement.models import EngagementMessage, MessageStatus, checked_schema
 from engagement.outcomes import clean_reason
 
 if TYPE_CHECKING:
@@ -42,8 +37,6 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-CHUNK = 5_000
-"""Messages that are held in memory and sent to the server at once."""
 LARGEST_LIMIT = 1_000_000
 
 
@@ -60,9 +53,7 @@ class EngagementMessageRepository:
     """
 
     def __init__(self, session: Session, *, schema: str | None = None) -> None:
-        self._session = session
-        self._schema = schema
-        self._keywords = host_sessions.in_session(schema)
+        self._host = HostSession(session, schema)
 
     # Queueing
 
@@ -79,33 +70,8 @@ class EngagementMessageRepository:
         elif fields:
             raise TypeError("queue_message takes a NewMessage or its fields, not both")
         else:
-            _check_message(message)
-        return observing.queueing(message.message_type, partial(self._queue, message))
-
-    def _queue(self, message: NewMessage, trace_context: str | None) -> Queued:
-        values = {**queueing.row(message), "trace_context": trace_context}
-        created_id = self._execute(queueing.insert_message(), values).scalar_one_or_none()
-        if created_id is None:
-            return self._duplicate(message, values)
-        logger.debug("engagement.queued message_id=%s", created_id)
-        return Queued(True, created_id, message.key, MessageStatus.PENDING)  # noqa: FBT003 - a value's first field
-
-    def _duplicate(self, message: NewMessage, values: Mapping[str, Any]) -> Queued:
-        key = {"idempotency_key": message.key}
-        queue = {"queue": qualified_name(host_sessions.schema_in_session(self._schema, self._session))}
-        found = self._execute(queueing.find_key(), key | queue).one_or_none()
-        message_id, status, may_compare = found or (None, None, False)
-        differs_in = None
-        if may_compare:
-            given = {f"given_{name}": value for name, value in values.items()}
-            compared = self._execute(queueing.differences(), key | given).mappings().one_or_none()
-            differs_in = tuple(name for name, differs in (compared or {}).items() if differs)
-        if differs_in:
-            fields = ",".join(differs_in)
-            logger.warning("engagement.duplicate_differs message_id=%s fields=%s", message_id, fields)
-        else:
-            logger.debug("engagement.duplicate message_id=%s status=%s", message_id, status)
-        return Queued(False, message_id, message.key, status, differs_in)  # noqa: FBT003
+            one.checked(message)
+        return observing.queueing(message.message_type, partial(one.queue, self._host, message))
 
     def queue_messages(self, messages: Iterable[NewMessage]) -> QueuedMany:
         """Store all messages whose keys are new, in any number and in constant memory, and count the duplicates.
@@ -114,54 +80,27 @@ class EngagementMessageRepository:
         its keys in one order. So nothing is stored before all messages are known: more than 5,000 wait in a temporary
         file of this process. What `messages` raises passes through, and nothing of the batch is stored then.
         """
-        queued = observing.queueing(None, partial(self._queue_many, messages))
+        queued = observing.queueing(None, partial(batch.queue, self._host, messages))
         logger.debug("engagement.queued_many created=%s duplicates=%s", queued.created, queued.duplicates)
         return queued
-
-    def _queue_many(self, messages: Iterable[NewMessage], trace_context: str | None) -> QueuedMany:
-        chunks = _chunks(messages)
-        first, second = next(chunks, []), next(chunks, [])
-        if not second:
-            # As `SortedTexts` does it, and not the server, whose order depends on the encoding of the database.
-            rows = [row for _, row in sorted(first, key=itemgetter(0))]
-            created = self._insert(rows, trace_context) if rows else 0
-            return QueuedMany(created, len(first) - created)
-        given = created = 0
-        with closing(SortedTexts()) as waiting:
-            for chunk in chain((first, second), chunks):
-                waiting.add(chunk)
-                given += len(chunk)
-                chunk.clear()  # Or the first two would be held to the end.
-            most_are_there = False
-            for rows in waiting.pieces(CHUNK):
-                new = self._insert(rows, trace_context, most_are_there=most_are_there)
-                created += new
-                most_are_there = 2 * new < len(rows)  # Mostly, the next piece is like this one.
-        return QueuedMany(created, given - created)
-
-    def _insert(self, rows: list[str], trace_context: str | None, *, most_are_there: bool = False) -> int:
-        """Insert rows whose keys are new, and return how many those were."""
-        values = {**queueing.packed_rows(rows), "trace_context": trace_context}
-        created: int = self._execute(queueing.insert_packed(most_are_there=most_are_there), values).rowcount
-        return created
 
     # Looking
 
     def get_message(self, message_id: int) -> EngagementMessage | None:
         """Return the message as it is in the database now, or None."""
-        return self._entity(looking.message_by("id"), {"value": checked_id(message_id)})
+        return self._found("id", checked_id(message_id))
 
     def get_message_by_key(self, idempotency_key: str) -> EngagementMessage | None:
         """Return the message that holds the key, or None."""
-        return self._entity(looking.message_by("idempotency_key"), {"value": _checked_key(idempotency_key)})
+        return self._found("idempotency_key", _checked_key(idempotency_key))
 
     def get_pending_messages(self, user_id: str | UUID) -> list[EngagementMessage]:
         """Return the user's pending messages, next first."""
-        return self._entities(looking.pending_of_user(), {"of_user": checked_user_id(user_id)})
+        return self._host.entities(looking.pending_of_user(), {"of_user": checked_user_id(user_id)})
 
     def count_by_status(self) -> StatusCounts:
         """Count the messages in each status, zeros included, and tell how long the oldest due one has been waiting."""
-        rows = self._execute(looking.count_by_status()).all()
+        rows = self._host.execute(looking.count_by_status()).all()
         counts = dict.fromkeys(MessageStatus, 0) | {status: count for status, count, _ in rows}
         return StatusCounts(counts, rows[0][2] if rows else None)
 
@@ -173,7 +112,7 @@ class EngagementMessageRepository:
         A pending message that an idempotent transport may have sent before becomes in doubt, and is not sent again.
         """
         values = {"message_id": checked_id(message_id), **_decision(by, reason)}
-        found = self._execute(changing.cancel_if_pending(), values).one_or_none()
+        found = self._host.execute(changing.cancel_if_pending(), values).one_or_none()
         if found is None:
             return Cancellation("not_found", None)
         before, now = found
@@ -189,7 +128,7 @@ class EngagementMessageRepository:
         values = {"of_user": checked_user_id(user_id), **_decision(by, reason)}
         if message_type is not None:
             values["of_type"] = checked_text("message_type", message_type)
-        return sum(status == MessageStatus.CANCELLED for status in self._execute(statement, values).scalars())
+        return sum(status == MessageStatus.CANCELLED for status in self._host.execute(statement, values).scalars())
 
     def reschedule_message(self, message_id: int, scheduled_for: datetime) -> bool:
         """Move a pending message to another time; its key stays. False if it is not pending or expires before then."""
@@ -219,7 +158,9 @@ class EngagementMessageRepository:
 
         Keys stay, and still block. A message that is being sent at this moment is blanked too, and not tried again.
         """
-        were_cancelled = self._execute(changing.forget_user(), {"of_user": checked_user_id(user_id)}).scalars().all()
+        were_cancelled = (
+            self._host.execute(changing.forget_user(), {"of_user": checked_user_id(user_id)}).scalars().all()
+        )
         return Forgotten(cancelled=sum(were_cancelled), blanked=len(were_cancelled))
 
     def prune_messages(self, older_than: timedelta, limit: int = 10_000) -> int:
@@ -230,31 +171,13 @@ class EngagementMessageRepository:
         older_than = checked_age("older_than", older_than)
         if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= LARGEST_LIMIT:
             raise InvalidMessage("limit", f"must be an integer from 1 to {LARGEST_LIMIT}")
-        return len(self._execute(changing.prune_finished(), {"older_than": older_than, "limit": limit}).all())
-
-    # Executing
-
-    # `Any`: SQLAlchemy 2.0 and 2.1 give the rows of a result different types.
-    def _execute(self, statement: Executable, values: Mapping[str, Any] | None = None) -> Any:
-        values = with_storable_texts(values or {}, self._session, self._keywords["bind_arguments"])
-        try:
-            return self._session.execute(statement, values, **self._keywords)
-        except StatementError as error:
-            _hide_values(error)
-            raise
+        return len(self._host.execute(changing.prune_finished(), {"older_than": older_than, "limit": limit}).all())
 
     def _changed(self, statement: Executable, values: Mapping[str, Any]) -> bool:
-        return self._execute(statement, values).scalar_one_or_none() is not None
+        return self._host.execute(statement, values).scalar_one_or_none() is not None
 
-    def _entities(self, statement: Select[Any], values: Mapping[str, Any]) -> list[EngagementMessage]:
-        # What the session loaded earlier may have been changed by a worker since.
-        statement = statement.execution_options(populate_existing=True)
-        with readable(self._session, {"mapper": EngagementMessage, "clause": statement}):
-            found: list[EngagementMessage] = self._execute(statement, values).scalars().all()
-        return found
-
-    def _entity(self, statement: Select[Any], values: Mapping[str, Any]) -> EngagementMessage | None:
-        return next(iter(self._entities(statement, values)), None)
+    def _found(self, column: str, value: int | str) -> EngagementMessage | None:
+        return next(iter(self._host.entities(looking.message_by(column), {"value": value})), None)
 
 
 class AsyncEngagementMessageRepository:
@@ -331,28 +254,6 @@ class AsyncEngagementMessageRepository:
             return method(EngagementMessageRepository(session, schema=self._schema), *args, **kwargs)
 
         return await self._session.run_sync(call)
-
-
-def _chunks(messages: Iterable[NewMessage]) -> Iterator[list[tuple[str, str]]]:
-    """Yield (key, row) of the messages, so many at a time."""
-    remaining = iter(messages)
-    while chunk := list(islice(remaining, CHUNK)):
-        for message in chunk:
-            _check_message(message)
-        yield [(message.key, queueing.packed_row(message)) for message in chunk]
-
-
-def _check_message(message: object) -> None:
-    if not isinstance(message, NewMessage):
-        raise InvalidMessage("message", f"must be a NewMessage, not {type(message).__name__}")
-
-
-def _hide_values(error: StatementError) -> None:
-    """Keep people's data out of what the host will log: the parameters, and a DETAIL that shows the row."""
-    error.hide_parameters = True
-    for shown in (error, error.orig):
-        if shown is not None and shown.args:
-            shown.args = (str(shown.args[0]).partition("\n")[0], *shown.args[1:])
 
 
 def _decision(by: str | None, reason: str | None) -> dict[str, str | None]:

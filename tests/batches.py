@@ -6,7 +6,7 @@ import pytest
 from conftest import new_message
 from sqlalchemy import Engine, text
 
-from engagement import NewMessage, repository
+from engagement import NewMessage
 
 
 def keys(engine: Engine) -> list[str]:
@@ -22,5 +22,5 @@ def messages(count: int, **given) -> list[NewMessage]:
 @contextmanager
 def chunks_of(size: int):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(repository, "CHUNK", size)
+        patch.setattr("engagement._queueing.batch.CHUNK", size)
         yield

@@ -15,7 +15,6 @@ from engagement import (
     Refused,
     Sent,
     process_message_queue,
-    repository,
 )
 from engagement._claim import START
 from engagement._delivery import database as claims
@@ -24,6 +23,7 @@ from engagement._delivery.options import Options
 from engagement._operating.housekeeping import Housekeeping
 from engagement._operating.lists import count_messages, list_messages
 from engagement._operating.overview import activity, overview
+from engagement._queueing import batch
 from engagement._sql.own_transactions import for_own_transactions
 from engagement._watching.metrics import QueueReader
 from engagement.policies import FrequencyCap
@@ -56,12 +56,12 @@ def host_calls(session: Session, schema: str | None = None) -> None:
     again = queue.queue_message(of("again", idempotency_key="late"))
     assert (again.message_id, again.is_of_another_user) == (late.message_id, True)
     assert queue.queue_messages([of("late", idempotency_key="late"), of("many", scheduled_for=LATER)]).created == 1
-    chunk, repository.CHUNK = repository.CHUNK, 2
+    chunk, batch.CHUNK = batch.CHUNK, 2
     try:
-        batch = [of(f"batch{number % 5}", scheduled_for=LATER, idempotency_key=f"b{number}") for number in range(7)]
-        assert [queue.queue_messages(batch).created for _ in range(2)] == [7, 0]
+        several = [of(f"batch{number % 5}", scheduled_for=LATER, idempotency_key=f"b{number}") for number in range(7)]
+        assert [queue.queue_messages(several).created for _ in range(2)] == [7, 0]
     finally:
-        repository.CHUNK = chunk
+        batch.CHUNK = chunk
 
     found = queue.get_message(late.message_id)
     assert (found.scheduled_for, found.expires_at, found.message_params) == (LONG_AGO, LATER, {"name": TEXT})

@@ -14,7 +14,7 @@ from refusals import A_MICROSECOND, CLOCKS, _valid, refused
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from engagement import EngagementMessageRepository, InvalidMessage, NewMessage, repository
+from engagement import EngagementMessageRepository, InvalidMessage, NewMessage
 from engagement.models import EARLIEST, LATEST
 
 
@@ -93,7 +93,7 @@ def test_what_is_accepted_is_stored_unchanged(shared_engine, monkeypatch, path, 
     if message is None:
         assert refused(**fields_given).field in {field.name for field in fields(NewMessage)}
         return
-    monkeypatch.setattr(repository, "CHUNK", 1)
+    monkeypatch.setattr("engagement._queueing.batch.CHUNK", 1)
     batch = {"one": [message], "a chunk": [message], "chunks": [message, new_message(idempotency_key="another")]}[path]
 
     with shared_engine.connect() as connection, connection.begin() as transaction:

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from engagement import AsyncEngagementMessageRepository, EngagementMessageRepository, QueuedMany, migrations, repository
+from engagement import AsyncEngagementMessageRepository, EngagementMessageRepository, QueuedMany, migrations
 from engagement._operating.temporary_postgres import temporary_postgres
 
 SIZES = pytest.mark.parametrize("size", [1, 5, 6, 23])
@@ -32,7 +32,7 @@ GRANTS = """
 
 @pytest.fixture(autouse=True)
 def _chunks_of_five(monkeypatch):
-    monkeypatch.setattr(repository, "CHUNK", 5)
+    monkeypatch.setattr("engagement._queueing.batch.CHUNK", 5)
 
 
 def messages(count, **given):

@@ -17,7 +17,7 @@ LAYERS = [
     {"messages"},
     {"outcomes"},
     {"_claim", "_sql"},
-    {"_watching", "migrations", "verification"},
+    {"_queueing", "_watching", "migrations", "verification"},
     {"_sending", "prometheus", "repository", "telemetry"},
     {"_delivery", "policies"},
     {"_operating", "words"},

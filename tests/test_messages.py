@@ -23,8 +23,8 @@ from engagement import (
     InvalidMessage,
     OutgoingMessage,
     Queued,
-    repository,
 )
+from engagement._queueing import batch
 from engagement.messages.checks import MAX_PARAMS_BYTES, MAX_PARAMS_DEPTH, MAX_TEXT, MAX_TYPE
 from engagement.models import EARLIEST, LATEST, MessageStatus
 
@@ -418,7 +418,7 @@ def test_what_is_no_message_is_refused():
 
     for call, argument in (
         (repository_without_database.queue_messages, [_valid()]),
-        (repository_without_database.queue_messages, [_valid()] * (repository.CHUNK + 1)),
+        (repository_without_database.queue_messages, [_valid()] * (batch.CHUNK + 1)),
         (repository_without_database.queue_message, _valid()),
     ):
         with pytest.raises((InvalidMessage, TypeError)):

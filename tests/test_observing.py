@@ -25,7 +25,6 @@ from engagement import (
     Sent,
     Worker,
     process_message_queue,
-    repository,
 )
 from engagement._watching import observers as observing
 from engagement.models import TABLE_NAME
@@ -235,7 +234,7 @@ def test_sends_see_the_context_of_who_asked_for_them(engine):
 @pytest.mark.parametrize("chunk", [5_000, 2], ids=["one_statement", "temporary_table"])
 def test_the_trace_context_is_stored_with_the_message(engine, observe, monkeypatch, chunk):
     """What an observer returns is stored with one message and with each of a batch, and handed on with the claim."""
-    monkeypatch.setattr(repository, "CHUNK", chunk)
+    monkeypatch.setattr("engagement._queueing.batch.CHUNK", chunk)
     recorder = observe(Recorder(TRACEPARENT))
     queue(engine, new_message("one"))
     queue_many(engine, *(new_message(f"u{number}") for number in range(5)))

@@ -25,7 +25,6 @@ from engagement import (
     Sent,
     migrations,
     process_message_queue,
-    repository,
 )
 
 PATIENCE = 20
@@ -132,7 +131,7 @@ def test_a_message_is_queued_in_an_async_transaction(pooled):
 
 def test_large_batches_do_not_meet_in_their_temporary_tables(pooled, monkeypatch):
     """Batches at once, over the same keys in different orders, gather on connections that they share with others."""
-    monkeypatch.setattr(repository, "CHUNK", 20)
+    monkeypatch.setattr("engagement._queueing.batch.CHUNK", 20)
     messages = [new_message(f"user{number}") for number in range(200)]
 
     def queue_batch(number: int) -> int:

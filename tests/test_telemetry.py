@@ -37,7 +37,6 @@ from engagement import (
     Withdraw,
     Worker,
     process_message_queue,
-    repository,
 )
 from engagement.models import TABLE_NAME
 from engagement.outcomes import Outcome
@@ -144,7 +143,7 @@ def test_spans_take_as_long_as_what_they_are_of(engine, watched):
 @pytest.mark.parametrize("chunk", [5_000, 2], ids=["one_statement", "temporary_table"])
 def test_a_batch_is_queued_under_one_span(engine, watched, monkeypatch, chunk):
     """All messages of a batch carry the context of its one span, which counts them, and the duplicates."""
-    monkeypatch.setattr(repository, "CHUNK", chunk)
+    monkeypatch.setattr("engagement._queueing.batch.CHUNK", chunk)
     with Session(engine) as session, session.begin():
         messages = [new_message(f"u{number}") for number in range(5)]
         EngagementMessageRepository(session).queue_messages([*messages, messages[0]])

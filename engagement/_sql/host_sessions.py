@@ -1,18 +1,23 @@
-"""Statements in a host's session: they go to the engine that has our table, and read moments in any style."""
+"""Statements in a host's session: sent to the engine that has our table, and read whatever the session has set.
+
+Nothing here commits or rolls back, and no setting is left behind.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import Executable, Select, update
+from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import Session
 
+from engagement._sql.encodings import with_storable_texts
 from engagement._sql.errors import sqlstate
 from engagement._sql.schemas import in_schema, schema_in_force
 from engagement._sql.table import QUEUE
-from engagement.models import EngagementMessage, checked_schema
+from engagement.models import EngagementMessage, checked_schema, qualified_name
 
 # A statement of tables has no mapper, by which a session with several engines chooses (`Session.binds`). Of one that
 # reads from a replica, all go where an UPDATE goes: a replica may lack the row that an INSERT has just met.
@@ -55,3 +60,42 @@ def readable(session: Session, bind_arguments: dict[str, Any] = _BY_THE_ENGINE_O
             connection.exec_driver_sql(f"SET {scope}datestyle = '{style}'")
         raise
     connection.exec_driver_sql(f"SET {scope}datestyle = '{style}'")
+
+
+class HostSession:
+    """Executes statements in a host's session, in its transaction or savepoint."""
+
+    def __init__(self, session: Session, schema: str | None) -> None:
+        self._session = session
+        self._schema = schema
+        self._keywords = in_session(schema)
+
+    # `Any`: SQLAlchemy 2.0 and 2.1 give the rows of a result different types.
+    def execute(self, statement: Executable, values: Mapping[str, Any] | None = None) -> Any:
+        """Return the result. Raises `InvalidMessage` for a text that the database cannot store."""
+        values = with_storable_texts(values or {}, self._session, self._keywords["bind_arguments"])
+        try:
+            return self._session.execute(statement, values, **self._keywords)
+        except StatementError as error:
+            _hide_values(error)
+            raise
+
+    def entities(self, statement: Select[Any], values: Mapping[str, Any]) -> list[EngagementMessage]:
+        """Return the entities, as they are in the database now."""
+        # The session may have loaded them before a worker changed them.
+        statement = statement.execution_options(populate_existing=True)
+        with readable(self._session, {"mapper": EngagementMessage, "clause": statement}):
+            found: list[EngagementMessage] = self.execute(statement, values).scalars().all()
+        return found
+
+    def queue_name(self) -> str:
+        """Return the table's name, as SQL reads it."""
+        return qualified_name(schema_in_session(self._schema, self._session))
+
+
+def _hide_values(error: StatementError) -> None:
+    """Keep people's data out of the host's log: the parameters, and a DETAIL that shows the row."""
+    error.hide_parameters = True
+    for shown in (error, error.orig):
+        if shown is not None and shown.args:
+            shown.args = (str(shown.args[0]).partition("\n")[0], *shown.args[1:])
