@@ -11,16 +11,16 @@ from typing import Any
 from engagement._sending.protocols import Transport
 
 
-class TransportNotFound(ValueError):  # noqa: N818 - it reads as what happened
-    """There is no transport of that name; the text says on one line what is wrong."""
+class TransportNotFound(ValueError):  # noqa: N818 - named after the event
+    """There is no transport of that name. The text gives the reason on one line (`myapp has no sned`)."""
 
 
 def load_transport(name: str) -> Transport:
-    """Return the transport that `package.module:name` names, as the command line does.
+    """Return the transport named by `package.module:name`, as `--transport` does.
 
-    It may be a function that takes a message, an object with `send` or `send_many`, or a class or other callable
-    without arguments that makes one; a class with `from_environment` is made by that. The current directory can be
-    imported from. Raises `TransportNotFound`.
+    The name stands for a function that takes a message, for an object with `send` or `send_many`, or for a class or
+    another callable without arguments that makes one. A class with `from_environment` is made by that
+    (`engagement.transports.webhook:Webhook`). Modules in the current directory are found. Raises `TransportNotFound`.
     """
     module_name, _, attributes = name.partition(":")
     if not module_name or not attributes:
@@ -50,7 +50,7 @@ def _import(module_name: str) -> Any:
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             raise TransportNotFound(f"there is no module {error.name} here or in this Python's packages") from None
         raise TransportNotFound(f"{module_name} cannot be imported: {_one_line(error)}") from error
-    except Exception as error:  # a host's module may raise whatever it likes
+    except Exception as error:  # a host's module may raise anything
         raise TransportNotFound(f"{module_name} cannot be imported: {_one_line(error)}") from error
 
 
@@ -59,7 +59,7 @@ def _sends(found: object) -> list[Any]:
 
 
 def _is_factory(found: object) -> bool:
-    """Whether it is to be called to get the transport: a class, or what cannot take a message."""
+    """Whether a call of `found` makes the transport: a class does, and a function that takes no message."""
     if inspect.isclass(found):
         return True
     if not callable(found) or any(map(callable, _sends(found))):

@@ -1,7 +1,7 @@
 """The client through which the transports speak HTTP.
 
-A request is made once: nothing is retried and no redirect is followed here, since only the queue knows what may be
-sent again. What a provider says is recognised, never quoted: it may repeat the message, the number or the key.
+A request is made once. Nothing is retried and no redirect is followed: only the queue knows whether a message may be
+sent again. A provider's words are recognised and never quoted: they may repeat the message, the number or the key.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from engagement.transports.exchange import Connections
 from engagement.transports.http import Answer, Proof, Silence, what_it_proves
 
 IDLE_CONNECTION_SECONDS = 1.5
-"""Well below the 2 s after which gunicorn closes an idle connection, and the 5 s of Node: a request that is written to
-one that is just being closed would be in doubt for nothing."""
+"""Servers close idle connections (gunicorn after 2 s, Node after 5 s). A request written to a connection that is being
+closed would be in doubt for nothing, so ours are given up well before."""
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=1), timedelta(minutes=15)
 PATIENCE_SECONDS = 4.0
-"""A pause that is over so soon is waited out by `ready()`: a run for a cron job ends when it hears no."""
+"""`ready()` waits out a pause that is as short as this: a cron job's run ends at the first no."""
 FIRST_STOP, LONGEST_STOP = timedelta(minutes=1), timedelta(hours=1)
-"""How long a message is postponed for the sender's trouble, doubled at each attempt: runs of a cron job remember no
-pause."""
+"""How long a message is postponed for the sender's trouble (an expired token): a minute first, doubled at each attempt.
+The attempts are in the row, while a cron job's process remembers no pause.
+docs/decisions.md#2026-11-24--what-http-transports-call-postpone"""
 STOPPED_ATTEMPTS = 50
-"""After so many attempts, two days, a status alone no longer blames the sender: a message that a firewall refuses for
-its words would be postponed for ever."""
+"""After so many attempts (two days) a status counts against the message. Otherwise a message that a firewall refuses
+for its words (403) would be postponed for ever."""
 PROBE_TIMEOUT = timedelta(seconds=5)
 LONGEST_EXCHANGE = timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a failure proves, in our own words; `wait` is how long to wait if the answer does not say."""
+    """The proof of a failure, in our own words. `wait` holds if the answer names no wait of its own."""
 
     proof: Proof
     reason: str
@@ -49,7 +50,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Prepared:
-    """A request that only has to be sent. Holds what is personal, and shows none of it."""
+    """A request that only has to be sent. It holds personal data, so its `repr` is empty."""
 
     path: str
     body: bytes
@@ -59,12 +60,12 @@ class Prepared:
 class ProviderClient:
     """A pooled client for one provider, with one deadline. Thread-safe, also after a fork; no error leaves it.
 
-    It remembers trouble: it pauses after it, each time twice as long, until a message gets through. It is `is_suspect`
-    after trouble, and at the beginning, until something gets through.
+    After trouble the client pauses, each time twice as long (1 s, 2 s, 4 s), until a message gets through. It is
+    suspect (`is_suspect`) at the beginning and after trouble, until a question or a message is answered well.
 
     `headers` are sent with every request and may hold the key. `verify` is True or an `ssl.SSLContext`. Proxies are
-    those of the environment. `answer_within` bounds all of a request, from connecting to the last byte of its answer;
-    what was not written within `connect_within` was not sent.
+    those of the environment. `answer_within` bounds the whole request, from connecting to the last byte of the answer.
+    `connect_within` bounds the connecting: a request without a connection by then was not sent.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class ProviderClient:
         self._troubles = 0
         self._paused_until = 0.0
         self.trouble: str | None = None
-        """What the last trouble was, until a message gets through."""
+        """The last trouble, until a message gets through (`webhook: HTTP 503`)."""
         self._is_suspect = True  # A cron job's process may have been started into an outage.
         _clients.add(self)
 
@@ -106,7 +107,7 @@ class ProviderClient:
         self._connections.close()
 
     def begin_anew(self) -> None:
-        """Share nothing with the parent, in a process that was forked: it may have been in the middle of anything."""
+        """In a forked process, share nothing with the parent: one of its threads may have held the lock."""
         self._lock = threading.Lock()
         self._connections.begin_anew()
 
@@ -118,17 +119,17 @@ class ProviderClient:
         *,
         statuses: Mapping[int, Proof] | None = None,
     ) -> Outcome:
-        """Send once, and return what is known of the message then. During a pause, postpone it instead.
+        """Send once, and return the outcome. During a pause, postpone the message instead.
 
-        `read` recognises the provider's words in an answer, or returns None; then the status counts, by `statuses`
-        and by `what_it_proves`.
+        `read` recognises the provider's words in an answer. If it returns None the status counts, by `statuses` first
+        and by `what_it_proves` otherwise.
         """
         if not self.may_try():
-            # Claimed with the one that met the trouble, or before `ready` was asked again.
+            # The message was claimed together with the one that met the trouble, before `ready` was asked again.
             return Postpone(
                 _from_now(timedelta(seconds=self.seconds_paused)), f"{self._provider}: paused after trouble"
             )
-        with checked_lease():  # To put the message into words, or to wait out a pause, may have taken longer.
+        with checked_lease():  # Rendering, or waiting out a pause, may have taken longer than the lease.
             result = self.request("POST", prepared.path, prepared.body, headers=prepared.headers)
         found = self._read(result, read) or self._finding(result, statuses or {}, message)
         if isinstance(found, Sent):
@@ -151,7 +152,7 @@ class ProviderClient:
         return self._connections.exchange(method, path, body, headers or {}, within=seconds)
 
     def may_try(self) -> bool:
-        """Whether there is no pause; a short one is waited out."""
+        """Whether there is no pause. A short one is waited out here."""
         left = self.seconds_paused
         if 0 < left <= PATIENCE_SECONDS:
             sleep(left)
@@ -159,21 +160,21 @@ class ProviderClient:
 
     @property
     def seconds_paused(self) -> float:
-        """How long nothing should be tried yet."""
+        """The seconds that are left of the pause."""
         with self._lock:
             return max(self._paused_until - monotonic(), 0.0)
 
     @property
     def is_suspect(self) -> bool:
-        """Whether it should be asked whether it works, before a message is risked."""
+        """Whether to ask the provider first (for its health, with HEAD), before a message is risked."""
         with self._lock:
             return self._is_suspect
 
     def note_trouble(self, wait: timedelta | None = None, *, reason: str | None = None) -> None:
-        """Pause for `wait`, and at least twice as long as the last time if the pause before is over."""
+        """Pause for `wait`, or longer: 1 s at the first trouble, twice as long at each further one, at most 15 min."""
         now = monotonic()
         with self._lock:
-            if now >= self._paused_until:  # The failures of one pause, in twenty threads, are one trouble.
+            if now >= self._paused_until:  # Twenty threads may fail in one pause: that is one trouble.
                 self._troubles += 1
             pause = max(FIRST_PAUSE * 2 ** min(self._troubles - 1, 10), wait or timedelta(0))
             self._paused_until = max(self._paused_until, now + min(pause, LONGEST_PAUSE).total_seconds())
@@ -181,7 +182,7 @@ class ProviderClient:
             self.trouble = reason or self.trouble
 
     def note_answer(self) -> None:
-        """Believe that it works: it was asked. Whether messages get through is still to be seen."""
+        """Believe that the provider works: it answered a question. The trouble stays until a message gets through."""
         with self._lock:
             self._is_suspect = False
 
@@ -194,7 +195,7 @@ class ProviderClient:
     def _read(self, result: Answer | Silence, read: Callable[[Answer], Sent | Finding | None]) -> Sent | Finding | None:
         try:
             return read(result) if isinstance(result, Answer) else None
-        except Exception as error:  # noqa: BLE001 - an answer that is not understood must not look like one unsent
+        except Exception as error:  # noqa: BLE001 - an answer that we fail to read proves nothing, least of all an unsent message
             return Finding(Proof.IN_DOUBT, f"{self._provider}: the answer could not be read, {type(error).__name__}")
 
     def _finding(self, failure: Answer | Silence, statuses: Mapping[int, Proof], message: OutgoingMessage) -> Finding:
@@ -214,7 +215,7 @@ class ProviderClient:
             case Proof.NOT_SENT:
                 return NotSent(reason, wait)
             case Proof.REFUSED:
-                self.note_success()  # It works, and says no.
+                self.note_success()  # A provider that refuses works.
                 return Refused(reason)
             case Proof.WAIT:
                 self.note_trouble(wait, reason=reason)

@@ -33,10 +33,10 @@ VERSION = "v25.0"
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Template:
-    """An approved template, for whoever has not written within 24 hours: what `render` returns instead of text.
+    """An approved template, returned by `render` instead of text: people outside Meta's 24-hour window get no text.
 
-    `components` are as Meta documents them: `{"type": "body", "parameters": [{"type": "text", "text": "Ana"}]}`. Say
-    `category="authentication"` of one that Meta knows as such: it needs a phone number.
+    `components` have Meta's form: `{"type": "body", "parameters": [{"type": "text", "text": "Ana"}]}`. Give
+    `category="authentication"` to a template of that category: Meta sends it to phone numbers only.
     """
 
     name: str
@@ -46,22 +46,24 @@ class Template:
 
 
 _BLOCKED = timedelta(minutes=1)
-"""A blocked account is asked for this often."""
+"""How often the health of a blocked account is asked for."""
 
 
 class WhatsAppCloud:
     """Sends text and template messages. Thread-safe; made once for a process.
 
     - `phone_number_id`, `token`: the sender's, from Meta's app dashboard.
-    - `render`: turns a message into its text, or into a `Template`. What cannot be said is `Refused`.
+    - `render`: turns a message into its text, or into a `Template`. A message without words is `Refused`.
 
-    Messages go to phone numbers, and to Meta's business-scoped ids (`BR.1502576394655843`) of people who show none. A
-    `@lid` or a group is `Refused`, and so is an authentication template to such an id. `biz_opaque_callback_data` is
-    the delivery id, so that the status webhooks can be matched to a message that is in doubt. It is no idempotency key,
-    and the Cloud API has none: sending again may be a second message, so this transport is never `idempotent`.
+    Messages go to phone numbers, and to Meta's business-scoped ids (`BR.1502576394655843`) of people without a visible
+    number. A `@lid` or a group is `Refused`, and so is an authentication template to a business-scoped id.
 
-    `Sent` means that Meta took the message, also if its answer says `held_for_quality_assessment`. What becomes of it
-    then, such as 131026, 131049 or a paused template, is told to the host's status webhook.
+    `biz_opaque_callback_data` is the delivery id: it matches Meta's status webhooks to a message in doubt. It is no
+    idempotency key, and the Cloud API has none. Sending again may be a second message, so this transport is never
+    `idempotent`.
+
+    `Sent` means that Meta took the message, also if its answer says `held_for_quality_assessment`. Meta tells later
+    failures (131026, 131049, a paused template) to the host's status webhook.
     """
 
     idempotent = False
@@ -120,9 +122,10 @@ class WhatsAppCloud:
         self._client.close()
 
     def ready(self) -> bool:
-        """Whether nothing is known against it. At first and after trouble, Meta is asked for the sender's health.
+        """Whether messages may be sent: no pause, and a healthy sender.
 
-        It is not asked while all is well: each question counts against the rate limit.
+        Meta is asked for the sender's health at first and after trouble. While all is well it is not: each question
+        counts against the rate limit.
         """
         if not self._client.may_try():
             return False
@@ -130,11 +133,11 @@ class WhatsAppCloud:
 
     @property
     def why_not_ready(self) -> str | None:
-        """What keeps the queue waiting, if `ready` said no."""
+        """The reason why the queue waits, if `ready` said no (`Cloud API: its health status is BLOCKED`)."""
         return self._client.trouble
 
     def prepare(self, message: OutgoingMessage) -> Prepared | Outcome:
-        """Return the request that `send` makes, or why there is none."""
+        """Return the request of `send`, or the outcome of a message that cannot be sent."""
         receiver = _receiver(message.destination_jid)
         if receiver is None:
             return Refused(
@@ -183,7 +186,7 @@ class WhatsAppCloud:
 
 
 def _receiver(jid: str) -> dict[str, str] | None:
-    """Return the field that names the receiver. An id in `to` is answered like a number, and the message is dropped."""
+    """Return the field that names the receiver. With an id in `to` Meta says yes and drops the message."""
     if BSUID_FORM.fullmatch(jid):
         return {"recipient": jid}
     number = re.fullmatch(r"([1-9][0-9]{6,14})@s\.whatsapp\.net", jid)
@@ -201,7 +204,7 @@ def _content(words: object) -> dict[str, Any] | Refused:
 
 
 _TAKEN = (None, "accepted", "held_for_quality_assessment", "paused")
-"""What Meta documents of a message that it has taken (Messages API, `message_status`)."""
+"""Every `message_status` that Meta documents for a message that it took ("Messages API")."""
 
 
 def _read(answer: Answer) -> Sent | Finding | None:
@@ -220,23 +223,23 @@ def _read(answer: Answer) -> Sent | Finding | None:
 
 
 def _time_to_regain_access(answer: Answer) -> timedelta | None:
-    """Return what X-Business-Use-Case-Usage estimates, in minutes (Graph API, "Rate Limits")."""
+    """Return the estimate in X-Business-Use-Case-Usage, which is in minutes (Graph API, "Rate Limits")."""
     usage = answer.headers.get("x-business-use-case-usage", "")
     minutes = re.findall(r'"estimated_time_to_regain_access"\s*:\s*([0-9]+)\b', usage)
     return max((wait_of(given, timedelta(minutes=1)) for given in minutes), default=None) or None
 
 
 def _may_still_send(answer: Answer) -> bool:
-    """Whether what was refused is the question: a token may send that may not read the health status.
+    """Whether Meta refused only the question: a token that may not read the health status may still send.
 
-    Then a message is the better question: it is postponed if the token may not send either.
+    A message is the better question then. It is postponed if the token may not send either.
     """
     code = value_at(answer.json, "error", "code")
     return code in {3, 10, 100} or (isinstance(code, int) and code in range(200, 300))
 
 
 def _is_blocked(data: Any) -> bool:
-    """Whether a node that a message needs is blocked. The overall status also counts what only calls need."""
+    """Whether a node that a message needs is blocked. The overall status is no answer: it counts nodes of calls too."""
     try:
         return any(entity["can_send_message"] == "BLOCKED" for entity in data["health_status"]["entities"])
     except (LookupError, TypeError):

@@ -1,10 +1,10 @@
-"""Meta's error codes, and what each proves.
+"""Meta's error codes, and the proof in each.
 
-From "Error codes" (support/error-codes) of Meta's WhatsApp Business Platform documentation, read as of 2026-09-11; all
-that can answer a message are here. 131044, 131062 and 132008 are from pywa (`errors.py` of 2026-08-12), which the table
-was compared with; the section "Graph API" is from that API's documentation, "Handling Errors" (guides/error-handling)
-and "Rate Limits" (overview/rate-limiting). Meta asks to go by the code and not by the HTTP status; see
-`Code.proof_with`.
+From "Error codes" (support/error-codes) of Meta's WhatsApp Business Platform documentation, read as of 2026-09-11: all
+codes that can answer a message. 131044, 131062 and 132008 are from pywa (`errors.py` of 2026-08-12), with which the
+table was compared. The section "Graph API" is from that API's documentation, "Handling Errors"
+(guides/error-handling) and "Rate Limits" (overview/rate-limiting). Meta asks to go by the code and not by the HTTP
+status; see `Code.proof_with`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from engagement.transports.http import Answer, Proof, what_it_proves
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """An error code of Meta's, and what it proves. `wait` is how long to wait if the answer does not say."""
+    """An error code of Meta's, and its proof. `wait` holds if the answer names no wait of its own."""
 
     code: int
     means: str
@@ -28,37 +28,41 @@ class Code:
     last: int = 0
     """The last code of a range."""
     section: str = "other"
-    """Where Meta's "Error codes" page lists it."""
+    """The section of Meta's "Error codes" page."""
     status: int = 400
     """The HTTP status that the page gives it, if that is a server error."""
     is_lasting: bool = False
-    """Whether it names a state of the sender that a person has to mend. Nothing is sent in that state, so that it is
-    proof with any status. All else may be a service that has failed after another one has acted: with a 5xx, of which
-    "temporary" is no denial (code 2 with HTTP 500 was seen to have posted: arsduo/koala#699), it is in doubt."""
+    """Whether the code names a state of the sender that a person has to mend (an expired token). Nothing is sent in
+    that state, so the code is proof with any status. With another code and a 5xx, one service may have failed after
+    another one acted, so the message is in doubt. "Temporary" denies nothing: code 2 with HTTP 500 was seen to have
+    posted (arsduo/koala#699).
+    docs/decisions.md#2026-11-29--a-success-is-believed-with-its-body-and-temporary-is-no-denial"""
 
     def __contains__(self, code: object) -> bool:
         return isinstance(code, int) and self.code <= code <= (self.last or self.code)
 
     def proof_with(self, status: int) -> Proof:
-        """Return what it proves with an HTTP status. Behind a success, the one that Meta documents is assumed."""
+        """Return the proof of the code with an HTTP status. Behind a 2xx, the status that Meta documents is assumed."""
         given = self.status if status < 300 else status  # noqa: PLR2004
         return self.proof if given < 500 or self.is_lasting else Proof.IN_DOUBT  # noqa: PLR2004
 
 
 _ACCOUNT = timedelta(minutes=15)
-"""What a person has to mend is tried again this often, by a message."""
+"""How often a message tries whether a person has mended the account."""
 _LIMIT = timedelta(minutes=1)
-"""Likewise a limit that passes, if the answer does not say when. Its windows are of an hour, so it costs no retry."""
+"""How often a message tries whether a limit has passed, if the answer names no time. Meta's windows last an hour, in
+which three retries would be over, so a limit costs no retry."""
 
 
 def _lasting(code: int, means: str, *, last: int = 0, section: str = "other", status: int = 400) -> Code:
     return Code(code, means, Proof.STOPPED, _ACCOUNT, last, section, status, is_lasting=True)
 
 
-# `STOPPED` is what is wrong with the sender and not with the message: a token, an account, a payment, a limit of the
-# whole account or app that lasts. Such a message is postponed, not failed: after three failures it would be lost, and
-# with it the whole queue, to one expired token. `WAIT` are limits of seconds, where a failure counts, as for any other
-# provider. `LATER` is what speaks of the account, but not for every message.
+# `STOPPED`: the sender is at fault and not the message (a token, an account, a payment, a lasting limit of the account
+# or app). The message is postponed. With `NotSent`, three failures would end it, and one expired token the whole queue.
+# `WAIT`: a limit of seconds. It counts as a failure, as with any other provider.
+# `LATER`: the account is at fault for some messages only (130497: people in one country).
+# docs/decisions.md#2026-11-29--an-unknown-code-is-nobodys-end
 CODES = (
     _lasting(0, "the app user could not be authenticated", section="authorization"),
     _lasting(3, "capability or permissions issue", section="authorization", status=500),
@@ -122,21 +126,21 @@ CODES = (
     Code(80008, "rate limit of a business use case", Proof.STOPPED, _LIMIT, last=80014, section="Graph API"),
 )
 
-# What else answers with code 100 is a phone number id that is not there or not ours, which is no message's fault.
+# Code 100 has a second meaning: a phone number id that is not there or not ours. No message is at fault.
 _WRONG_NODE = _lasting(100, "there is no such phone number id for this token")
 
 
 def code_of(given: int, kind: object) -> Code | None:
-    """Return what is known of a code, with the `type` that came with it."""
+    """Return the listed code, by its number and by the `type` beside it."""
     if given == _WRONG_NODE.code and kind == "GraphMethodException":
         return _WRONG_NODE
     return next((code for code in CODES if given in code), None)
 
 
 def finding_of(provider: str, error: Any, answer: Answer, wait: timedelta | None = None) -> Finding | None:
-    """Return what Meta's error object in an answer proves, or None if it is none; `wait` comes before the code's own.
+    """Return the proof in Meta's error object, or None if `error` is none. `wait` comes before the code's own.
 
-    Behind a success it must have a `type` too: `{"code": 200}` is what many an envelope says of itself.
+    Behind a 2xx the object must have a `type` too: `{"code": 200}` is an envelope of many services, and no error.
     """
     given = _number(error.get("code")) if isinstance(error, dict) else None
     if given is None:
@@ -151,11 +155,11 @@ def finding_of(provider: str, error: Any, answer: Answer, wait: timedelta | None
 
 def _number(code: object) -> int | None:
     if isinstance(code, str) and code.isascii() and code.isdecimal() and len(code) < 10:  # noqa: PLR2004
-        return int(code)  # As some who pass Meta's errors on write it.
+        return int(code)  # Some services write Meta's code as text when they pass it on.
     return code if type(code) is int else None
 
 
 def _unknown(answer: Answer) -> Proof:
-    """Return what a code proves that is not listed: it may be new, and speak of the app, so it is nobody's end."""
+    """Return the proof of a code that is not listed. A new code may blame the app, so it never refuses a message."""
     proof = what_it_proves(answer)
     return Proof.LATER if proof is Proof.REFUSED else proof

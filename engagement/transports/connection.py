@@ -1,7 +1,8 @@
 """A connection: writes a request once and reads one answer, and knows whether it may be used for another.
 
-h11 reads and writes the wire format. The rest is here, since a delivery depends on what no client tells: whether a
-byte of the request was written, and whether the connection was clean right before.
+h11 reads the wire format. The rest is here, since a delivery depends on two facts that no client tells: whether a byte
+of the request was written, and whether the connection was clean right before.
+docs/decisions.md#2026-11-29--one-http-exchange-on-h11-and-a-socket
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ from engagement.transports.http import (
 from engagement.transports.waiting import READ, WRITE, Run, Steps, the_waiter
 
 LARGEST_ANSWER = 256 * 1024
-"""Bytes that are read of an answer, its chunk sizes and trailers included."""
+"""Most bytes of an answer that are read, its chunk sizes and trailers included."""
 LARGEST_HEAD = 32 * 1024
-"""Bytes of a status line and its headers, of a chunk's size and extension, of trailers."""
+"""Most bytes of a status line and its headers, of a chunk's size and extension, of trailers."""
 MOST_INTERIM_ANSWERS = 20
-"""So many 1xx may come before the answer."""
+"""The number of 1xx that may come before the answer."""
 FOR_ONE_EXCHANGE = {"HEAD", "CONNECT"}
-"""Methods that have a connection for themselves: some servers answer HEAD with a body, and some of them not at once."""
+"""Methods that get a connection of their own: some servers answer HEAD with a body, which may come late."""
 SETTLING_SECONDS = 0.0005
-"""A connection that became free only now is watched for so long: what was written behind the answer is still coming.
-So is one that is new: what speaks first is no HTTP server, and what it says is no answer."""
+"""How long a connection is watched before its use. One that was freed just now may still receive bytes from behind the
+answer. On a new one a peer may speak first: it is no HTTP server, and its bytes are no answer."""
 DISTRUST_SECONDS = 600.0
-"""So long no connection is used twice after one of them had something left on it: next time it may come too late to be
-told from the answer to the next request."""
+"""How long no connection is used twice, once bytes were left on one. The next left-over bytes may come later, and would
+pass for the answer to the next request."""
 
 
 class Distrust:
-    """Whether something was left on one of several connections, of late."""
+    """Whether bytes were left on one of several connections, of late."""
 
     def __init__(self) -> None:
         self._until = 0.0
@@ -50,12 +51,12 @@ class Distrust:
         return monotonic() < self._until
 
     def begin(self) -> None:
-        """Something was."""
+        """Note that bytes were left."""
         self._until = monotonic() + DISTRUST_SECONDS
 
 
 class Connection:
-    """A connection, for one exchange at a time; it `is_free` for another if the last one left nothing behind."""
+    """A connection, for one exchange at a time. It `is_free` for the next if the last one left nothing behind."""
 
     def __init__(self, connected: socket.socket, idle_seconds: float, distrust: Distrust) -> None:
         connected.settimeout(0)
@@ -76,9 +77,9 @@ class Connection:
         self._waiter.close(self)
 
     def exchange(self, asked: h11.Request, written: bytes, deadline: float) -> Answer:
-        """Write a request, which for h11 is `asked`, and return its answer, or as much of it as came.
+        """Write a request, and return its answer, or as much of the answer as came. `asked` is the request for h11.
 
-        Raises if not even the head came: `NothingWritten` if it was not clean.
+        Raises if not even the head came: `NothingWritten` if the connection was not clean, so nothing was sent.
         """
         self.is_free = False
         if (idle_for := monotonic() - self._free_since) < SETTLING_SECONDS:
@@ -86,11 +87,11 @@ class Connection:
         return self._waiter.run(self, self._exchange(asked, written), deadline)
 
     def is_clean(self) -> bool:
-        """Whether it is open and nothing has come on it that nobody had asked for."""
+        """Whether the connection is open, and no byte has come that nobody asked for."""
         try:
             came = self.socket.recv(1)
         except (BlockingIOError, ssl.SSLWantReadError):
-            return True  # TLS speaks for itself, too: session tickets.
+            return True  # TLS may have had bytes of its own (session tickets).
         except OSError:
             return False
         if came:
@@ -98,7 +99,7 @@ class Connection:
         return False
 
     def _exchange(self, asked: h11.Request, written: bytes) -> Steps[Answer]:
-        # Also one that was idle for too long is looked at: what came on it is a reason to distrust the others.
+        # A connection that was idle for too long is looked at too: bytes on it are a reason to distrust the others.
         if not self.is_clean() or not (self._is_new or self._may_be_used_again()):
             raise ConnectError
         self._is_new = False
@@ -108,7 +109,7 @@ class Connection:
         answer = yield from self._read()
         if not is_whole:
             self.is_free = False
-            if answer.is_success:  # What was not read was not taken, whatever it says.
+            if answer.is_success:  # The server did not read the whole request, so its yes proves nothing.
                 raise ReadError
         return answer
 
@@ -116,7 +117,7 @@ class Connection:
         return monotonic() - self._free_since <= self._idle_seconds and not self._distrust
 
     def _write(self, data: bytes) -> Steps[bool]:
-        """Write as much as is taken, and tell whether that was all."""
+        """Write as much as the server takes, and return whether it took everything."""
         left = memoryview(data)
         while left:
             try:
@@ -126,7 +127,7 @@ class Connection:
             except ssl.SSLWantReadError:
                 yield READ, WriteTimeout
             except OSError:
-                return False  # Who hung up may have said why.
+                return False  # A server that hangs up may have answered before: read on.
         return True
 
     def _read(self) -> Steps[Answer]:
@@ -154,7 +155,7 @@ class Connection:
                 event = wire.next_event()
             self._set_free(head)
         except Exception:
-            # The head has spoken; a body that breaks off takes nothing back.
+            # The status in the head holds, also if the body breaks off.
             if head is None:
                 raise
         assert head is not None
@@ -172,7 +173,7 @@ class Connection:
                 yield WRITE, ReadTimeout
 
     def _set_free(self, head: h11.Response | None) -> None:
-        """Let it be used again if the answer ended where both sides say that it did."""
+        """Set the connection free if both sides agree where the answer ended."""
         wire = self._wire
         if wire.trailing_data[0]:
             self._distrust.begin()
@@ -181,11 +182,12 @@ class Connection:
             return
         framing = [value for name, value in head.headers if name in {b"content-length", b"transfer-encoding"}]
         if len(framing) > 1 or (head.status_code in {204, 304} and framing not in ([], [b"0"])):
-            return  # It says that there is more than may come: some servers send it, and not at once.
+            return  # The headers announce a body that HTTP forbids (204 with a length). Some servers send it, later.
         wire.start_next_cycle()
         if sys.platform == "linux":
-            # A server that writes more than its answer, in a second write, may hold that back until we acknowledge the
-            # first (Nagle). Our system would do so 40 ms later, or with the next request, and it would be its answer.
+            # A server's second write waits until the first one is acknowledged (Nagle). Our system would acknowledge
+            # 40 ms later or with the next request, and a second answer would pass for the answer to that request.
+            # Acknowledged at once, it comes while the connection is idle.
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         self._free_since = monotonic()
         self.is_free = True
@@ -196,7 +198,7 @@ _ALL_ASKED = h11.EndOfMessage()
 
 @cache
 def asked_with(method: str) -> h11.Request:
-    """Return all that h11 must know of a request to read its answer: to tell it everything takes 20 µs."""
+    """Return a request that is enough for h11 to read the answer. Telling h11 the whole request takes 20 µs."""
     closing = [("Connection", "close")] if method in FOR_ONE_EXCHANGE else []
     return h11.Request(method=method, target="/", headers=[("Host", "-"), *closing])
 

@@ -1,4 +1,4 @@
-"""A transport that prints: to try things out, and to see what a queue would do."""
+"""A transport that prints: for trying things out, and for a look at the sends of a queue."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from engagement.transports.rendering import Render, words_of
 
 
 class Stream(Protocol):
-    """Where lines go: a text file, or what acts like one."""
+    """The target of the lines: a text file, or an object like one."""
 
     def write(self, text: str, /) -> object:
         """Take a line."""
 
     def flush(self) -> object:
-        """Pass on what was taken."""
+        """Pass the lines on."""
 
 
 class Console:
     """Prints one line for each message to `stream` (default: standard output), and calls it sent.
 
-    With `reveal` the line also holds what is personal: user, destination, and params or, with `render`, the words that
-    the person would read. What has no words is `Refused`.
+    With `reveal` the line also holds personal data: user, destination and params, or with `render` the words that the
+    person would read. A message without words is `Refused`.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Console:
         shown = [self._line(message), *(f"    {line}" for line in words.splitlines() if self._reveal and line)]
         with self._lock:
             for line in shown:
-                # What would steer a terminal must not reach it, and what it cannot show must not fail the send.
+                # Controls must not reach a terminal (ESC), and a character that it lacks must not fail the send.
                 printable = "".join(character if character.isprintable() else "?" for character in line)
                 stream.write(printable.encode(encoding, "replace").decode(encoding) + "\n")
             stream.flush()

@@ -1,6 +1,6 @@
-"""How the gateways to WhatsApp are spoken to: Evolution API, WAHA and wuzapi, each a small dialect.
+"""The dialects of the gateways to WhatsApp: Evolution API, WAHA and wuzapi.
 
-What they take and answer was read in their sources, at these versions:
+Requests and answers were read in their sources, at these versions:
 
 - Evolution API 2.3.7 and 2.4.0-rc2 (evolution-foundation/evolution-api, `main` and `develop` of 2026-05): in `src`,
   `api/routes/sendMessage.router.ts`, `api/dto/sendMessage.dto.ts`, `main.ts`, `licensing/runtime.ts`, and in
@@ -12,8 +12,8 @@ What they take and answer was read in their sources, at these versions:
 - Baileys 7.0.0-rc13 (WhiskeySockets/Baileys): `src/Socket/socket.ts`, `src/Socket/messages-send.ts`,
   `src/Utils/generics.ts`.
 
-Baileys refuses nothing while it is asked: it has written to WhatsApp's socket when the gateway answers, and what
-WhatsApp does not take is told later, to the gateway's own webhooks.
+Baileys refuses nothing while it is asked: when the gateway answers, the message is written to WhatsApp's socket. A
+refusal of WhatsApp's comes later, to the gateway's own webhooks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from engagement.transports.http import Proof, value_at
 class Words:
     """Words of a gateway that say more than its status. `text` is compared whole, or as a beginning if it ends in ….
 
-    Small letters and capitals are the same: wuzapi changed its mind about them. The first words that fit count.
+    Small letters and capitals are the same, since wuzapi's differ by version. The first words that fit count.
     """
 
     status: int
@@ -40,10 +40,10 @@ class Words:
     proof: Proof
     because: str
     wait: timedelta | None = None
-    """How long to wait if the answer does not say."""
+    """The wait, if the answer names none."""
 
     def match(self, status: int, text: str) -> bool:
-        """Whether an answer says this."""
+        """Whether an answer has these words."""
         text, known = text.casefold(), self.text.casefold()
         begins = known.endswith("…") and text.startswith(known[:-1])
         return status == self.status and (begins or text == known)
@@ -51,31 +51,32 @@ class Words:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
-    """How one kind of gateway is spoken to. Paths may hold `{session}`."""
+    """The requests and answers of one kind of gateway. Paths may hold `{session}`."""
 
     name: str
     key_header: str
     send_path: str
     payload: Callable[[str, OutgoingMessage, str, str], Mapping[str, Any]]
-    """From session, message, text and message id to the JSON that is posted."""
+    """From session, message, text and message id to the JSON of the request."""
     provider_id: Callable[[Any], str | None]
-    """From the JSON of a success to WhatsApp's message id. None, which is in doubt, if it does not say that the message
-    was taken: a success status alone may be a proxy's, or be given to an error."""
+    """From the JSON of a success to WhatsApp's message id. Without one the result is None and the message in doubt: the
+    status alone may be a proxy's, or stand above an error.
+    docs/decisions.md#2026-11-29--a-success-is-believed-with-its-body-and-temporary-is-no-denial"""
     error_text: Callable[[Any], str]
-    """From the JSON of a failure to the words in it that say what happened."""
+    """From the JSON of a failure to the words about its cause."""
     words: tuple[Words, ...]
     statuses: Mapping[int, Proof]
-    """Statuses that mean something else here than `what_it_proves` says."""
+    """Statuses whose proof differs from `what_it_proves`."""
     state_path: str
     is_connected: Callable[[Any], bool]
     """From the JSON of the session's state to whether it can send."""
     takes_message_id: bool
     first_with_message_id: tuple[int, int] | None = None
-    """The first version that takes one, if that has to be asked for at the gateway's root."""
+    """The first version that takes a message id, if some do not. The gateway's root tells its version."""
     find_path: str | None = None
-    """Where a message can be looked up by its id, if anywhere."""
+    """Path of the look-up by message id, if the gateway has one."""
     meta_error: Callable[[Any], Any] = lambda _: None
-    """From the JSON of a success to Meta's error object in it, if the gateway passes one on like that."""
+    """From the JSON of a success to Meta's error object in it, for a gateway that passes errors on with a 2xx."""
 
 
 def _first_text(*candidates: Any) -> str | None:
@@ -92,12 +93,12 @@ _MESSAGE_ID = re.compile(
 
 
 def has_failed(data: Any) -> bool:
-    """Whether a message's own state says so: Baileys' begin with 0, ERROR; -1 is the one of whatsapp-web.js."""
+    """Whether the state of a message is an error: 0 or ERROR of Baileys, -1 of whatsapp-web.js."""
     return value_at(data, "status") in ("ERROR", 0) or value_at(data, "ack") == -1
 
 
 def _id_in(data: Any, *candidates: Any) -> str | None:
-    """Return the first candidate that is a message id, unless the answer takes it back."""
+    """Return the first candidate that is a message id, unless the answer holds an error beside it."""
     if value_at(data, "error") is not None or value_at(data, "exception") is not None:
         return None
     if has_failed(data):
@@ -114,8 +115,8 @@ def _evolution_error(data: Any) -> str:
     return _first_text(value_at(data, "code"), said) or ""
 
 
-# What whatsmeow's SendMessage returns before it writes its frame, by the beginnings of the texts (send.go). After it
-# come "failed to send message node" with another cause, "websocket not connected" alone, and all that timed out.
+# The errors of whatsmeow's SendMessage before it writes its frame, by the beginnings of their texts (send.go). Errors
+# after the frame: "failed to send message node" with another cause, "websocket not connected" alone, every time-out.
 _BEFORE_THE_FRAME = (
     "failed to get user info for",
     "no LID found for",
@@ -136,7 +137,10 @@ _BEFORE_THE_FRAME = (
 
 
 def _whatsmeow(before: str) -> tuple[Words, ...]:
-    """Return what a gateway says of whatsmeow's errors, `before` being what it puts before their text."""
+    """Return the words of a gateway about whatsmeow's errors. `before` is the gateway's prefix to whatsmeow's text.
+
+    docs/decisions.md#2026-11-29--what-whatsapp-returns-to-whatsmeow
+    """
 
     def said(text: str, proof: Proof, because: str, wait: timedelta | None = None) -> Words:
         return Words(500, before + text, proof, because, wait)
@@ -156,8 +160,8 @@ def _whatsmeow(before: str) -> tuple[Words, ...]:
     )
 
 
-# In 2.3.7 and 2.4.0 whatever goes wrong after the number was checked is a 400, also when the message has left and only
-# its record could not be stored (sendMessageWithTyping). That is why a 400 proves nothing here but by its words.
+# In 2.3.7 and 2.4.0 every error after the check of the number is a 400, also if the message has left and only its
+# record could not be stored (sendMessageWithTyping). So the status 400 proves nothing here; some of its words do.
 EVOLUTION = Dialect(
     name="Evolution API",
     key_header="apikey",
@@ -183,8 +187,8 @@ EVOLUTION = Dialect(
     takes_message_id=True,
     first_with_message_id=(2, 4),
     find_path="/chat/findMessages/{session}",
-    # An instance of type WHATSAPP-BUSINESS answers 201 with it (meta/whatsapp.business.service.ts, post). If it names a
-    # message too, nobody knows which of the two is true.
+    # An instance of type WHATSAPP-BUSINESS answers 201 with Meta's error (meta/whatsapp.business.service.ts, post). If
+    # the answer names a message too, nobody knows which of the two is true: in doubt.
     meta_error=lambda data: (value_at(data, "error") or data) if value_at(data, "key") is None else None,
 )
 
@@ -194,7 +198,7 @@ WAHA = Dialect(
     send_path="/api/sendText",
     payload=lambda session, message, text, _: {
         "session": session,
-        # Its engines know users as @c.us.
+        # WAHA's engines know users as @c.us.
         "chatId": re.sub(r"@s\.whatsapp\.net\Z", "@c.us", message.destination_jid),
         "text": text,
     },
@@ -213,7 +217,7 @@ WAHA = Dialect(
         # The GOWS engine is whatsmeow behind gRPC: waha#1904, #1714, #2093.
         *_whatsmeow("2 UNKNOWN: "),
     ),
-    # All its own speak of the session or of the edition (UnprocessableEntityException).
+    # WAHA's own 422 all blame the session or the edition (UnprocessableEntityException).
     statuses={422: Proof.STOPPED},
     state_path="/api/sessions/{session}",
     is_connected=lambda data: value_at(data, "status") == "WORKING",

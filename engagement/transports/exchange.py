@@ -1,7 +1,7 @@
 """One HTTP exchange: a request is written once, and one answer is read, all by one deadline.
 
-What is left over from one exchange is never taken for the answer of the next. Nothing is kept of an answer (no
-cookies), followed, repeated or logged.
+Bytes left over from one exchange never pass for the answer of the next. Of an answer nothing is kept (no cookies),
+followed (no redirects), repeated or logged.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _FRAMING = {"connection", "content-length", "transfer-encoding"}
 class Connections:
     """Connections to one origin, directly or through the environment's proxy. Thread-safe.
 
-    `headers` are sent with every request. `limit` bounds how many exchanges are made at once.
+    `headers` are sent with every request. `limit` bounds the exchanges at one time.
     """
 
     def __init__(
@@ -74,23 +74,23 @@ class Connections:
         weakref.finalize(self, _close_all, self._idle)
 
     def close(self) -> None:
-        """Close what is idle; what is in use is closed after it."""
+        """Close the idle connections. One in use is closed at the end of its exchange."""
         self._is_closed = True
         _close_all(self._idle)
 
     def begin_anew(self) -> None:
-        """Forget, in a child process, the connections, which `waiting` has closed there, and who holds a place."""
+        """In a child process, forget the connections, which `waiting` has closed there, and the places in use."""
         self._idle.clear()
         self._places = threading.BoundedSemaphore(self._limit)
 
     def exchange(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], *, within: float
     ) -> Answer | Silence:
-        """Make one request; `path`, which may hold a query, comes after that of the URL; "" is the URL itself."""
+        """Make one request. `path` is put behind the URL's own and may hold a query; "" is the URL itself."""
         deadline = monotonic() + within
         try:
             asked, written = asked_with(method), self._written(method, path, body, headers)
-        except Exception:  # noqa: BLE001 - whatever is wrong with it, it was not sent
+        except Exception:  # noqa: BLE001 - a request that cannot be written down was not sent
             return Silence(UnsendableRequest)
         connect_by = min(deadline, monotonic() + self._connect_within)
         places = self._places
@@ -106,7 +106,7 @@ class Connections:
     def _exchanged(
         self, asked: h11.Request, written: bytes, connect_by: float, deadline: float
     ) -> Answer | Silence | None:
-        """Make the exchange on one connection. None: it was an idle one that may not be used again."""
+        """Make the exchange on one connection. None if that was an idle one that may not be used again."""
         connection, is_new = self._idle_one(), False
         if connection is None:
             try:
@@ -115,13 +115,13 @@ class Connections:
                 return Silence(ProxyError)
             except TimeoutError:
                 return Silence(ConnectTimeout)
-            except Exception:  # noqa: BLE001 - whatever it was, nothing of the request was written
+            except Exception:  # noqa: BLE001 - without a connection nothing was written
                 return Silence(ConnectError)
         try:
             return connection.exchange(asked, written, deadline)
         except ConnectError:
             return Silence(ConnectError) if is_new else None
-        except Exception as error:  # noqa: BLE001 - whatever it was, something may have been written
+        except Exception as error:  # noqa: BLE001 - after any other error a byte may have been written
             return Silence(_kind(error))
         finally:
             if connection.is_free and not self._is_closed and not self._distrust:
@@ -178,7 +178,7 @@ class Connections:
         return b"%s %s HTTP/1.1\r\nHost: %s\r\n%s\r\n%s" % (*first, fields, body or b"")
 
     def _credentials(self) -> list[tuple[str, str]]:
-        """Return what the user and password of the URL become, and those of a proxy that reads our requests."""
+        """Return the headers for the URL's user and password, and for those of a proxy that reads our requests."""
         found = [("Authorization", self._origin.basic)]
         if self._proxy is not None and not self._origin.is_https:
             found.append(("Proxy-Authorization", self._proxy.basic))
@@ -186,7 +186,7 @@ class Connections:
 
 
 def _fields(fields: Iterable[tuple[str, str]]) -> bytes:
-    """Return fields of a head as they are written; raise `ValueError` if HTTP has no such."""
+    """Return the bytes of header fields. `ValueError` if HTTP forbids one (a line end in a value)."""
     lines = []
     for name, value in fields:
         if not value or not value.isascii() or not value.isprintable() or value != value.strip():
@@ -197,7 +197,7 @@ def _fields(fields: Iterable[tuple[str, str]]) -> bytes:
 
 @lru_cache(maxsize=100)
 def _checked(name: str) -> bytes:
-    """Return the beginning of a field. h11 takes 10 µs to check a few, so it is asked for each name once."""
+    """Return the beginning of a field. h11's check takes 10 µs for a few fields, so each name is checked once."""
     try:
         h11.Request(method="GET", target="/", headers=[("Host", "-"), (name, "-")])
     except (h11.LocalProtocolError, UnicodeError):

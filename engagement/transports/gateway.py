@@ -1,4 +1,4 @@
-"""WhatsApp through an HTTP gateway that the host runs. What differs between the gateways is in `dialects`."""
+"""WhatsApp through an HTTP gateway that the host runs. The differences between gateways are in `dialects`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LONGEST_TEXT = 65_536
 
 
 def whatsapp_message_id(delivery_id: uuid.UUID) -> str:
-    """Return the message id of every attempt of a delivery: in the form that Baileys gives its own (generics.ts)."""
+    """Return the message id of every attempt of a delivery, in the form of Baileys' own ids (generics.ts)."""
     return "3EB0" + hashlib.sha256(str(delivery_id).encode()).hexdigest()[:18].upper()
 
 
@@ -37,10 +37,10 @@ class WhatsAppGateway:
     """Sends text messages through a gateway. Thread-safe; made once for a process.
 
     - `url`, `key`, `session`: where the gateway is, its key, and the name of its session (wuzapi knows it by the key).
-    - `render`: turns a message into its text. What cannot be said or is empty is `Refused`, and nothing is sent.
+    - `render`: turns a message into its text. A message without words, or with an empty text, is `Refused`.
     - `dialect`: `EVOLUTION`, `WAHA`, `WUZAPI`, or one of the host's own.
-    - `answer_within`: how long an answer is waited for. What takes longer is in doubt, so leave it long: Baileys waits
-      60 s and whatsmeow 75 s for WhatsApp.
+    - `answer_within`: the longest wait for an answer. A send that takes longer is in doubt, so leave it long: Baileys
+      waits 60 s and whatsmeow 75 s for WhatsApp.
 
     **The message id.** Evolution API from 2.4 on and wuzapi are given the WhatsApp message id, the same for every
     attempt. That a repeated id is shown once is *practice*: WhatsApp's apps have kept one message per chat, sender and
@@ -50,8 +50,8 @@ class WhatsAppGateway:
     dialect without message ids; an Evolution API that is too old for them, or answers with an id of its own, is never
     `ready()`.
 
-    `look_up` asks Evolution API for the message by that id. What is found was sent. What is not found may have been:
-    the gateway stores a message after it has sent it, and only if it is configured to.
+    `look_up` asks Evolution API for the message by that id. A message that is found was sent. One that is not found may
+    have been sent too: the gateway stores a message after the send, and only if it is configured to.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class WhatsAppGateway:
         self._ids_are_taken = not idempotent or dialect.first_with_message_id is None
         self._ids_are_ignored = threading.Event()
         self.why_not_ready: str | None = None
-        """What keeps the queue waiting, if `ready` said no."""
+        """The reason why the queue waits, if `ready` said no (`WAHA: the session is not connected`)."""
         self._client = ProviderClient(
             dialect.name,
             url,
@@ -115,7 +115,7 @@ class WhatsAppGateway:
         self._client.close()
 
     def ready(self) -> bool:
-        """Ask the gateway whether its session is connected. No answer is no; `why_not_ready` tells."""
+        """Ask the gateway whether its session is connected. No answer is a no. `why_not_ready` has the reason."""
         self.why_not_ready = self._in_the_way()
         return self.why_not_ready is None
 
@@ -135,7 +135,7 @@ class WhatsAppGateway:
         return None if self._takes_ids() else f"{name}: it is not known to take message ids"
 
     def prepare(self, message: OutgoingMessage) -> Prepared | Outcome:
-        """Return the request that `send` makes, or why there is none."""
+        """Return the request of `send`, or the outcome of a message that cannot be sent."""
         if BSUID_FORM.fullmatch(message.destination_jid):
             return Refused(f"{self._dialect.name} sends to numbers and groups, not to a business-scoped user id")
         text = words_of(self._render, message)
@@ -159,7 +159,7 @@ class WhatsAppGateway:
 
     @property
     def look_up(self) -> Callable[[OutgoingMessage], Sent | None] | None:
-        """Asks for a message: `Sent` if the gateway stored it; None proves nothing. Is None where none can be asked."""
+        """Looks a message up: `Sent` if the gateway stored it; None proves nothing. Some dialects have no look-up."""
         find_path = self._dialect.find_path
         return None if find_path is None else partial(self._find, find_path)
 
@@ -189,7 +189,7 @@ class WhatsAppGateway:
         return None
 
     def _takes_ids(self) -> bool:
-        """Whether the gateway is known to take message ids, if that matters; once yes, always yes."""
+        """Whether the gateway is known to take message ids, if they matter. A yes is not asked for again."""
         if not self._ids_are_taken:
             version = value_at(self._ask("GET", "/"), "version")
             numbers = re.match(r"([0-9]{1,4})\.([0-9]{1,4})\.", version) if isinstance(version, str) else None
@@ -200,7 +200,7 @@ class WhatsAppGateway:
         return self._ids_are_taken
 
     def _check_id(self, message: OutgoingMessage, outcome: Sent) -> None:
-        """Stop for good if the gateway made an id of its own: with it a repeat would be a second message."""
+        """Stop for good if the gateway made an id of its own: the next attempt would be a second message."""
         if outcome.provider_message_id not in {None, whatsapp_message_id(message.delivery_id)}:
             self._ids_are_ignored.set()
             logger.error("engagement.gateway_ignores_message_ids transport=%s", self._dialect.name)

@@ -1,4 +1,7 @@
-"""What an HTTP failure proves about a message, before the provider's own words are looked at."""
+"""The proof in an HTTP failure: whether the message left, judged before the provider's own words.
+
+docs/decisions.md#2026-11-29--a-status-is-believed-only-if-it-denies-the-act
+"""
 
 from __future__ import annotations
 
@@ -12,33 +15,33 @@ from enum import StrEnum
 from typing import Any
 
 LONGEST_WAIT = timedelta(days=1)
-"""What a far side may ask for at most: a longer wait is cut, and the message asks again. The year 9999 would park it
-where nobody looks."""
+"""The longest wait that a far side may ask for. A longer one is cut, and the message is tried then: a `Retry-After` in
+the year 9999 would park it where nobody looks."""
 
 
 class Proof(StrEnum):
-    """What is known of a message after its request failed."""
+    """The knowledge about a message after its request failed."""
 
     NOT_SENT = "not sent"
     """It did not leave, and may be tried again: `NotSent`."""
     WAIT = "not sent, wait"
-    """Likewise, and nothing else would leave now: `NotSent`, and `ready()` is False for a moment."""
+    """It did not leave, and no other message would now: `NotSent`, and `ready()` is False for a moment."""
     STOPPED = "not sent, stopped"
     """The sender is at fault, its key, account or address: `Postpone`, which costs the message no retry, and `ready()`
     is False for a while. With `NotSent`, one expired key would fail the whole queue."""
     LATER = "not sent, later"
-    """It did not leave, and nobody can say whether the message or the sender is at fault: `Postpone`, longer each time,
-    which costs no retry and holds up nothing else. After two days it counts against the message."""
+    """It did not leave, and nobody can say whether the message or the sender is at fault: `Postpone`, longer each time.
+    That costs no retry and holds up no other message. After two days it counts against the message."""
     REFUSED = "refused"
     """It did not leave and never will: `Refused`."""
     IN_DOUBT = "in doubt"
-    """It may have left: `InDoubt`, and `ready()` is False for a moment, so that a provider that answers nothing but
-    errors does not put one message after the other in doubt."""
+    """It may have left: `InDoubt`, and `ready()` is False for a moment. Otherwise a provider that answers nothing but
+    errors would put one message after the other in doubt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back: the status line and headers, whose names are lower case, and as much of the body as came."""
+    """An answer: the status, the headers with their names in lower case, and as much of the body as came."""
 
     status: int
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -51,7 +54,7 @@ class Answer:
 
     @property
     def json(self) -> Any:
-        """The body as JSON, or None if it is none (also if it came only in part)."""
+        """The body as JSON, or None if it is no JSON (a page of a proxy, half an answer)."""
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
@@ -59,7 +62,7 @@ class Answer:
 
     @property
     def retry_after(self) -> timedelta | None:
-        """What Retry-After asks for, at most `LONGEST_WAIT`; a date is read by the server's own clock if told."""
+        """The wait in Retry-After, at most `LONGEST_WAIT`. A date is compared with the server's own clock (`Date`)."""
         given = self.headers.get("retry-after", "").strip()
         if re.fullmatch(r"[0-9]+", given):
             return wait_of(given, timedelta(seconds=1))
@@ -69,7 +72,7 @@ class Answer:
         return bounded(until - (_http_date(self.headers.get("date", "")) or datetime.now(UTC)))
 
 
-class NothingWritten(Exception):  # noqa: N818 - what happened
+class NothingWritten(Exception):  # noqa: N818 - named after the event
     """No byte of the request was written to anybody."""
 
 
@@ -86,7 +89,7 @@ class ConnectTimeout(NothingWritten):
 
 
 class ConnectError(NothingWritten):
-    """There was no connection: no such name, refused, TLS; or who answered spoke first."""
+    """There was no connection (no such name, refused, TLS), or the peer spoke first."""
 
 
 class ProxyError(NothingWritten):
@@ -106,18 +109,18 @@ class ReadError(Exception):
 
 
 class RemoteProtocolError(Exception):
-    """What came was no answer, or too long a one, or it hung up."""
+    """The far side hung up, or sent no HTTP, or too long an answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Silence:
-    """No answer came back; `error` is the kind of error, and no more: its text may hold the far side's."""
+    """No answer came back. `error` is only the kind of error: its text may hold words of the far side."""
 
     error: type[Exception]
 
 
 def what_it_proves(failure: Answer | Silence) -> Proof:
-    """Return what a failed request proves by itself, before the provider's own words are looked at.
+    """Return the proof in a failed request by itself, before the provider's own words are looked at.
 
     | failure | it proves | because |
     |---|---|---|
@@ -128,11 +131,11 @@ DNS, refused, TLS, proxy, or something that speaks before it is asked), so not o
     | ReadTimeout, ReadError, RemoteProtocolError, every other error | in doubt | the request was or may have been \
 written, and no answer came |
     | 2xx | in doubt | it succeeded, but not in the provider's words: the page of a proxy, half an answer |
-    | 300, 302, 303, 304 | in doubt | what redirects like this may have acted before (RFC 9110, 15.4.4) |
+    | 300, 302, 303, 304 | in doubt | a server that redirects like this may have acted before (RFC 9110, 15.4.4) |
     | 301, 307, 308 | not sent, stopped | the address has moved (RFC 9110, 15.4.2, 15.4.8, 15.4.9); it is not followed |
     | 401, 402, 403, 407, 451 | not sent, stopped | the sender is not allowed to |
-    | 404, 405, 410, 411, 414, 415, 421, 426, 428, 431 | not sent, stopped | the address, the headers or what is \
-spoken there is wrong, for every message alike |
+    | 404, 405, 410, 411, 414, 415, 421, 426, 428, 431 | not sent, stopped | the address, the headers or the \
+protocol is wrong, for every message alike |
     | 408 | in doubt | it means that the request did not come in time (RFC 9110, 15.5.9), but gateways say it of their \
 own far side |
     | 409, 423 | in doubt | it conflicts with what is there: perhaps the same message, still being sent |
@@ -143,10 +146,10 @@ own far side |
 that the client has left, 406 and 424 may come after the act |
     | 505, 511 | not sent, stopped | the server does not speak this HTTP, or a login page stands before it |
     | every other 5xx | in doubt | it may have failed after it had acted, also 501: it may be another server's word \
-(gRPC's UNIMPLEMENTED), and 503 with Retry-After: a proxy says it when what is behind it hung up in the middle \
+(gRPC's UNIMPLEMENTED), and 503 with Retry-After: a proxy says it when the server behind it hung up in the middle \
 (Varnish's builtin.vcl) |
 
-    Nothing is `refused` or `not sent` that could have left. What a provider documents otherwise comes before this.
+    Nothing is `refused` or `not sent` that could have left. A provider's own documentation comes before this table.
     """
     if isinstance(failure, Silence):
         if issubclass(failure.error, UnsendableRequest):
@@ -174,7 +177,7 @@ def _http_date(text: str) -> datetime | None:
 
 
 def value_at(data: Any, *path: str | int) -> Any:
-    """Return what is at `path` in JSON, or None."""
+    """Return the value at `path` in JSON, or None."""
     for step in path:
         try:
             data = data[step]
@@ -184,10 +187,10 @@ def value_at(data: Any, *path: str | int) -> Any:
 
 
 def wait_of(digits: str, unit: timedelta) -> timedelta:
-    """Return a far side's hint in digits, cut to what it may ask for."""
+    """Return a far side's hint in digits, cut to `LONGEST_WAIT`."""
     return LONGEST_WAIT if len(digits.lstrip("0")) > 9 else bounded(int(digits) * unit)  # noqa: PLR2004 - no overflow
 
 
 def bounded(wait: timedelta) -> timedelta:
-    """Return a far side's hint, cut to what it may ask for."""
+    """Return a far side's hint, cut to `LONGEST_WAIT`."""
     return min(max(wait, timedelta(0)), LONGEST_WAIT)

@@ -1,4 +1,4 @@
-"""Where requests go, and how a connection there is made: addresses, the environment's proxy, TLS, all in time."""
+"""The address of a request and the connection to it: name look-up, the environment's proxy, TLS, all in time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]*:[0-9a-f:.]*(%[a-z0-9._-]+)?")
 
 
 class Origin:
-    """Where requests go, or a proxy. `basic` are the credentials in its URL."""
+    """The origin of requests, or a proxy. `basic` are the credentials in its URL."""
 
     def __init__(self, url: str, name: str = "url", schemes: tuple[str, ...] = ("http", "https")) -> None:
         try:
@@ -42,7 +42,7 @@ class Origin:
         self._query = f"?{_quoted(parts.query)}" if parts.query else ""
 
     def target(self, path: str) -> str:
-        """Return what is asked for: `path` below the URL's, or the URL's own path and query."""
+        """Return the target of a request: `path` below the URL's, or for "" the URL's own path and query."""
         return self._path.rstrip("/") + _quoted(path) if path else (self._path or "/") + self._query
 
 
@@ -58,7 +58,7 @@ def _basic(parts: SplitResult) -> str | None:
 
 
 def proxy_of(origin: Origin) -> Origin | None:
-    """Return the proxy that the environment names for it, if any; `ValueError` if it is none that we speak to."""
+    """Return the environment's proxy for an origin, if any. `ValueError` for a kind that we do not speak to (SOCKS)."""
     proxies = getproxies_environment()
     name = "https" if origin.is_https else "http"
     url = proxies.get(name) or proxies.get("all")
@@ -68,7 +68,7 @@ def proxy_of(origin: Origin) -> Origin | None:
 
 
 def tls_context(verify: ssl.SSLContext | bool) -> ssl.SSLContext:
-    """Return what `verify` stands for: True trusts the authorities of the system, False whoever answers."""
+    """Return the context for `verify`: True trusts the authorities of the system, False trusts every peer."""
     if isinstance(verify, ssl.SSLContext):
         return verify
     if checked_flag("verify", verify):
@@ -80,7 +80,7 @@ def tls_context(verify: ssl.SSLContext | bool) -> ssl.SSLContext:
 
 
 def connected_to(to: Origin, deadline: float) -> socket.socket:
-    """Connect to the first address that lets us; each has its share of the time that is left."""
+    """Connect to the first address that lets us. Each address has an equal share of the time that is left."""
     addresses = _addresses(to, deadline)
     error: OSError = ConnectionError("no address")
     for others, (family, kind, protocol, _, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
@@ -102,7 +102,7 @@ def connected_to(to: Origin, deadline: float) -> socket.socket:
 def _addresses(to: Origin, deadline: float) -> list[Any]:
     with suppress(socket.gaierror):
         return socket.getaddrinfo(to.host, to.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    # A name server that is silent is waited for in a thread: nothing else can be given a time.
+    # A look-up takes no time-out, and a name server may be silent: so it runs in a thread, which we stop waiting for.
     found: Future[list[Any]] = Future()
 
     def look_up() -> None:

@@ -1,4 +1,4 @@
-"""What is checked before anything is sent: the words of a message, and the JSON that carries them."""
+"""The checks before a send: the words of a message, and the JSON that carries them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from engagement.words import NoWords, without_controls
 
 Words = TypeVar("Words", bound=object)
 Render = Callable[[OutgoingMessage], Words]
-"""Turns a message into what is said. A `LookupError` or `ValueError` means that it cannot be said: `Refused`."""
+"""Turns a message into words. A `LookupError` or `ValueError` means that it has none: `Refused`."""
 
 
 def words_of(render: Render[Words], message: OutgoingMessage) -> Words | Outcome:
-    """Return what `render` says, `without_controls`, or the outcome that its error means.
+    """Return the words from `render` without controls, or the outcome for its error.
 
-    The text of the error may be params: it is dropped.
+    The text of the error is dropped, since it may hold params.
+    docs/decisions.md#2026-11-29--what-a-name-holds-besides-letters-is-left-out-and-the-message-is-sent
     """
     try:
         return without_controls(render(message))
     except NoWords as error:
         return Refused(f"no words: {error}")  # Its text never holds params.
-    except BaseException as error:  # noqa: BLE001 - whatever it was, `SystemExit` too, nothing was sent
+    except BaseException as error:  # noqa: BLE001 - after any error, `SystemExit` too, nothing was sent
         if (later := for_want_of_a_zone(error, message)) is not None:
             return later
         if isinstance(error, LookupError | ValueError):
@@ -34,7 +35,7 @@ def words_of(render: Render[Words], message: OutgoingMessage) -> Words | Outcome
 
 
 def refusal_of(text: object, *, most_characters: int) -> Refused | None:
-    """Return why `text` cannot be sent, or None."""
+    """Return the reason why `text` cannot be sent, or None."""
     if not isinstance(text, str):
         return Refused(f"render returned {type(text).__name__}, which is no text")
     if not text.strip():

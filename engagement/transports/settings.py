@@ -40,7 +40,7 @@ class Settings:
             raise ValueError(f"{self._prefix}{name}_FILE: cannot be read: {type(error).__name__}") from None
 
     def flag(self, name: str) -> bool:
-        """Return a yes or no; not set is no."""
+        """Return a yes or no. A variable that is not set is a no."""
         try:
             return _FLAGS[self.text(name, "no").lower()]
         except KeyError:

@@ -13,17 +13,18 @@ from engagement.transports.client import Prepared
 
 
 class PreparingTransport(Protocol):
-    """A transport that can say what it would send: each of this package's that speaks HTTP."""
+    """A transport that can show its request without sending it: each HTTP transport of this package."""
 
     def prepare(self, message: OutgoingMessage, /) -> Any:
-        """Return the request, or the outcome that there would be instead of one."""
+        """Return the request, or the outcome of a message that cannot be sent."""
 
 
 class Shadow:
     """Prepares each message as `transport` would and sends none, so that it can run on production data.
 
-    Every message stays pending and is postponed by `again_after`: a dry run calls nothing sent that was not, and
-    nothing failed. Its history then tells what would have become of it. `ready` and `look_up` are the transport's own.
+    Every message stays pending and is postponed by `again_after`: a dry run makes no message sent or failed. The
+    history tells the outcome that it would have had (`shadow: would be sent, 312 bytes`). `ready` and `look_up` are the
+    transport's own.
     """
 
     idempotent = False
@@ -36,17 +37,17 @@ class Shadow:
 
     @property
     def look_up(self) -> Callable[[OutgoingMessage], Any] | None:
-        """What became of a message that a real worker left behind."""
+        """The transport's look-up, for a message that a real worker left behind."""
         found: Callable[[OutgoingMessage], Any] | None = getattr(self._transport, "look_up", None)
         return found
 
     @property
     def why_not_ready(self) -> Any:
-        """What the transport says that it waits for."""
+        """The transport's own reason."""
         return getattr(self._transport, "why_not_ready", None)
 
     def ready(self) -> Any:
-        """Ask the transport; what is to be awaited is handed on."""
+        """Ask the transport. An awaitable is handed on to the worker."""
         ask = getattr(self._transport, "ready", None)
         return True if ask is None else ask()
 

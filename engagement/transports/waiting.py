@@ -1,7 +1,8 @@
-"""One thread of the process waits for all connections and does what is done on them; a caller waits for a lock.
+"""One thread of the process looks, writes, waits and reads on all connections. A caller waits for a lock.
 
-Each system call lets another thread run Python, and who made it waits until it may go on. With 500 callers, each of
-whom looks, writes, waits and reads for itself, that costs more than their exchanges do.
+At each system call another thread may take the interpreter, and the caller waits to get it back. With 500 callers that
+each look, write, wait and read, this waiting costs more than the exchanges do.
+docs/decisions.md#2026-11-29--one-http-exchange-on-h11-and-a-socket
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from engagement.transports.http import ConnectError, ConnectTimeout, ReadError, 
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 STUCK_SECONDS = 5.0
-"""So long after the deadline a caller waits for the thread to tell how far it came. Then nobody knows."""
+"""How long a caller waits, after the deadline, for the thread to tell whether a byte was written. Then: in doubt."""
 
 T = TypeVar("T")
 Steps = Generator[tuple[int, type[Exception]], None, T]
-"""What is done on a connection: it yields READ or WRITE to wait, and the error to raise there at the deadline."""
+"""The steps on a connection. They yield READ or WRITE to wait, and the error to raise there at the deadline."""
 
 
 class Watched(Protocol):
-    """A connection, as the thread sees it. Its socket does not block."""
+    """A connection, as the thread needs it. The socket does not block."""
 
     socket: socket.socket
     is_free: bool
-    """Whether it is kept, and watched further, when its steps have ended."""
+    """Whether the connection is kept, and watched further, at the end of its steps."""
     watched_for: int
     running: Run[Any] | None
 
     def is_clean(self) -> bool:
-        """Whether it is open and nothing has come on it."""
+        """Whether the connection is open, and no byte has come on it."""
 
 
 class Run(Generic[T]):
@@ -69,7 +70,7 @@ class Waiter:
         threading.Thread(target=self._work, name="engagement-exchanges", daemon=True).start()
 
     def run(self, connection: Watched, steps: Steps[T], deadline: float) -> T:
-        """Run steps and return what they return. `ConnectTimeout` or `ConnectError`: they were not begun."""
+        """Run the steps and return their result. `ConnectTimeout` or `ConnectError` if they were not begun."""
         if self.has_ended:
             raise ConnectError
         run = Run(connection, steps)
@@ -78,7 +79,7 @@ class Waiter:
             self.soon(self._begin, run)
             is_over = run.is_over.acquire(timeout=max(deadline - monotonic(), 0))
         finally:
-            if not is_over:  # Late, or interrupted: nothing goes on for which nobody waits.
+            if not is_over:  # Late, or interrupted: end the steps, for which nobody waits any more.
                 run.is_given_up = True
                 self.soon(self._give_up, run)
                 is_over = run.is_over.acquire(timeout=STUCK_SECONDS)
@@ -89,26 +90,26 @@ class Waiter:
                 raise run.error
             return run.value
         finally:
-            del run  # The error would hold it, and it the error.
+            del run  # The error's traceback holds this frame, and `run` holds the error: a circle.
 
     def close(self, connection: Watched) -> None:
-        """Close a connection as soon as nothing is done on it."""
+        """Close a connection once its steps are over."""
         self.soon(self._close, connection)
 
     def soon(self, job: Callable[[Any], None], given: object) -> None:
-        """Let the thread do something. It is woken once for all that comes before it is awake."""
+        """Give the thread a job. It is woken once, for all jobs that come before it is awake."""
         self._jobs.append((job, given))
         try:
             if self._is_asleep:
                 self._is_asleep = False
                 with suppress(OSError):
                     self._bell.send(b"\0")
-        except BaseException:  # Interrupted before it was woken: the next one wakes it.
+        except BaseException:  # Interrupted before the thread was woken: let the next job wake it.
             self._is_asleep = True
             raise
 
     def end(self) -> None:
-        """Close everything; what runs has failed. Not beside the thread: in it, or in a child, which has none."""
+        """Close everything, and fail the runs. Call it in the thread, or in a child process, which has no thread."""
         self.has_ended = True
         for connection in [key.data for key in self._selector.get_map().values() if key.data is not None]:
             if connection.running is not None:
@@ -128,11 +129,11 @@ class Waiter:
         try:
             while True:
                 self._turn()
-        except BaseException:  # noqa: BLE001 - whoever closes all descriptors of the process closes its own
+        except BaseException:  # noqa: BLE001 - a host that closes all descriptors of the process (a daemon) closes ours
             self.end()
 
     def _turn(self) -> None:
-        self._is_asleep = True  # Before it looks for jobs: who adds one after that wakes it.
+        self._is_asleep = True  # Before the look for jobs: a job that is added after the look wakes the thread.
         ready = self._selector.select(0 if self._jobs else None)
         self._is_asleep = False
         for key, _ in ready:
@@ -148,7 +149,7 @@ class Waiter:
         self._tell()
 
     def _tell(self) -> None:
-        """Let go who waited for what is over: all at once, since each of them takes the interpreter from the thread."""
+        """Let the callers of ended runs go, all at once: each of them takes the interpreter from the thread."""
         for run in self._over:
             run.is_over.release()
         self._over.clear()
@@ -202,7 +203,7 @@ _lock = threading.Lock()
 
 
 def the_waiter() -> Waiter:
-    """Return the thread of this process, which begins when it is first needed."""
+    """Return the thread of this process. The first call starts it."""
     global _waiter  # noqa: PLW0603 - a process has one
     with _lock:
         if _waiter is None or _waiter.has_ended:
@@ -211,7 +212,10 @@ def the_waiter() -> Waiter:
 
 
 def _begin_anew() -> None:
-    """Close what a child shares with its parent, whose thread watches it further: the selector must not be told."""
+    """In a child process, close the copies of the parent's sockets.
+
+    The selector is shared with the parent, whose thread watches on: it must not be told of the closing.
+    """
     global _waiter, _lock  # noqa: PLW0603
     _lock = threading.Lock()
     if _waiter is not None and not _waiter.has_ended:

@@ -1,4 +1,4 @@
-"""Any HTTP endpoint of the host's, which does the sending."""
+"""An HTTP endpoint of the host's that does the sending."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ LONGEST_TEXT = 1_000_000
 SECRET_PREFIX = "whsec_"  # noqa: S105 - the form of a secret, not one
 SHORTEST_SECRET = 24
 _UNREACHED = frozenset({502, 503, 504, *range(520, 531)})
-"""By which a proxy says that it does not reach the endpoint, or that one that it is down; 520 to 530: Cloudflare."""
+"""Answers of a proxy that cannot reach the endpoint, or of an endpoint that is down. 520 to 530 are Cloudflare's."""
 
 
 class Webhook:
     """Posts each message as JSON. Thread-safe; made once for a process.
 
     The body holds delivery_id, message_id, message_type, message_key, message_params, user_id, destination,
-    destination_jid, scheduled_for and, with a `render`, text: the same bytes at every attempt, as long as `render` says
-    the same. The header `Idempotency-Key` is the delivery id; `Engagement-Attempt` counts the attempts.
+    destination_jid, scheduled_for and, with a `render`, text. Every attempt has the same bytes, if `render` returns the
+    same text. The header `Idempotency-Key` is the delivery id; `Engagement-Attempt` counts the attempts.
 
     With a `secret` the request is signed as Standard Webhooks 1.0 describes it, so that the receiver can check it with
     one of that project's libraries: `webhook-signature` is `v1,` and the Base64 of the HMAC-SHA256 of
-    `{webhook-id}.{webhook-timestamp}.{body}`, where the id is the delivery id. The secret is `whsec_` and 24 bytes or
-    more in Base64. Several make as many signatures, with blanks between them, of which the receiver needs one: give the
-    new one beside the old one, let the receiver take the new one, and then leave out the old one. An old request can
-    thus not be replayed, if the receiver looks at the timestamp.
+    `{webhook-id}.{webhook-timestamp}.{body}`, where the id is the delivery id. A receiver that checks the timestamp
+    cannot be given an old request again. The secret is `whsec_` and 24 bytes or more in Base64. Several secrets make
+    several signatures, with blanks between them, of which the receiver needs one. So a secret is changed without a gap:
+    give the new one beside the old one, let the receiver take the new one, and then leave out the old one.
 
     Any 2xx means that the endpoint took the message: `Sent`, with `provider_message_id` if the answer is JSON that has
-    one. All else is `what_it_proves`. Set `idempotent` if the endpoint does a delivery id once for good, also when two
-    requests for it come at the same time: a message in doubt is sent again then.
+    one. `what_it_proves` judges all else. Set `idempotent` if the endpoint acts once on a delivery id, for good, also
+    when two requests for it come at the same time: a message in doubt is then sent again.
 
     `authorization` is sent as the header of that name. `url` may hold a token; only its host is ever shown.
     """
@@ -102,10 +102,10 @@ class Webhook:
         self._client.close()
 
     def ready(self) -> bool:
-        """Whether nothing is known against it. At first and after trouble, HEAD is asked, and an answer is an answer.
+        """Whether messages may be sent: no pause, and an endpoint that answers HEAD, asked at first and after trouble.
 
-        A server that has no HEAD says 405 or 501, and a handler that breaks on it 500: all take messages. Only a proxy
-        that cannot reach it does not.
+        Nearly any answer will do. A server without HEAD says 405 or 501, a handler that breaks on it 500, and all
+        of them take messages. Only the answer of a proxy that cannot reach the endpoint is a no.
         """
         if not self._client.may_try():
             return False
@@ -113,11 +113,11 @@ class Webhook:
 
     @property
     def why_not_ready(self) -> str | None:
-        """What keeps the queue waiting, if `ready` said no."""
+        """The reason why the queue waits, if `ready` said no (`webhook: HTTP 502, asked with HEAD`)."""
         return self._client.trouble
 
     def prepare(self, message: OutgoingMessage) -> Prepared | Outcome:
-        """Return the request that `send` makes, or why there is none."""
+        """Return the request of `send`, or the outcome of a message that cannot be sent."""
         payload: dict[str, Any] = {
             "delivery_id": str(message.delivery_id),
             "message_id": message.id,
@@ -183,7 +183,7 @@ def signature(key: bytes, webhook_id: str, timestamp: int, body: bytes) -> str:
 
 
 def signing_key(secret: str) -> bytes:
-    """Return the key that a secret stands for; raise `ValueError` if it is none or weak."""
+    """Return the key in a secret. `ValueError` if it has no key, or a short one."""
     try:
         key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
     except (binascii.Error, ValueError):
