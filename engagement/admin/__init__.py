@@ -1,6 +1,7 @@
-"""The admin page: how the queue stands, what became of a message, and what is to become of it.
+"""The admin page: the state of the queue, the way of each message, and a person's decisions about it.
 
-It shows what the command tells and does what the repository does. It cannot write, edit or delete a row.
+It shows the same as the command, and acts through the repository. It cannot write, edit or delete a row.
+docs/decisions.md#2026-11-24--the-admin-page-stands-on-starlette-admin-of-which-it-uses-little
 """
 
 from engagement.admin.application import create_admin

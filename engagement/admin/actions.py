@@ -1,4 +1,4 @@
-"""What a person may do about a message: the words, and how the repository's verdict is told."""
+"""The actions of a person on a message: their words, and the repository's answers in words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXPIRED, IN_DOUBT = MessageStatus.EXPIRED, MessageStatus.IN_DOUBT
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of an action: one word for the log, a sentence for the person."""
+    """The answer to an action: one word for the log, a sentence for the person."""
 
     word: str
     sentence: str
@@ -31,12 +31,12 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """What the person filled in."""
+    """The form that the person filled in."""
 
     reason: str | None
     moment: datetime | None
     by: str
-    """Who filled it in, as `authentication` says."""
+    """The person's name, from `authentication`."""
 
 
 Perform = Callable[[EngagementMessageRepository, int, Given], Answer]
@@ -44,7 +44,7 @@ Perform = Callable[[EngagementMessageRepository, int, Given], Answer]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Action:
-    """One button: for which statuses it is shown, what it warns of, and what it does."""
+    """One button: the statuses that show it, its warning, and its action."""
 
     name: str
     label: str
@@ -94,7 +94,7 @@ def _reschedule(repository: EngagementMessageRepository, message_id: int, given:
 def _answer(
     repository: EngagementMessageRepository, message_id: int, word: str, sentence: str, *, done: bool
 ) -> Answer:
-    """Tell a yes, or why the repository said no, as far as the message shows it."""
+    """Return a yes, or the reason of the repository's no, as far as the message shows it."""
     if done:
         return Answer(word, sentence, is_done=True)
     message = repository.get_message(message_id)
@@ -168,7 +168,7 @@ ACTIONS: Mapping[str, Action] = {
 
 
 def actions_for(message: EngagementMessage) -> list[Action]:
-    """Return what may be worth trying. Whether it is still possible, only the repository can say."""
+    """Return the actions for the message's status. The status may change: the repository has the last word."""
     return [action for action in ACTIONS.values() if message.status in action.fits]
 
 
@@ -182,7 +182,10 @@ def act(
     tz: tzinfo,
     schema: str | None,
 ) -> Answer:
-    """Do it, unless the message was claimed again since the person looked: what they know speaks of that attempt."""
+    """Act on the message, unless it was claimed again since the person looked: they know of that attempt only.
+
+    docs/decisions.md#2026-11-24--an-action-on-the-page-speaks-of-the-attempt-that-was-looked-at
+    """
     given = Given(reason=str(form.get("reason") or "") or None, moment=_moment(form.get("moment"), tz), by=by)
     attempt = select(EngagementMessage.attempt).where(EngagementMessage.id == checked_id(message_id)).with_for_update()
     now = session.execute(attempt, execution_options=in_schema(schema)).scalar_one_or_none()

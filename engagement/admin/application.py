@@ -30,7 +30,7 @@ class Look(BaseTheme):
     package = __package__
 
     def get_icon_set(self) -> IconSet:
-        """Return no icons: words do."""
+        """Return no icons: words are enough."""
         return IconSet()
 
 
@@ -48,15 +48,15 @@ def create_admin(
 ) -> ASGIApp:
     """Return an ASGI app with the admin's pages, to be mounted in a Starlette or FastAPI app, or served alone.
 
-    `authentication(request)` says who asks: a name, which is logged with what they do; or a response of its own, such
-    as a redirect to a login; or None. It may be async, and may raise Starlette's `HTTPException`. Only a `str` that is
-    not empty is somebody: what is no answer at all, such as a number, is a `TypeError`, and nobody comes in. `anyone`
-    lets everybody in, which has to be said.
+    `authentication(request)` returns the person's name, which is logged with each action; or a response of its own
+    (a redirect to a login); or None, which keeps the door shut. It may be async, and may raise Starlette's
+    `HTTPException`. Anything else (a number, a dictionary) is a `TypeError`, and nobody comes in. `anyone` lets
+    everybody in, and has to be given by name.
 
-    What is personal is masked. `may_reveal` says to whom it may be shown, once they ask, and `may_act` who may change
-    anything: True, False, or a function of the request that returns one of them and may be async; whatever else it
-    returns is a `TypeError`, and nothing is shown. `sign_out` is an address that takes a POST and signs the person out:
-    each page then has a button for it.
+    Personal data is masked. `may_reveal` allows a person to see it, once they ask, and `may_act` allows them to change
+    messages. Each is True, False, or a function of the request that returns one of them and may be async. Any other
+    answer (1, "no", None) is a `TypeError`, and nothing is shown. `sign_out` is an address that takes a POST and signs
+    the person out: each page then has a button for it.
 
     Times are shown and read in `tz`. A page whose query takes longer than `patience` says so instead. Where several
     processes serve the page, give all the same `secret_key`: it signs the tokens of the forms and makes the pseudonyms.
@@ -84,7 +84,7 @@ def create_admin(
         timezone_config=None,
     )
     admin.templates.env.globals.update(path_for=path_for, sign_out=sign_out, **shown.words())
-    # Without the library's pages that make, edit and delete what is registered with it: nothing is, and none answers.
+    # Without the library's pages that make, edit and delete rows of registered models: we register none.
     admin.routes = [route for route in admin.routes if route.name in {"static", "index"}]
     admin.add_view(MessagesPage(shown))
     # The library orders them by the names of their methods; the first that fits answers.
@@ -94,7 +94,7 @@ def create_admin(
     admin.mount_to(app)
 
     async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
-        # Without the host's router: our links are looked up among our own routes, whatever name we are mounted under.
+        # Without the host's router: our links are looked up among our own routes, under any name of the mount.
         await app({key: scope[key] for key in scope.keys() - {"router", "app_root_path"}}, receive, send)
 
     return mounted

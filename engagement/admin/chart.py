@@ -1,4 +1,4 @@
-"""A chart of what was due and what was sent, as rectangles and labels: templates draw it, no script does."""
+"""A chart of the messages due and sent over time, as rectangles and labels. Templates draw it, without a script."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import datetime
 from engagement._operating.overview import Activity
 
 WIDTH, HEIGHT = 1000, 100
-"""What the rectangles are measured in. They are stretched to the page, the labels are not: a phone shows them, too."""
+"""The units of the rectangles. They are stretched to the page, and the labels are not, so a phone can show them."""
 LINES = 4
 LABELS = 8
 _BAR, _GAP = 0.38, 0.08
@@ -61,7 +61,7 @@ def chart_of(activity: Sequence[Activity]) -> Chart:
 
 
 def _round_step(highest: int) -> int:
-    """Return the smallest round number of which `LINES` reach as high."""
+    """Return the smallest round number that reaches `highest` in `LINES` steps (30 for 120)."""
     power = 1
     while True:
         for factor in _ROUND:

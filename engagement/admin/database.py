@@ -1,4 +1,4 @@
-"""How pages reach the queue: in a thread, in a short transaction of their own, and not for long."""
+"""A page's way to the queue: in a thread, in a transaction of its own, which `patience` keeps short."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _TOO_LONG = frozenset({"57014", "55P03"})  # a statement, or its wait for a lock
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """The table, for one page at a time. What the database says no to becomes a page that says so."""
+    """The table, for one page at a time. A refusal of the database becomes a page with the reason."""
 
     engine: Engine
     schema: str | None
     patience: timedelta
 
     async def run(self, work: Callable[[Session], R], *, if_too_long: str = "Try again.") -> R:
-        """Return what `work` makes of a session; what it changed is committed. What to do if that takes too long."""
+        """Return the result of `work` and commit its changes. `if_too_long` is the page's advice after a time-out."""
         return await run_in_threadpool(self._run, work, if_too_long)
 
     def _run(self, work: Callable[[Session], R], if_too_long: str) -> R:
         try:
             with Session(self.engine, expire_on_commit=False) as session, session.begin():
-                # A page must not keep a database busy that has messages to send.
+                # The database has messages to send: a page must not keep it busy.
                 limit = f"{self.patience // timedelta(milliseconds=1)}ms"
                 session.execute(select(func.set_config("statement_timeout", limit, True)))  # noqa: FBT003
                 return work(session)
@@ -46,7 +46,7 @@ class Queue:
             raise HTTPException(503, self._said(error, if_too_long)) from None
 
     def _said(self, error: SQLAlchemyError, if_too_long: str) -> str:
-        """Say what happened, without the server's text, which may show a row."""
+        """Return the error in words. The server's text is left out: it may show a row."""
         state = sqlstate(error)
         if state in _TOO_LONG:
             return f"The database took longer than {self.patience.total_seconds():g} s. {if_too_long}"

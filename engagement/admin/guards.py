@@ -1,4 +1,4 @@
-"""Who may come in, and from where: what stands before every page, its style sheets included."""
+"""The guards before every page and its style sheets: the person, the form, the cookies, the site that asks."""
 
 from __future__ import annotations
 
@@ -18,37 +18,38 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engagement.messages.checks import checked_flag
 
 Authentication = Callable[[Request], str | Response | Awaitable[str | Response | None] | None]
-"""Says who asks, as a name for the log; or answers itself, as with a redirect to a login; None keeps the door shut.
+"""Returns the person's name, or a response (a redirect to a login), or None, which keeps the door shut.
 
-Anything else is a mistake, as of a host that returns the credentials before it has checked them: nobody comes in.
+Anything else is a mistake (a host that returns credentials before it has checked them): nobody comes in.
 """
 
 May = bool | Callable[[Request], bool | Awaitable[bool]]
-"""Says whether who asks may do something; it may be async."""
+"""Whether a request is allowed something. May be async.
+docs/decisions.md#2026-11-29--a-guard-believes-only-true"""
 
 FORM = "application/x-www-form-urlencoded"
 LONGEST_FORM = 64 * 1024
-"""In bytes. The longest reason takes six thousand."""
+"""In bytes. The longest reason that is kept takes six thousand."""
 MOST_FIELDS = 100
 
 
 def anyone(request: Request) -> str:  # noqa: ARG001 - an `Authentication`
-    """Let everybody in: for an app that is protected as a whole, by a proxy or a network."""
+    """Let everybody in. For an app that a proxy or a network protects as a whole."""
     return "anyone"
 
 
 @dataclass(frozen=True, slots=True)
 class Permission:
-    """What `may` says to a request. Anything but True and False is a `TypeError`, and the page fails.
+    """The answer of `may` to a request. Anything but True and False is a `TypeError`, and the page fails.
 
-    It is asked once for each request: what is shown and what is logged go by one answer.
+    It is asked once for each request, so that the page and the log go by the same answer.
     """
 
     name: str
     may: May
 
     def __post_init__(self) -> None:
-        """Refuse at once what can never be an answer."""
+        """Refuse at once a value that can never be an answer (1, "no")."""
         if not callable(self.may):
             checked_flag(self.name, self.may)
 
@@ -62,7 +63,7 @@ class Permission:
 
 
 class Authenticated:
-    """Lets a request pass once `authentication` has said who asks; pages find that in `request.state.operator`."""
+    """Lets a request pass once `authentication` has named the person, in `request.state.operator` for the pages."""
 
     def __init__(self, app: ASGIApp, authentication: Authentication) -> None:
         self._app = app
@@ -77,7 +78,7 @@ class Authenticated:
         if isinstance(answer, Response):
             await answer(scope, receive, send)
             return
-        # A lone surrogate, as of a header's bytes, could be neither shown nor stored.
+        # A name from a header's bytes may hold a lone surrogate, which could be neither shown nor stored.
         scope.setdefault("state", {})["operator"] = answer.encode("utf-8", "replace").decode()
         await self._app(scope, receive, send)
 
@@ -98,9 +99,10 @@ SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class ShortForms:
-    """Reads a form before anybody else does, and refuses what is none of ours: they are short, and hold no files.
+    """Reads a form before all others do, and refuses a foreign one: ours are short and hold no files.
 
-    What reads forms (the library, or the host's `authentication`) finds one that it can read.
+    So the library and the host's `authentication` only meet forms that they can read.
+    docs/decisions.md#2026-11-29--the-page-reads-a-form-before-anybody-else-does
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -118,7 +120,7 @@ class ShortForms:
         while not is_whole:
             message = await receive()
             if message["type"] != "http.request":
-                return  # Whoever sent it is gone.
+                return  # The browser is gone.
             body += message.get("body", b"")
             is_whole = not message.get("more_body", False)
             if len(body) > LONGEST_FORM:
@@ -144,7 +146,7 @@ class OwnCookies:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and say in the answer for which path its cookies are."""
+        """Pass the request on, and narrow the cookies of the answer to our path."""
         own = b"; Path=" + quote(scope.get("root_path", "") or "/").encode()
 
         async def send_own(message: Message) -> None:
@@ -159,9 +161,10 @@ class OwnCookies:
 
 
 class SameOrigin:
-    """Refuses what a browser was made to send by another site, and says how browsers are to treat our pages.
+    """Refuses a request that another site made a browser send, and tells browsers how to treat our pages.
 
-    The library's token is a cookie said twice, and who controls a sibling domain or another port can plant cookies.
+    The library's token is a cookie said twice. A sibling domain or another port of the host can plant a cookie, and
+    with it a token. docs/decisions.md#2026-11-24--the-admin-page-also-asks-where-a-form-comes-from
     """
 
     _HEADERS = {  # noqa: RUF012 - never changed
@@ -198,7 +201,7 @@ class SameOrigin:
         site = request.headers.get("sec-fetch-site")
         if site is not None:
             return site not in {"same-origin", "none"}
-        # Browsers leave that out on plain HTTP. What sends neither is no browser, and cannot be tricked as one.
+        # Browsers leave that out on plain HTTP. A client that sends neither header is no browser: no site can trick it.
         origin = request.headers.get("origin")
         return origin is not None and origin.partition("://")[2] != request.headers.get("host")
 

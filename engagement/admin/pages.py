@@ -32,12 +32,13 @@ from engagement.repository import EngagementMessageRepository
 
 PAGE = 50
 COUNT_UP_TO = 10_000
-"""A larger table is not counted whole: a page must not read a million rows to say how many there are."""
+"""A larger table is not counted whole: a page must not read a million rows to show their number.
+docs/decisions.md#2026-11-24--the-page-estimates-what-is-finished"""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """How far back the chart goes, in how many buckets, and how their times are written."""
+    """A period that the chart can show: its name, the length and number of its buckets, the form of their times."""
 
     name: str
     bucket: timedelta
@@ -52,14 +53,14 @@ SPANS = {
 
 
 class OverviewPage(Page):
-    """How the queue stands, at one look."""
+    """The state of the queue, at one look."""
 
     menu_label = "Overview"
     path = "/"
 
     @route("")
     async def index(self, request: Request) -> Response:
-        """Show counts, ages, rates and sizes, and what was due and sent over time."""
+        """Show counts, ages, rates and sizes, and a chart of the messages due and sent."""
         span = request.query_params.get("span")
         chosen = span if span in SPANS else "day"
         bucket = SPANS[chosen].bucket
@@ -89,7 +90,7 @@ def _on_the_hour(now: datetime, bucket: timedelta) -> datetime:
 
 
 class MessagesPage(Page):
-    """The messages: a list of them, each of them, and what can be done about it."""
+    """The messages: a list, a page for each, and the actions on it."""
 
     menu_label = "Messages"
     path = "/messages"
@@ -155,12 +156,12 @@ class MessagesPage(Page):
 
     @route("/{message_id}", name="message")
     async def message(self, request: Request) -> Response:
-        """Show one message: what it is, its timeline, and what can be done."""
+        """Show one message: its fields, its timeline, and its actions."""
         message = await self._message(request)
         reveals = await self.shown.reveals(request)
         if reveals:
             _log(request, "reveal", "revealed", message.id)
-        # To mask a long history, as one written by hand may be, takes its time: other pages need not wait for it.
+        # Masking a long history (one written by hand) takes a while: in a thread, so that other pages need not wait.
         moments = await run_in_threadpool(timeline, message, reveal=reveals)
         facts = await run_in_threadpool(_facts, message, self.shown.pseudonym, reveal=reveals)
         return await self.render(
@@ -174,14 +175,14 @@ class MessagesPage(Page):
 
     @route("/{message_id}/{action}", name="ask")
     async def ask(self, request: Request) -> Response:
-        """Ask whether to do it."""
+        """Ask before an action."""
         action = await self._action(request)
         message = await self._message(request)
         return await self._question(request, message, action)
 
     @route("/{message_id}/{action}", methods=["POST"], name="act")
     async def act(self, request: Request) -> Response:
-        """Do it, and tell what came of it on the message's page."""
+        """Act, and show the answer on the message's page."""
         action, message_id, form = await self._action(request), _message_id(request), await request.form()
         queue, by = self.shown.queue, request.state.operator
         try:
@@ -248,7 +249,7 @@ _FILTERS = {
     "scheduled_until": "Scheduled until",
     "message_id": "The message's number",
 }
-"""What the page calls the fields of a filter."""
+"""The page's names for the fields of a filter."""
 
 
 def _filters(asked: Mapping[str, str], tz: tzinfo) -> Filters:
@@ -284,7 +285,7 @@ def _page_link(request: Request, **place: int) -> str:
 
 
 def _facts(message: EngagementMessage, pseudonym: Callable[[str], str], *, reveal: bool) -> list[tuple[str, object]]:
-    """Return what is known of a message but its timeline, as (name, value) pairs; None is shown as a dash."""
+    """Return the fields of a message, without its timeline, as (name, value) pairs. None is shown as a dash."""
     error, key = message.error_message, message.idempotency_key
     params = json.dumps(message.message_params, ensure_ascii=False, indent=2)
     return [

@@ -1,4 +1,4 @@
-"""The page for the person who starts it: what `engagement admin` serves."""
+"""`engagement admin`: the page, for the one person at the terminal."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ _OPEN_THE_ADDRESS = "Open the address that `engagement admin` has printed."
 
 @dataclass(frozen=True, slots=True)
 class TokenInAddress:
-    """Lets in who has the address that was printed: others on the same machine can reach a port of it, too.
+    """Lets in a browser with the printed address. Others on the same machine can reach the port, but have no token.
 
-    The token begins a session, which ends when somebody signs out, and after `lasts`. A browser gives its cookies to
-    every port of a host, so to whatever else listens on the machine: the session's cookie is for a `path` that nobody
-    can guess, below which the page is to be mounted. It also keeps out a site whose name was pointed at our address:
-    the cookie is not of that name.
+    The token begins a session, which ends with a sign-out, or after `lasts`. A browser gives its cookies to every port
+    of a host, and so to any other program that listens on the machine. The session's cookie is therefore for a `path`
+    that nobody can guess; mount the page below it. A site whose name was pointed at 127.0.0.1 stays out too: the cookie
+    is for another name.
+    docs/decisions.md#2026-11-29--the-page-of-ones-own-lies-below-a-path-that-nobody-can-guess
     """
 
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
@@ -41,15 +42,15 @@ class TokenInAddress:
     lasts: timedelta = SESSION
     now: Callable[[], float] = clock
     ends: dict[str, float] = field(default_factory=dict, repr=False)
-    """When each session is over, by `now`."""
+    """The end of each session, by `now`."""
 
     @property
     def sign_out(self) -> str:
-        """Where a form ends the session."""
+        """The address of the form that ends the session."""
         return f"{self.path}/sign-out"
 
     def __call__(self, request: Request) -> str | Response:
-        """Say who asks: the operator, if they have a session. Begin one for who has the token, and end it."""
+        """Return "operator" for a request with a session. The token begins a session, the sign-out ends it."""
         if secrets.compare_digest(request.query_params.get("token", "").encode(), self.token.encode()):
             return self._begin(request)
         session = request.cookies.get(COOKIE, "")
@@ -102,10 +103,10 @@ def serve(
     tz: tzinfo,
     schema: str | None = None,
 ) -> None:
-    """Serve the page until the first SIGTERM or SIGINT; `announce` is given its address. `OSError` if it cannot."""
+    """Serve the page until the first SIGTERM or SIGINT. `announce` is given the address. `OSError` if it is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listening:
-        # asyncio sets it only where the socket names its protocol; without it, each page waits 40 ms for the browser.
+        # Without it each page waits 40 ms for the browser. asyncio sets it only on a socket that names its protocol.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         gate = TokenInAddress()
         page = create_admin(
@@ -121,13 +122,13 @@ def serve(
         config = uvicorn.Config(
             app,
             log_config=None,
-            access_log=False,  # It would write down whom was searched for.
+            access_log=False,  # Addresses hold the searches, and so the names of users.
             lifespan="off",
             ws="none",
             timeout_graceful_shutdown=_GRACE_SECONDS,
         )
         for number in (signal.SIGTERM, signal.SIGINT):
-            # uvicorn stops at a signal, and then raises it again for whoever was there before it.
+            # uvicorn stops at a signal, and then raises it again for the handler before its own.
             signal.signal(number, lambda *_: None)
         name = f"[{host}]" if ":" in host else host
         announce(f"http://{name}:{listening.getsockname()[1]}{gate.path}/?token={gate.token}")

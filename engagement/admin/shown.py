@@ -1,4 +1,4 @@
-"""How pages show things: values in words, links, and whether what is personal is seen."""
+"""The showing of values: in words, as links, and masked where they are personal."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ NOTHING = "-"
 
 
 def path_for(request: Request, name: str, /, **parameters: Any) -> str:
-    """Return where a page of ours is, without scheme and host: behind a proxy we may not know them."""
+    """Return the path of a page of ours, without scheme and host: behind a proxy we may not know them."""
     return request.url_for(f"{request.app.state.ROUTE_NAME}:{name}", **parameters).path
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What all pages share: the queue, and how it is shown."""
+    """Shared by all pages: the queue, the time zone, and the permissions."""
 
     queue: Queue
     tz: tzinfo
@@ -36,15 +36,18 @@ class Shown:
     secret: bytes = field(repr=False)
 
     def pseudonym(self, user_id: str) -> str:
-        """Return what stands for a user."""
+        """Return the pseudonym of a user.
+
+        docs/decisions.md#2026-11-29--a-pseudonym-is-made-with-a-secret-and-masking-of-one-message-hides-from-a-glance-only
+        """
         return pseudonym(user_id, self.secret)
 
     async def reveals(self, request: Request) -> bool:
-        """Tell whether this page shows what is personal: it was asked for, and is allowed."""
+        """Whether this page shows personal data: the person asked for it, and may see it."""
         return request.query_params.get("reveal") == "1" and await self.may_reveal(request)
 
     def words(self) -> dict[str, Any]:
-        """Return what templates call to put values in words."""
+        """Return the functions by which templates put values in words."""
         return {
             "moment": self._moment,
             "clock": lambda at, form: self._local(at).strftime(form),
@@ -62,12 +65,12 @@ class Shown:
     def _local(self, at: datetime) -> datetime:
         try:
             return at.astimezone(self.tz)
-        except OverflowError:  # The first and the last hours that there are have no time in every zone.
+        except OverflowError:  # In some zones the first and the last hours of the calendar lie outside of it.
             return at
 
 
 def long_words(duration: timedelta | None) -> str:
-    """Say roughly how long: the two largest units."""
+    """Return a duration in its two largest units (`2 h 5 min`)."""
     if duration is None:
         return NOTHING
     seconds = max(int(duration.total_seconds()), 0)
@@ -81,12 +84,12 @@ _FULL = {"h": 24, "min": 60, "s": 60}
 
 
 def _size(count: int | None) -> str:
-    """Say roughly how many bytes."""
+    """Return a number of bytes, rounded (`12 MB`)."""
     if count is None:
         return NOTHING
     amount = float(count)
     for unit in ("B", "kB", "MB"):
-        if amount < 1000:  # noqa: PLR2004 - what the units mean
+        if amount < 1000:  # noqa: PLR2004 - a thousand of one unit is one of the next
             return f"{amount:.0f} {unit}"
         amount /= 1000
     return f"{amount:.1f} GB"
