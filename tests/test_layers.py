@@ -4,6 +4,8 @@ import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import engagement
 
 PACKAGE = Path(engagement.__file__).parent
@@ -81,3 +83,13 @@ def test_no_file_of_tests_has_over_600_lines():
     files = PACKAGE.parent.joinpath("tests").rglob("*.py")
 
     assert [path for path in files if len(path.read_text().splitlines()) > 600] == []
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_file_is_held_in_the_head(module):
+    """No file has over 350 lines, and no class over 150."""
+    source = MODULES[module].read_text()
+    classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+
+    assert len(source.splitlines()) <= 350
+    assert [node.name for node in classes if node.end_lineno - node.lineno >= 150] == []

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
-from typing import Any
 from zoneinfo import ZoneInfo
 
 from rich.console import Console
 from rich.text import Text
-from sqlalchemy import ColumnElement, Engine, Select, func, select, text
-from sqlalchemy.orm import Session
+from sqlalchemy import Engine, func, select, text
 
 from engagement import migrations
 from engagement._delivery.tally import ProcessResult
 from engagement._operating.jsonl import read_messages
 from engagement.demo.lost_worker import LEASE, kill_a_worker_in_a_send
+from engagement.demo.queue import M, Queue
 from engagement.demo.trouble import DemoTransport
-from engagement.demo.wording import COLOURS, local, name_of, reason_of, summary, table_of, when
+from engagement.demo.wording import COLOURS, local, name_of, reason_of, state_of, summary, table_of
 from engagement.messages import NewMessage, Queued
 from engagement.models import EngagementMessage, MessageStatus
 from engagement.outcomes import exponential_backoff
-from engagement.repository import EngagementMessageRepository
 from engagement.worker import process_message_queue
 
 MESSAGES = "demo_messages.jsonl"
 BACKOFF = exponential_backoff(timedelta(seconds=0.8), factor=1, jitter=0)
 """As the lease, minutes in real life."""
 DELIVERY_JOBS = 3
-
-M = EngagementMessage
+LEA = NewMessage(
+    user_id="lea",
+    message_type="reminder",
+    message_key="reminder.appointment",
+    message_params={"name": "Lea", "locale": "nb-NO", "at": "16:00"},
+    destination="individual",
+    destination_jid="100000000000015@lid",
+    tz=ZoneInfo("Europe/Oslo"),
+)
 
 
 class Day:
@@ -41,15 +43,16 @@ class Day:
     def __init__(self, screen: Console, engine: Engine) -> None:
         self._screen = screen
         self._engine = engine
+        self._queue = Queue(engine)
         self._transport = DemoTransport(screen)
         with (files("engagement") / MESSAGES).open("rb") as lines:
             self._messages = list(read_messages(lines, screen.print))
-        self._people = {message.user_id: message for message in self._messages}
+        self._people = {message.user_id: message for message in (*self._messages, LEA)}
 
     def run(self) -> None:
         """Let it happen."""
         self._show_database()
-        self._queue()
+        self._queue_messages()
         self._deliver()
         self._lose_a_worker()
         self._sum_up()
@@ -63,7 +66,7 @@ class Day:
 
     # The daily job
 
-    def _queue(self) -> None:
+    def _queue_messages(self) -> None:
         self._title("2. The daily job queues its messages")
         first = self._daily_job()
         table = table_of("who", "when, where they are", "idempotency key", "")
@@ -77,7 +80,7 @@ class Day:
         self._say(f"The same job again, by mistake: {summary(second)}.[bold]{nothing}[/]")
 
     def _daily_job(self) -> list[Queued]:
-        with self._repository() as repository:
+        with self._queue.repository() as repository:
             return [repository.queue_message(message) for message in self._messages]
 
     # The delivery job
@@ -92,13 +95,18 @@ class Day:
         self._show_history_of("gita")
 
     def _delivery_job(self) -> ProcessResult:
-        known = {message.id: len(message.history) for message in self._all()}
+        known = {message.id: len(message.history) for message in self._queue.all()}
         result = process_message_queue(self._engine, self._transport, lease=LEASE, backoff=BACKOFF)
         table = table_of("who", "message", "what happened", "and now")
-        for message in self._all():
+        for message in self._queue.all():
             if len(message.history) > known[message.id]:
                 last = message.history[-1]
-                table.add_row(self._name(message), message.message_type, reason_of(last), self._state(message))
+                table.add_row(
+                    self._name(message),
+                    message.message_type,
+                    reason_of(last),
+                    state_of(message, self._people[message.user_id].tz),
+                )
         if table.row_count:
             self._screen.print(table)
         return result
@@ -106,10 +114,10 @@ class Day:
     def _wait_until_due(self) -> None:
         soon = M.next_attempt_at < func.now() + timedelta(minutes=1)
         wait = select(func.max(M.next_attempt_at) - func.clock_timestamp()).where(M.status == "pending", soon)
-        self._sleep(wait)
+        self._queue.sleep(wait)
 
     def _show_history_of(self, user_id: str) -> None:
-        message = self._message(M.user_id == user_id)
+        message = self._queue.message(M.user_id == user_id)
         self._say(f"Everything that went wrong is kept. The history of message {message.id}, to {self._name(message)}:")
         for entry in message.history:
             at = datetime.fromisoformat(entry["at"]).astimezone(UTC)
@@ -119,45 +127,32 @@ class Day:
 
     def _lose_a_worker(self) -> None:
         self._title("4. A worker is killed in the middle of a send")
-        message_id = self._queue_for_lea()
+        with self._queue.repository() as repository:
+            message_id = repository.queue_message(LEA).message_id
         self._say(f"A reminder for Lea is queued, message {message_id}. A worker process takes it …")
         pid = kill_a_worker_in_a_send(self._engine)
-        lost = self._message(M.id == message_id)
+        lost = self._queue.message(M.id == message_id)
         assert lost.lease_expires_at is not None
         self._say(f"… and is killed while it sends: kill -9 {pid}.")
         until = f"{lost.lease_expires_at.astimezone(UTC):%H:%M:%S} UTC"
         self._say(f"The row says: [bold]{lost.status}[/], attempt {lost.attempt}, lease until {until}.")
-        self._sleep(select(func.max(M.lease_expires_at) - func.clock_timestamp()))
+        self._queue.sleep(select(func.max(M.lease_expires_at) - func.clock_timestamp()))
         self._say("The lease has run out, and the next delivery job comes by:")
         self._delivery_job()
         if not self._transport.left[lost.idempotency_key]:
             self._say("[bold]It was not sent again[/]: it may have left, and nobody but a person can tell.")
-
-    def _queue_for_lea(self) -> int | None:
-        lea = NewMessage(
-            user_id="lea",
-            message_type="reminder",
-            message_key="reminder.appointment",
-            message_params={"name": "Lea", "locale": "nb-NO", "at": "16:00"},
-            destination="individual",
-            destination_jid="100000000000015@lid",
-            tz=ZoneInfo("Europe/Oslo"),
-        )
-        self._people["lea"] = lea
-        with self._repository() as repository:
-            return repository.queue_message(lea).message_id
 
     # The end of the day
 
     def _sum_up(self) -> None:
         self._title("5. How the day ended")
         table = table_of("", "who", "message", "attempts", "status", "why")
-        for message in self._all():
+        for message in self._queue.all():
             state = Text(str(message.status), COLOURS[message.status])
             why = reason_of(message.history[-1]) if message.history and message.status != "sent" else ""
             table.add_row(str(message.id), self._name(message), message.message_type, str(message.attempt), state, why)
         self._screen.print(table)
-        with self._repository() as repository:
+        with self._queue.repository() as repository:
             counts = repository.count_by_status()
         self._say(", ".join(f"[bold]{count}[/] {status}" for status, count in counts.by_status.items() if count) + ".")
         left = self._transport.left
@@ -166,8 +161,8 @@ class Day:
         self._show_what_a_person_can_do()
 
     def _show_what_a_person_can_do(self) -> None:
-        in_doubt = [message for message in self._all() if message.status == MessageStatus.IN_DOUBT]
-        failed = [message for message in self._all() if message.status == MessageStatus.FAILED]
+        in_doubt = [message for message in self._queue.all() if message.status == MessageStatus.IN_DOUBT]
+        failed = [message for message in self._queue.all() if message.status == MessageStatus.FAILED]
         self._say(
             "\nWhat is in doubt is not sent again by itself. Look at the phone, or ask; then say what became of it:"
         )
@@ -190,37 +185,5 @@ class Day:
     def _code(self, code: str, comment: str) -> None:
         self._screen.print(Text.assemble(f"  {code}".ljust(46), (f"# {comment}", "dim")))
 
-    @contextmanager
-    def _repository(self) -> Iterator[EngagementMessageRepository]:
-        with Session(self._engine) as session, session.begin():
-            yield EngagementMessageRepository(session)
-
-    def _all(self) -> list[EngagementMessage]:
-        with Session(self._engine) as session:
-            return list(session.scalars(select(M).order_by(M.id)))
-
-    def _message(self, which: ColumnElement[bool]) -> EngagementMessage:
-        with Session(self._engine) as session:
-            return session.scalars(select(M).where(which)).one()
-
-    def _sleep(self, wait: Select[Any]) -> None:
-        """Wait as the database says: due times and leases are by its clock."""
-        with self._engine.connect() as connection:
-            left: timedelta = connection.scalar(wait) or timedelta(0)
-        time.sleep(max(left.total_seconds(), 0) + 0.01)
-
     def _name(self, message: EngagementMessage) -> str:
         return name_of(self._people[message.user_id])
-
-    def _state(self, message: EngagementMessage) -> Text:
-        match message.status:
-            case MessageStatus.PENDING:
-                zone = self._people[message.user_id].tz
-                words = f"again {when(message.next_attempt_at, zone)}"
-            case MessageStatus.IN_DOUBT:
-                words = "in doubt"
-            case MessageStatus.FAILED:
-                words = "failed" if message.retry_count else "failed at once"
-            case status:
-                words = str(status)
-        return Text(words, COLOURS[message.status])

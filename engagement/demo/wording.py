@@ -8,9 +8,10 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from engagement.messages import NewMessage, Queued
-from engagement.models import MessageStatus
+from engagement.models import EngagementMessage, MessageStatus
 
 COLOURS = {
     MessageStatus.PENDING: "yellow",
@@ -60,3 +61,17 @@ def table_of(*columns: str) -> Table:
     for name in columns:
         table.add_column(name, no_wrap=name not in {"what happened", "why"})
     return table
+
+
+def state_of(message: EngagementMessage, zone: tzinfo) -> Text:
+    """Return where a message stands, in its colour."""
+    match message.status:
+        case MessageStatus.PENDING:
+            words = f"again {when(message.next_attempt_at, zone)}"
+        case MessageStatus.IN_DOUBT:
+            words = "in doubt"
+        case MessageStatus.FAILED:
+            words = "failed" if message.retry_count else "failed at once"
+        case status:
+            words = str(status)
+    return Text(words, COLOURS[message.status])

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import ssl
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from time import monotonic, sleep
 from typing import assert_never
 from weakref import WeakSet
 
@@ -21,13 +19,11 @@ from engagement.messages import OutgoingMessage
 from engagement.outcomes import InDoubt, NotSent, Outcome, Postpone, Refused, Sent
 from engagement.transports.exchange import Connections
 from engagement.transports.http import Answer, Proof, Silence, what_it_proves
+from engagement.transports.trouble import Trouble
 
 IDLE_CONNECTION_SECONDS = 1.5
 """Servers close idle connections (gunicorn after 2 s, Node after 5 s). A request written to a connection that is being
 closed would be in doubt for nothing, so ours are given up well before."""
-FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=1), timedelta(minutes=15)
-PATIENCE_SECONDS = 4.0
-"""`ready()` waits out a pause that is as short as this: a cron job's run ends at the first no."""
 FIRST_STOP, LONGEST_STOP = timedelta(minutes=1), timedelta(hours=1)
 """How long a message is postponed for the sender's trouble (an expired token): a minute first, doubled at each attempt.
 The attempts are in the row, while a cron job's process remembers no pause.
@@ -60,8 +56,7 @@ class Prepared:
 class ProviderClient:
     """A pooled client for one provider, with one deadline. Thread-safe, also after a fork; no error leaves it.
 
-    After trouble the client pauses, each time twice as long (1 s, 2 s, 4 s), until a message gets through. It is
-    suspect (`is_suspect`) at the beginning and after trouble, until a question or a message is answered well.
+    After `trouble` the client pauses, until a message gets through.
 
     `headers` are sent with every request and may hold the key. `verify` is True or an `ssl.SSLContext`. Proxies are
     those of the environment. `answer_within` bounds the whole request, from connecting to the last byte of the answer.
@@ -94,12 +89,7 @@ class ProviderClient:
             limit=connections,
             verify=verify,
         )
-        self._lock = threading.Lock()
-        self._troubles = 0
-        self._paused_until = 0.0
-        self.trouble: str | None = None
-        """The last trouble, until a message gets through (`webhook: HTTP 503`)."""
-        self._is_suspect = True  # A cron job's process may have been started into an outage.
+        self.trouble = Trouble()
         _clients.add(self)
 
     def close(self) -> None:
@@ -107,8 +97,8 @@ class ProviderClient:
         self._connections.close()
 
     def begin_anew(self) -> None:
-        """In a forked process, share nothing with the parent: one of its threads may have held the lock."""
-        self._lock = threading.Lock()
+        """In a forked process, share nothing with the parent: one of its threads may have held a lock."""
+        self.trouble.begin_anew()
         self._connections.begin_anew()
 
     def deliver(
@@ -124,16 +114,16 @@ class ProviderClient:
         `read` recognises the provider's words in an answer. If it returns None the status counts, by `statuses` first
         and by `what_it_proves` otherwise.
         """
-        if not self.may_try():
+        if not self.trouble.may_try():
             # The message was claimed together with the one that met the trouble, before `ready` was asked again.
             return Postpone(
-                _from_now(timedelta(seconds=self.seconds_paused)), f"{self._provider}: paused after trouble"
+                _from_now(timedelta(seconds=self.trouble.seconds_paused)), f"{self._provider}: paused after trouble"
             )
         with checked_lease():  # Rendering, or waiting out a pause, may have taken longer than the lease.
             result = self.request("POST", prepared.path, prepared.body, headers=prepared.headers)
         found = self._read(result, read) or self._finding(result, statuses or {}, message)
         if isinstance(found, Sent):
-            self.note_success()
+            self.trouble.note_success()
             return found
         retry_after = result.retry_after if isinstance(result, Answer) else None
         return self._outcome(found, retry_after or found.wait, message)
@@ -150,47 +140,6 @@ class ProviderClient:
         """Make one request, as `Connections.exchange` does. `within` bounds it, else `answer_within`."""
         seconds = within.total_seconds() if within else self._answer_within
         return self._connections.exchange(method, path, body, headers or {}, within=seconds)
-
-    def may_try(self) -> bool:
-        """Whether there is no pause. A short one is waited out here."""
-        left = self.seconds_paused
-        if 0 < left <= PATIENCE_SECONDS:
-            sleep(left)
-        return left <= PATIENCE_SECONDS
-
-    @property
-    def seconds_paused(self) -> float:
-        """The seconds that are left of the pause."""
-        with self._lock:
-            return max(self._paused_until - monotonic(), 0.0)
-
-    @property
-    def is_suspect(self) -> bool:
-        """Whether to ask the provider first (for its health, with HEAD), before a message is risked."""
-        with self._lock:
-            return self._is_suspect
-
-    def note_trouble(self, wait: timedelta | None = None, *, reason: str | None = None) -> None:
-        """Pause for `wait`, or longer: 1 s at the first trouble, twice as long at each further one, at most 15 min."""
-        now = monotonic()
-        with self._lock:
-            if now >= self._paused_until:  # Twenty threads may fail in one pause: that is one trouble.
-                self._troubles += 1
-            pause = max(FIRST_PAUSE * 2 ** min(self._troubles - 1, 10), wait or timedelta(0))
-            self._paused_until = max(self._paused_until, now + min(pause, LONGEST_PAUSE).total_seconds())
-            self._is_suspect = True
-            self.trouble = reason or self.trouble
-
-    def note_answer(self) -> None:
-        """Believe that the provider works: it answered a question. The trouble stays until a message gets through."""
-        with self._lock:
-            self._is_suspect = False
-
-    def note_success(self) -> None:
-        """Forget all trouble."""
-        with self._lock:
-            self._troubles, self._paused_until, self._is_suspect = 0, 0.0, False
-            self.trouble = None
 
     def _read(self, result: Answer | Silence, read: Callable[[Answer], Sent | Finding | None]) -> Sent | Finding | None:
         try:
@@ -215,18 +164,18 @@ class ProviderClient:
             case Proof.NOT_SENT:
                 return NotSent(reason, wait)
             case Proof.REFUSED:
-                self.note_success()  # A provider that refuses works.
+                self.trouble.note_success()  # A provider that refuses works.
                 return Refused(reason)
             case Proof.WAIT:
-                self.note_trouble(wait, reason=reason)
+                self.trouble.note_trouble(wait, reason=reason)
                 return NotSent(reason, wait)
             case Proof.IN_DOUBT:
-                self.note_trouble(wait, reason=reason)
+                self.trouble.note_trouble(wait, reason=reason)
                 return InDoubt(reason)
             case Proof.STOPPED | Proof.LATER:
                 wait = max(wait or FIRST_STOP, FIRST_STOP)
                 if proof is Proof.STOPPED:
-                    self.note_trouble(wait, reason=reason)
+                    self.trouble.note_trouble(wait, reason=reason)
                 longer = min(FIRST_STOP * 2 ** min(message.attempt - 1, 10), LONGEST_STOP)
                 return Postpone(_from_now(max(wait, longer)), reason)
             case _:

@@ -127,14 +127,14 @@ class WhatsAppCloud:
         Meta is asked for the sender's health at first and after trouble. While all is well it is not: each question
         counts against the rate limit.
         """
-        if not self._client.may_try():
+        if not self._client.trouble.may_try():
             return False
-        return not self._client.is_suspect or self._is_healthy()
+        return not self._client.trouble.is_suspect or self._is_healthy()
 
     @property
     def why_not_ready(self) -> str | None:
         """The reason why the queue waits, if `ready` said no (`Cloud API: its health status is BLOCKED`)."""
-        return self._client.trouble
+        return self._client.trouble.reason
 
     def prepare(self, message: OutgoingMessage) -> Prepared | Outcome:
         """Return the request of `send`, or the outcome of a message that cannot be sent."""
@@ -173,16 +173,16 @@ class WhatsAppCloud:
         answer = self._client.request("GET", f"{self._node}?fields=health_status", within=PROBE_TIMEOUT)
         finding = _read(answer) if isinstance(answer, Answer) and not answer.is_success else None
         if not isinstance(answer, Answer):
-            self._client.note_trouble(reason=f"Cloud API: {answer.error.__name__}, asked for the health status")
+            self._client.trouble.note_trouble(reason=f"Cloud API: {answer.error.__name__}, asked for the health status")
         elif isinstance(finding, Finding) and not _may_still_send(answer):
-            self._client.note_trouble(finding.wait, reason=finding.reason)
+            self._client.trouble.note_trouble(finding.wait, reason=finding.reason)
         elif not answer.is_success and finding is None:
-            self._client.note_trouble(reason=f"Cloud API: HTTP {answer.status}, asked for the health status")
+            self._client.trouble.note_trouble(reason=f"Cloud API: HTTP {answer.status}, asked for the health status")
         elif answer.is_success and _is_blocked(answer.json):
-            self._client.note_trouble(_BLOCKED, reason="Cloud API: its health status is BLOCKED")
+            self._client.trouble.note_trouble(_BLOCKED, reason="Cloud API: its health status is BLOCKED")
         else:
-            self._client.note_answer()
-        return not self._client.is_suspect
+            self._client.trouble.note_answer()
+        return not self._client.trouble.is_suspect
 
 
 def _receiver(jid: str) -> dict[str, str] | None:

@@ -15,14 +15,7 @@ from time import monotonic, sleep
 
 import h11
 
-from engagement.transports.http import (
-    Answer,
-    ConnectError,
-    ReadError,
-    ReadTimeout,
-    RemoteProtocolError,
-    WriteTimeout,
-)
+from engagement.transports.http import Answer, ConnectError, ReadError, ReadTimeout, RemoteProtocolError, WriteTimeout
 from engagement.transports.waiting import READ, WRITE, Run, Steps, the_waiter
 
 LARGEST_ANSWER = 256 * 1024

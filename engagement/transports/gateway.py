@@ -33,6 +33,35 @@ def whatsapp_message_id(delivery_id: uuid.UUID) -> str:
     return "3EB0" + hashlib.sha256(str(delivery_id).encode()).hexdigest()[:18].upper()
 
 
+class _MessageIds:
+    """Whether a gateway takes message ids, if they matter."""
+
+    def __init__(self, dialect: Dialect, *, matter: bool) -> None:
+        self._dialect = dialect
+        self._matter = matter
+        self._are_taken = not matter or dialect.first_with_message_id is None
+        self.are_ignored = threading.Event()
+
+    def are_taken(self, version: Callable[[], Any]) -> bool:
+        """Whether it is known to, by the `version` that it tells. A yes is not asked for again."""
+        if not self._are_taken:
+            said, first = version(), self._dialect.first_with_message_id
+            numbers = re.match(r"([0-9]{1,4})\.([0-9]{1,4})\.", said) if isinstance(said, str) else None
+            self._are_taken = bool(numbers and first and (int(numbers[1]), int(numbers[2])) >= first)
+            if numbers and not self._are_taken:
+                self._tell()
+        return self._are_taken
+
+    def check(self, message: OutgoingMessage, outcome: Sent) -> None:
+        """Stop for good if the gateway made an id of its own: the next attempt would be a second message."""
+        if self._matter and outcome.provider_message_id not in {None, whatsapp_message_id(message.delivery_id)}:
+            self.are_ignored.set()
+            self._tell()
+
+    def _tell(self) -> None:
+        logger.error("engagement.gateway_ignores_message_ids transport=%s", self._dialect.name)
+
+
 class WhatsAppGateway:
     """Sends text messages through a gateway. Thread-safe; made once for a process.
 
@@ -74,8 +103,7 @@ class WhatsAppGateway:
         self._dialect = dialect
         self._render = render
         self._session = session
-        self._ids_are_taken = not idempotent or dialect.first_with_message_id is None
-        self._ids_are_ignored = threading.Event()
+        self._ids = _MessageIds(dialect, matter=idempotent)
         self.why_not_ready: str | None = None
         """The reason why the queue waits, if `ready` said no (`WAHA: the session is not connected`)."""
         self._client = ProviderClient(
@@ -121,10 +149,10 @@ class WhatsAppGateway:
 
     def _in_the_way(self) -> str | None:
         name = self._dialect.name
-        if self._ids_are_ignored.is_set():
+        if self._ids.are_ignored.is_set():
             return f"{name}: it ignores message ids"
-        if not self._client.may_try():
-            return self._client.trouble or f"{name}: paused after trouble"
+        if not self._client.trouble.may_try():
+            return self._client.trouble.reason or f"{name}: paused after trouble"
         answer = self._client.request("GET", self._path(self._dialect.state_path), within=PROBE_TIMEOUT)
         if not isinstance(answer, Answer):
             return f"{name}: {answer.error.__name__}, asked for the session's state"
@@ -132,7 +160,7 @@ class WhatsAppGateway:
             return f"{name}: HTTP {answer.status}, asked for the session's state"
         if not self._dialect.is_connected(answer.json):
             return f"{name}: the session is not connected"
-        return None if self._takes_ids() else f"{name}: it is not known to take message ids"
+        return None if self._ids.are_taken(self._version) else f"{name}: it is not known to take message ids"
 
     def prepare(self, message: OutgoingMessage) -> Prepared | Outcome:
         """Return the request of `send`, or the outcome of a message that cannot be sent."""
@@ -152,9 +180,11 @@ class WhatsAppGateway:
         prepared = self.prepare(message)
         if not isinstance(prepared, Prepared):
             return prepared
-        outcome = self._client.deliver(message, prepared, self._read, statuses=self._dialect.statuses)
-        if self.idempotent and isinstance(outcome, Sent):
-            self._check_id(message, outcome)
+        outcome = self._client.deliver(
+            message, prepared, partial(_read, self._dialect), statuses=self._dialect.statuses
+        )
+        if isinstance(outcome, Sent):
+            self._ids.check(message, outcome)
         return outcome
 
     @property
@@ -166,44 +196,10 @@ class WhatsAppGateway:
     def _find(self, find_path: str, message: OutgoingMessage) -> Sent | None:
         message_id = whatsapp_message_id(message.delivery_id)
         found = self._ask("POST", find_path, {"where": {"key": {"id": message_id, "fromMe": True}}})
-        records = value_at(found, "messages", "records")
-        for record in records if isinstance(records, list) else []:
-            updates = value_at(record, "MessageUpdate")
-            states = [record, *(updates if isinstance(updates, list) else [])]
-            if value_at(record, "key", "id") == message_id and not any(map(has_failed, states)):
-                return Sent(message_id)
-        return None
+        return Sent(message_id) if _is_stored(message_id, found) else None
 
-    def _read(self, answer: Answer) -> Sent | Finding | None:
-        data = answer.json
-        if answer.is_success:
-            provider_id = self._dialect.provider_id(data)
-            if provider_id:
-                return Sent(provider_id)
-            return finding_of(self._dialect.name, self._dialect.meta_error(data), answer)
-        said = self._dialect.error_text(data)
-        for words in self._dialect.words:
-            if words.match(answer.status, said):
-                reason = f"{self._dialect.name}: {words.because} (HTTP {answer.status})"
-                return Finding(words.proof, reason, words.wait)
-        return None
-
-    def _takes_ids(self) -> bool:
-        """Whether the gateway is known to take message ids, if they matter. A yes is not asked for again."""
-        if not self._ids_are_taken:
-            version = value_at(self._ask("GET", "/"), "version")
-            numbers = re.match(r"([0-9]{1,4})\.([0-9]{1,4})\.", version) if isinstance(version, str) else None
-            first = self._dialect.first_with_message_id
-            self._ids_are_taken = bool(numbers and first and (int(numbers[1]), int(numbers[2])) >= first)
-            if numbers and not self._ids_are_taken:
-                logger.error("engagement.gateway_ignores_message_ids transport=%s", self._dialect.name)
-        return self._ids_are_taken
-
-    def _check_id(self, message: OutgoingMessage, outcome: Sent) -> None:
-        """Stop for good if the gateway made an id of its own: the next attempt would be a second message."""
-        if outcome.provider_message_id not in {None, whatsapp_message_id(message.delivery_id)}:
-            self._ids_are_ignored.set()
-            logger.error("engagement.gateway_ignores_message_ids transport=%s", self._dialect.name)
+    def _version(self) -> Any:
+        return value_at(self._ask("GET", "/"), "version")
 
     def _ask(self, method: str, path: str, payload: Mapping[str, Any] | None = None) -> Any:
         body = None if payload is None else as_json(payload)
@@ -212,3 +208,30 @@ class WhatsAppGateway:
 
     def _path(self, path: str) -> str:
         return path.format(session=quote(self._session, safe=""))
+
+
+def _read(dialect: Dialect, answer: Answer) -> Sent | Finding | None:
+    """Return the finding of an answer, as far as the dialect knows its words."""
+    data = answer.json
+    if answer.is_success:
+        provider_id = dialect.provider_id(data)
+        if provider_id:
+            return Sent(provider_id)
+        return finding_of(dialect.name, dialect.meta_error(data), answer)
+    said = dialect.error_text(data)
+    for words in dialect.words:
+        if words.match(answer.status, said):
+            reason = f"{dialect.name}: {words.because} (HTTP {answer.status})"
+            return Finding(words.proof, reason, words.wait)
+    return None
+
+
+def _is_stored(message_id: str, found: Any) -> bool:
+    """Whether an answer of Evolution API holds the message, and no state of the message is a failure."""
+    records = value_at(found, "messages", "records")
+    for record in records if isinstance(records, list) else []:
+        updates = value_at(record, "MessageUpdate")
+        states = [record, *(updates if isinstance(updates, list) else [])]
+        if value_at(record, "key", "id") == message_id and not any(map(has_failed, states)):
+            return True
+    return False

@@ -107,14 +107,14 @@ class Webhook:
         Nearly any answer will do. A server without HEAD says 405 or 501, a handler that breaks on it 500, and all
         of them take messages. Only the answer of a proxy that cannot reach the endpoint is a no.
         """
-        if not self._client.may_try():
+        if not self._client.trouble.may_try():
             return False
-        return not self._client.is_suspect or self._answers()
+        return not self._client.trouble.is_suspect or self._answers()
 
     @property
     def why_not_ready(self) -> str | None:
         """The reason why the queue waits, if `ready` said no (`webhook: HTTP 502, asked with HEAD`)."""
-        return self._client.trouble
+        return self._client.trouble.reason
 
     def prepare(self, message: OutgoingMessage) -> Prepared | Outcome:
         """Return the request of `send`, or the outcome of a message that cannot be sent."""
@@ -160,12 +160,12 @@ class Webhook:
     def _answers(self) -> bool:
         answer = self._client.request("HEAD", "", within=PROBE_TIMEOUT)
         if isinstance(answer, Silence):
-            self._client.note_trouble(reason=f"webhook: {answer.error.__name__}, asked with HEAD")
+            self._client.trouble.note_trouble(reason=f"webhook: {answer.error.__name__}, asked with HEAD")
         elif answer.status in _UNREACHED:
-            self._client.note_trouble(reason=f"webhook: HTTP {answer.status}, asked with HEAD")
+            self._client.trouble.note_trouble(reason=f"webhook: HTTP {answer.status}, asked with HEAD")
         else:
-            self._client.note_answer()
-        return not self._client.is_suspect
+            self._client.trouble.note_answer()
+        return not self._client.trouble.is_suspect
 
 
 def _read(answer: Answer) -> Sent | None:

@@ -410,13 +410,13 @@ def test_ready_asks_only_at_the_beginning_and_after_trouble(meta, monkeypatch):
     assert not one.ready()
     assert len(meta.server.received) == 2
 
-    monkeypatch.setattr("engagement.transports.client.monotonic", later(minutes=15))
+    monkeypatch.setattr("engagement.transports.trouble.monotonic", later(minutes=15))
     meta.health = "BLOCKED"
     assert not one.ready()
     assert not one.ready()
     assert len(meta.server.received) == 3
 
-    monkeypatch.setattr("engagement.transports.client.monotonic", later(hours=1))
+    monkeypatch.setattr("engagement.transports.trouble.monotonic", later(hours=1))
     meta.health = "LIMITED"
     assert one.ready()
     assert one.ready()
@@ -458,7 +458,7 @@ def test_an_expired_token_is_not_ready_until_it_is_mended(meta, monkeypatch):
     assert isinstance(one.send(outgoing()), Postpone)
 
     for hours in (1, 2):
-        monkeypatch.setattr("engagement.transports.client.monotonic", later(hours=hours))
+        monkeypatch.setattr("engagement.transports.trouble.monotonic", later(hours=hours))
         assert not one.ready()
     assert [request.method for request in meta.server.received] == ["POST", "GET", "GET"]
 
@@ -469,7 +469,7 @@ def test_an_outage_is_noticed_by_the_first_message_only(monkeypatch):
         one = cloud(type("Nobody", (), {"url": url}))
         assert isinstance(one.send(outgoing()), NotSent)
         for minutes in (1, 30, 60):
-            monkeypatch.setattr("engagement.transports.client.monotonic", later(minutes=minutes))
+            monkeypatch.setattr("engagement.transports.trouble.monotonic", later(minutes=minutes))
             assert not one.ready()
 
 

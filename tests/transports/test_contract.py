@@ -28,7 +28,7 @@ class OverHttp(TransportContract):
 
     @pytest.fixture(autouse=True)
     def _far_side(self, monkeypatch):
-        monkeypatch.setattr("engagement.transports.client.FIRST_PAUSE", timedelta(seconds=0.05))
+        monkeypatch.setattr("engagement.transports.trouble.FIRST_PAUSE", timedelta(seconds=0.05))
         self.like = self.make_like()
         with serving(self.like) as server, loopback.refusing() as nobody:
             self.server, self.url, self.nobody = server, server.url, nobody

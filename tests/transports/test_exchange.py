@@ -317,12 +317,12 @@ def test_a_child_process_shares_nothing_with_its_parent():
         deliver(one)
         thread.start()
         is_held.wait(5)
-        one._lock.acquire()  # noqa: SLF001 - another thread could hold it just now
+        one.trouble._lock.acquire()  # noqa: SLF001 - another thread could hold it just now
         child = os.fork()
         if not child:
             outcomes = [deliver(one), deliver(one)]
             os._exit(0 if outcomes == [Sent("1"), Sent("1")] else 1)
-        one._lock.release()  # noqa: SLF001
+        one.trouble._lock.release()  # noqa: SLF001
         assert os.waitpid(child, 0)[1] == 0
         goes_on.set()
         thread.join(5)
@@ -497,7 +497,7 @@ def test_what_gets_through_ends_the_trouble():
         pauses = []
         for _ in range(3):
             deliver(one)
-            pauses.append(one.seconds_paused)
+            pauses.append(one.trouble.seconds_paused)
 
     assert [round(pause) for pause in pauses] == [1, 0, 1]
 

@@ -353,7 +353,7 @@ def test_after_much_trouble_nothing_is_asked_for_a_while(evolution, monkeypatch)
     assert not one.ready()
     assert len(evolution.server.received) == asked
 
-    monkeypatch.setattr("engagement.transports.client.monotonic", later(minutes=2))
+    monkeypatch.setattr("engagement.transports.trouble.monotonic", later(minutes=2))
     assert not one.ready()
     assert evolution.server.received[-1].path == "/instance/connectionState/main"
 

@@ -77,7 +77,7 @@ KINDS = {
 @pytest.fixture(params=KINDS)
 def kind(request, monkeypatch) -> Kind:
     """A kind of transport that never pauses."""
-    monkeypatch.setattr("engagement.transports.client.LONGEST_PAUSE", timedelta(0))
+    monkeypatch.setattr("engagement.transports.trouble.LONGEST_PAUSE", timedelta(0))
     return KINDS[request.param]
 
 
@@ -157,7 +157,7 @@ def test_no_answer_is_believed_but_the_one_that_was_asked_for(kind):
 @pytest.mark.parametrize("surplus", ["one", "chunked", "status"])
 def test_a_head_with_a_body_says_nothing_of_messages(monkeypatch, surplus):
     """An endpoint that answers HEAD with a body, be it an answer, puts no message in doubt, and is believed nothing."""
-    monkeypatch.setattr("engagement.transports.client.LONGEST_PAUSE", timedelta(0))
+    monkeypatch.setattr("engagement.transports.trouble.LONGEST_PAUSE", timedelta(0))
     kind = KINDS["webhook"]
     forged = answer(200, kind.body("forged"))
     pieces = {

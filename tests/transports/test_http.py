@@ -15,16 +15,10 @@ from loopback import Reply, serving
 
 from engagement import InDoubt, NotSent, Postpone, Refused, Sent
 from engagement.transports import http
-from engagement.transports.client import (
-    IDLE_CONNECTION_SECONDS,
-    LONGEST_PAUSE,
-    STOPPED_ATTEMPTS,
-    Finding,
-    Prepared,
-    ProviderClient,
-)
+from engagement.transports.client import IDLE_CONNECTION_SECONDS, STOPPED_ATTEMPTS, Finding, Prepared, ProviderClient
 from engagement.transports.connection import LARGEST_ANSWER
 from engagement.transports.http import Answer, Proof, Silence, what_it_proves
+from engagement.transports.trouble import LONGEST_PAUSE
 
 PREPARED = Prepared("/messages", b'{"text":"hello"}')
 
@@ -204,8 +198,8 @@ def test_a_refused_connection_is_not_sent():
         one = client(url)
 
         assert deliver(one) == NotSent("test: ConnectError")
-        assert one.seconds_paused
-        assert one.is_suspect
+        assert one.trouble.seconds_paused
+        assert one.trouble.is_suspect
 
 
 def test_a_host_without_an_address_is_not_sent():
@@ -278,7 +272,7 @@ def test_a_request_without_an_answer_is_in_doubt(behaviour, error):
 
         assert deliver(one) == InDoubt(f"test: {error}")
         assert len(server.received) == 1
-        assert one.seconds_paused
+        assert one.trouble.seconds_paused
 
 
 def test_a_request_that_is_not_written_in_time_is_in_doubt():
@@ -376,7 +370,7 @@ def test_too_many_requests_wait_as_long_as_is_asked(headers, wait):
         one = client(server.url)
 
         assert deliver(one) == NotSent("test: HTTP 429", wait)
-        assert one.seconds_paused
+        assert one.trouble.seconds_paused
 
 
 @pytest.mark.parametrize("headers", [{"Retry-After": "7"}, {}])
@@ -386,7 +380,7 @@ def test_503_is_in_doubt_with_retry_after_too(headers):
         one = client(server.url)
 
         assert deliver(one) == InDoubt("test: HTTP 503")
-        assert (one.seconds_paused > 6) is bool(headers)
+        assert (one.trouble.seconds_paused > 6) is bool(headers)
 
 
 @pytest.mark.parametrize("status", [408, 409, 423, 424, 406, 444, 460, 499, 498])
@@ -417,7 +411,7 @@ def test_a_sender_that_is_not_allowed_costs_the_message_nothing(attempt, minutes
 
         assert isinstance(outcome, Postpone)
         assert timedelta(0) <= outcome.until - before - timedelta(minutes=minutes) < timedelta(seconds=5)
-        assert one.seconds_paused > 50
+        assert one.trouble.seconds_paused > 50
 
 
 def test_a_message_that_a_status_stops_for_ever_ends():
@@ -434,7 +428,7 @@ def test_nothing_is_sent_during_a_pause():
     """What was claimed before the trouble was known is postponed to the end of the pause, and not sent."""
     with serving(lambda _: Reply(201, {"id": "m1"})) as server:
         one = client(server.url)
-        one.note_trouble(timedelta(minutes=5))
+        one.trouble.note_trouble(timedelta(minutes=5))
         outcome = deliver(one)
 
         assert isinstance(outcome, Postpone)
@@ -446,41 +440,41 @@ def test_nothing_is_sent_during_a_pause():
 def test_pauses_grow_until_a_message_gets_through(monkeypatch):
     """Each trouble doubles the pause up to its limit; the failures of one pause count once; success ends it."""
     now = 1000.0
-    monkeypatch.setattr("engagement.transports.client.monotonic", lambda: now)
+    monkeypatch.setattr("engagement.transports.trouble.monotonic", lambda: now)
     one = client("http://127.0.0.1:1")
     pauses = []
     for _ in range(12):
         for _ in range(20):
-            one.note_trouble()
-        pauses.append(one.seconds_paused)
-        now += one.seconds_paused
+            one.trouble.note_trouble()
+        pauses.append(one.trouble.seconds_paused)
+        now += one.trouble.seconds_paused
 
     assert pauses[:5] == [1, 2, 4, 8, 16]
     assert pauses[-1] == LONGEST_PAUSE.total_seconds()
-    one.note_trouble(timedelta(days=300))
+    one.trouble.note_trouble(timedelta(days=300))
     now += LONGEST_PAUSE.total_seconds()
-    assert not one.seconds_paused
-    assert one.is_suspect
-    one.note_answer()
-    assert not one.is_suspect
-    one.note_trouble()
-    assert one.seconds_paused > 900 - 1
-    one.note_success()
-    assert not one.is_suspect
-    assert not one.seconds_paused
+    assert not one.trouble.seconds_paused
+    assert one.trouble.is_suspect
+    one.trouble.note_answer()
+    assert not one.trouble.is_suspect
+    one.trouble.note_trouble()
+    assert one.trouble.seconds_paused > 900 - 1
+    one.trouble.note_success()
+    assert not one.trouble.is_suspect
+    assert not one.trouble.seconds_paused
 
 
 @pytest.mark.parametrize(("wait", "slept", "expected"), [(0.0, [], True), (3.5, [3.5], True), (30.0, [], False)])
 def test_a_short_pause_is_waited_out(monkeypatch, wait, slept, expected):
     """A cron job's run does not end for a pause of a second; for a longer one it does, and comes again."""
     now, sleeps = 1000.0, []
-    monkeypatch.setattr("engagement.transports.client.monotonic", lambda: now)
-    monkeypatch.setattr("engagement.transports.client.sleep", sleeps.append)
+    monkeypatch.setattr("engagement.transports.trouble.monotonic", lambda: now)
+    monkeypatch.setattr("engagement.transports.trouble.sleep", sleeps.append)
     one = client("http://127.0.0.1:1")
     if wait:
-        one.note_trouble(timedelta(seconds=wait))
+        one.trouble.note_trouble(timedelta(seconds=wait))
 
-    assert one.may_try() is expected
+    assert one.trouble.may_try() is expected
     assert sleeps == slept
 
 
@@ -488,11 +482,11 @@ def test_a_refusal_ends_all_trouble(monkeypatch):
     """A provider that says no to one message works: the others need not wait."""
     with serving(lambda _: Reply(422)) as server:
         one = client(server.url)
-        monkeypatch.setattr("engagement.transports.client.FIRST_PAUSE", timedelta(microseconds=1))
-        one.note_trouble()
+        monkeypatch.setattr("engagement.transports.trouble.FIRST_PAUSE", timedelta(microseconds=1))
+        one.trouble.note_trouble()
 
         assert deliver(one) == Refused("test: HTTP 422")
-        assert not one.is_suspect
+        assert not one.trouble.is_suspect
 
 
 def test_a_finding_waits_as_the_answer_says_else_as_it_says_itself():

@@ -137,8 +137,8 @@ def test_a_code_that_stops_the_sender_burns_no_retries(engine, code):
 
 def test_an_endpoint_that_only_fails_does_not_put_the_whole_queue_in_doubt(engine, monkeypatch):
     """Every failure is a doubt here, but each makes the rest wait twice as long: a run ends after a few."""
-    monkeypatch.setattr("engagement.transports.client.FIRST_PAUSE", timedelta(seconds=0.05))
-    monkeypatch.setattr("engagement.transports.client.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("engagement.transports.trouble.FIRST_PAUSE", timedelta(seconds=0.05))
+    monkeypatch.setattr("engagement.transports.trouble.PATIENCE_SECONDS", 0.2)
     ids = queue(engine, *(new_message(f"user{number}") for number in range(30)))
     with serving(lambda request: Reply(405 if request.method == "HEAD" else 500)) as server:
         result = process_message_queue(engine, Webhook(url=server.url, verify=False))
@@ -172,7 +172,7 @@ def test_an_idempotent_gateway_gets_a_doubtful_message_again_with_its_id(engine,
         one = gateway(server, WUZAPI, idempotent=True)
         options = {"backoff": lambda _: timedelta(milliseconds=1)}
         process_message_queue(engine, one, **options)
-        monkeypatch.setattr("engagement.transports.client.monotonic", later(hours=1))
+        monkeypatch.setattr("engagement.transports.trouble.monotonic", later(hours=1))
         process_message_queue(engine, one, **options)
 
     assert row(engine, message_id).status == "sent"

@@ -74,7 +74,7 @@ GARBLED = loopback.saying(f"{KEY} {NUMBER}\r\n\r\n".encode())
 )
 def test_nothing_private_is_logged_or_told(behaviour, caplog, monkeypatch):
     """At the lowest level, of all libraries: no key, token, number or word, whatever the provider answers."""
-    monkeypatch.setattr("engagement.transports.client.FIRST_PAUSE", timedelta(microseconds=1))
+    monkeypatch.setattr("engagement.transports.trouble.FIRST_PAUSE", timedelta(microseconds=1))
     caplog.set_level(logging.DEBUG)
     with serving(behaviour) as server:
         for transport in transports(server.url):
@@ -98,7 +98,7 @@ def test_no_error_leaves_a_transport(monkeypatch, step, kind):
     def fail(*arguments):
         raise kind(f"{KEY} {arguments}")
 
-    monkeypatch.setattr("engagement.transports.client.FIRST_PAUSE", timedelta(microseconds=1))
+    monkeypatch.setattr("engagement.transports.trouble.FIRST_PAUSE", timedelta(microseconds=1))
     monkeypatch.setattr(f"engagement.transports.{step}", fail)
     with serving(lambda _: Reply(500)) as server:
         for transport in transports(server.url):

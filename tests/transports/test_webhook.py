@@ -211,10 +211,10 @@ def test_ready_asks_only_at_the_beginning_and_after_trouble(monkeypatch):
         assert one.ready()
         one.send(outgoing())
 
-        monkeypatch.setattr("engagement.transports.client.monotonic", later(minutes=1))
+        monkeypatch.setattr("engagement.transports.trouble.monotonic", later(minutes=1))
         status = 502
         assert not one.ready()
-        monkeypatch.setattr("engagement.transports.client.monotonic", later(hours=1))
+        monkeypatch.setattr("engagement.transports.trouble.monotonic", later(hours=1))
         status = 405
         assert one.ready()
         assert one.ready()
@@ -229,7 +229,7 @@ def test_an_outage_is_noticed_by_the_first_message_only(monkeypatch):
         one = webhook(nobody)
         assert isinstance(one.send(outgoing()), NotSent)
         for minutes in (1, 30, 60):
-            monkeypatch.setattr("engagement.transports.client.monotonic", later(minutes=minutes))
+            monkeypatch.setattr("engagement.transports.trouble.monotonic", later(minutes=minutes))
             assert not one.ready()
 
 
