@@ -1,4 +1,4 @@
-"""Work 5: claim from a table that is full of what is not due."""
+"""Work 5: claim from a table that is full of messages that are not due."""
 
 import time
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ _CROWD = """
 
 
 def finished(size: int) -> str:
-    """Return the INSERT of so many messages that were sent long ago."""
+    """Return the INSERT of a number of messages that were sent long ago."""
     due = "now() - interval '1 year'"
     return _CROWD.format(status="'sent'", sent_at="now()", attempt=1, due=due, size=size)
 
@@ -65,7 +65,7 @@ def claim_from_a_crowd(setup: Setup) -> Iterator[str]:
 
 
 class _Table:
-    """A table with a crowd in it, and what a worker asks of it, seen from outside."""
+    """A table with a crowd in it, and a worker's statements, seen from outside."""
 
     def __init__(self, db: Database, crowd: str | None) -> None:
         self._db = db

@@ -97,7 +97,7 @@ def _warm_up(url: URL) -> None:
 
 
 def _drain_in_a_process(url: URL, concurrency: int, start_at: float) -> float:
-    """Return when it was done: the monotonic clock is the same in all processes."""
+    """Return the time of the end. The monotonic clock is the same in all processes."""
     part = Ours(_database(url), concurrency=concurrency).drain()
     time.sleep(max(0.0, start_at - time.monotonic()))
     part()

@@ -140,7 +140,7 @@ def _serve(pipe: Connection) -> None:
 
 
 class _Answering(asyncio.Protocol):
-    """Answers each whole request after a while. As little as possible: it is not what is measured."""
+    """Answers each whole request after a while. It does as little as possible, since it is not measured."""
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport

@@ -1,4 +1,4 @@
-"""What is queued: messages of many users in no order, each with about 200 bytes of params and a key of its own."""
+"""The messages to queue: of many users in no order, each with about 200 bytes of params and a key of its own."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Work 7: what an idle worker costs, and how soon it notices."""
+"""Work 7: the cost of an idle worker, and the time until it notices a due message."""
 
 import random
 import threading
@@ -22,11 +22,11 @@ from benchmarks.setup import Setup
 from engagement import EngagementMessageRepository, OutgoingMessage, Worker
 
 MARGIN_SECONDS = 0.1
-"""What a busy machine may add to a poll interval."""
+"""The delay that a busy machine may add to a poll interval."""
 
 
 def idle(setup: Setup) -> Iterator[str]:
-    """Count what an idle worker asks, time the pick-up of what becomes due, and drain a burst."""
+    """Count the statements of an idle worker, time the pick-up of a message that becomes due, and drain a burst."""
     with database(setup.url) as db:
         poll = setup.seconds(0.5, 0.1)
         yield facts(f"worker with poll_interval={poll} s", [*_costs(db, setup, poll), *_pick_ups(db, setup, poll)])
@@ -56,7 +56,7 @@ def _costs(db: Database, setup: Setup, poll: float) -> list[Fact]:
 
 
 def _pick_ups(db: Database, setup: Setup, poll: float) -> list[Fact]:
-    """Measure from when a message becomes due until it is sent, wherever between two polls that is."""
+    """Measure the time from due to sent, for messages that become due at random between two polls."""
     waits = []
     with _worker(db, poll) as sent_at:
         for row in given(setup.size(20, 2)):

@@ -1,4 +1,4 @@
-"""Between a floor and ours: what of the difference is SQLAlchemy's and Python's, and what the statements'.
+"""Between a floor and ours: the share of SQLAlchemy and Python in the difference, and the share of the statements.
 
 Neither sends anything, recovers, or survives a lost database: they show how near to its floor a worker can come.
 """

@@ -1,4 +1,4 @@
-"""How a comparison is made: contenders take turns round by round, so that what else the machine does hits all alike.
+"""The comparison: contenders take turns round by round, so that other work on the machine hits all alike.
 
 Times mean little on a shared machine. A ratio is the median of the ratios to the floor within each round.
 """
@@ -27,7 +27,7 @@ class Contender:
 
 @dataclass
 class Comparison:
-    """What was measured of contenders that took turns; `unit` says what a rate counts."""
+    """The measurements of contenders that took turns. A rate counts `unit` (`messages/s`)."""
 
     title: str
     contenders: Sequence[Contender]
@@ -75,7 +75,7 @@ class Timer:
 
 @contextmanager
 def timed() -> Iterator[Timer]:
-    """Time a block, without the garbage of what was before."""
+    """Time a block, after the garbage of earlier ones is collected."""
     gc.collect()
     timer = Timer()
     started = time.perf_counter()

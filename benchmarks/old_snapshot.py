@@ -1,7 +1,8 @@
 """Work 6: drain while another session holds an old snapshot, and after it is gone.
 
-What was claimed meanwhile stays in the index of what is due: nothing that an old snapshot may see can be removed, and
-a claim that starts at the beginning has to step over all of it.
+Entries that an old snapshot may see cannot be removed. So the messages claimed meanwhile stay in the index of due
+messages, and a claim that starts at the beginning has to step over all of them.
+docs/decisions.md#2026-11-24--a-claim-starts-from-the-beginning-for-a-tenth-of-the-time-at-most
 """
 
 import threading
@@ -32,7 +33,7 @@ Drain = Callable[[int], None]
 
 @dataclass
 class Played:
-    """How fast bursts were drained, and what happened when, in seconds since the start."""
+    """The rates of the bursts, and the times of the events, in seconds since the start."""
 
     bursts: list[tuple[float, float]] = field(default_factory=list)
     """(when it was done, messages per second)"""

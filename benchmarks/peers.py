@@ -1,4 +1,4 @@
-"""What a user would pick instead, each as its own documentation says: procrastinate and PgQueuer."""
+"""The alternatives, each used as in its own documentation: procrastinate and PgQueuer."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class PgQueuer:
             self.queue_many(rows)()
 
     def queue_many(self, rows: list[Given]) -> Timed:
-        """Enqueue a list, and skip what is there."""
+        """Enqueue a list, and skip the jobs that are there."""
         from pgqueuer.db import SyncPsycopgDriver
         from pgqueuer.queries import SyncQueries
 
@@ -150,7 +150,7 @@ class PgQueuer:
         return enqueue
 
     def drain(self) -> Timed:
-        """Run a queue manager until all is settled. It leaves before the next round: it waits for seconds then."""
+        """Run a queue manager until all is settled. `close` leaves its loop, which takes seconds that are not timed."""
         from pgqueuer.db import PsycopgDriver
         from pgqueuer.qm import QueueManager
         from pgqueuer.queries import Queries
@@ -178,7 +178,7 @@ class PgQueuer:
         return lambda: runner.run(until_settled())
 
     def close(self) -> None:
-        """Leave what was drained."""
+        """Leave the loops of the drains."""
         self._leaving.close()
 
 

@@ -109,6 +109,6 @@ def _peak(url: URL, size: int) -> float:
 
 def _peak_megabytes() -> float:
     status = Path("/proc/self/status")
-    if status.exists():  # What `getrusage` says on Linux begins with what the parent held.
+    if status.exists():  # On Linux the peak of `getrusage` begins with the memory of the parent.
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)

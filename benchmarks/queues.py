@@ -1,4 +1,4 @@
-"""What a work does to any queue, be it a floor, ours or a peer's: empty it, queue, drain."""
+"""The steps of a work on any queue, a floor, ours or a peer's: empty it, queue, drain."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 from benchmarks.given import Given
 
 Timed = Callable[[], object]
-"""The timed part of a round; what prepares it is done before it is returned."""
+"""The timed part of a round. Its preparation is done before it is returned."""
 
 
 class Queue(Protocol):

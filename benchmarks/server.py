@@ -65,7 +65,7 @@ def server() -> Iterator[URL]:
 
 @contextmanager
 def database(on: URL) -> Iterator[Database]:
-    """Make a database with our table and drop it afterwards: what else the server holds is not touched."""
+    """Make a database with our table and drop it afterwards. The server's other databases are not touched."""
     name = f"engagement_benchmark_{uuid4().hex[:12]}"
     _maintain(on, sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
     try:

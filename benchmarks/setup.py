@@ -1,4 +1,4 @@
-"""What every work is given, and what its numbers were measured on."""
+"""The input of every work, and the machine and versions behind its numbers."""
 
 import os
 import platform

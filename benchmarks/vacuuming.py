@@ -1,7 +1,7 @@
 """Work 7: queue and drain for minutes beside a million finished messages, under several autovacuum settings.
 
-A message is inserted and then updated twice, and both updates change what indexes hold: two dead rows, no HOT update.
-Sizes, dead rows and pages are what counts here; times say more of the machine.
+A message is inserted and then updated twice, and both updates change indexed columns: two dead rows, no HOT update.
+Sizes, dead rows and pages count here; times say more of the machine.
 """
 
 import json
@@ -20,7 +20,7 @@ from benchmarks.server import Database, database
 from benchmarks.setup import Setup
 
 PERIOD_SECONDS = 2.0
-"""A burst is queued and drained this often, whatever the machine can do: every setting has the same work."""
+"""The time between two bursts, on any machine, so that every setting has the same work."""
 
 SETTINGS = {
     "PostgreSQL's defaults": "",
@@ -56,7 +56,7 @@ _COUNTS = "SELECT status, count(*) FROM engagement_message_queue GROUP BY status
 
 @dataclass
 class Played:
-    """What was seen while bursts were queued and drained, and what was left at the end."""
+    """The observations while bursts were queued and drained, and at the end."""
 
     drained: list[float] = field(default_factory=list)
     dead: list[int] = field(default_factory=list)
@@ -69,9 +69,9 @@ class Played:
     sizes: tuple[int, int] = (0, 0)
     """Of the table and of its indexes."""
     least: tuple[int, int] = (0, 0)
-    """What they come to after VACUUM FULL."""
+    """Their sizes after VACUUM FULL."""
     due: int = 0
-    """The size of the index of what is due."""
+    """The size of the index of due messages."""
     counting: int = 0
     """Buffers that `count_by_status` touched at the end."""
 
@@ -116,7 +116,7 @@ HEADER = (
 def queue_and_drain_under_autovacuum(setup: Setup) -> Iterator[str]:
     """Queue and drain 500 a second for five minutes beside a million finished messages, under autovacuum settings.
 
-    The table and its indexes are shown with how much larger they are than what VACUUM FULL makes of them.
+    The sizes of the table and its indexes are shown beside their growth over the sizes after VACUUM FULL.
     """
     played = []
     for name, settings in SETTINGS.items():

@@ -1,7 +1,7 @@
-"""The command `engagement`: what operators and scheduled jobs call.
+"""The command `engagement`, for operators and scheduled jobs.
 
-`group` names all commands and where each is; the modules named with -ing words are either commands, or what commands
-share. What is wrong is said on one line, without a password, and with an exit status that tells.
+`group` has the name and place of every command. The modules named with -ing words hold commands, or code that commands
+share. A problem is told on one line, without a password, and has an exit status of its kind (3: the database).
 """
 
 from __future__ import annotations

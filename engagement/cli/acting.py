@@ -1,4 +1,7 @@
-"""Acting on messages, one or many: a person is told how many and asked, and each batch is a transaction of its own."""
+"""Acting on messages, one or many: a person is told their number and asked. Each batch is a transaction of its own.
+
+docs/decisions.md#2026-11-24--a-command-that-acts-on-many-asks-the-repository-about-each
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from engagement.repository import EngagementMessageRepository
 F = TypeVar("F", bound=Callable[..., Any])
 
 BATCH = 200
-"""Few: workers pass over what a batch has locked, and a settlement waits for it."""
+"""Few: a worker skips the messages that a batch has locked, and a settlement waits for them."""
 REASONS_SHOWN = 20
 NO_SUCH_MESSAGE = "there is no such message"
 
@@ -35,27 +38,27 @@ yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """Something that is done to each message."""
+    """An act on each message."""
 
     command: str
-    """What it does: `cancel`."""
+    """Its verb: `cancel`."""
     done: str
-    """What it has done: `cancelled`."""
+    """Its participle: `cancelled`."""
     statuses: tuple[MessageStatus, ...]
-    """In which it does anything."""
+    """The statuses of messages that it may change."""
     on: Callable[[EngagementMessageRepository, int], bool]
-    """Does it, and says whether it is done."""
+    """Acts on a message, and returns whether it did."""
     how: str = ""
-    """More of what it does, as a question ends: ` to 2026-11-24 09:00`."""
+    """The end of the question to a person: ` to 2026-11-24 09:00`."""
     unless: str = "it has changed"
-    """Why it may do nothing to a message that has the status."""
+    """The reason if a message has the right status and the act does nothing all the same."""
     also: Filters = field(default_factory=Filters)
-    """What else must fit, so that it is done to all that are found."""
+    """Further filters, so that the act changes every message found (`retry` finds no message that was blanked)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was typed: messages by their names, or filters, and how to go about it."""
+    """The request as typed: messages by id or key, or filters, and the flags."""
 
     named: tuple[str, ...]
     filters: Filters
@@ -78,7 +81,7 @@ class _Tally:
 
 
 def on_messages(*statuses: MessageStatus) -> Callable[[F], Callable[..., Any]]:
-    """Give a command what says which messages, as its argument `request`: names, filters, --all; --dry-run, --yes."""
+    """Give a command the argument `request`, from ids and keys, filters, --all, --dry-run and --yes."""
 
     def decorate(command: F) -> Callable[..., Any]:
         @click.argument("named", nargs=-1, metavar="[ID|KEY]...")
@@ -103,7 +106,7 @@ def on_messages(*statuses: MessageStatus) -> Callable[[F], Callable[..., Any]]:
 
 
 def act_on(database: Database, request: Request, act: Act) -> None:
-    """Do it, after asking unless it is to one message that was named; tell what was done, and to which it was not."""
+    """Act on the messages, and tell their number and those left out. Ask first, unless one message was named."""
     with database.engine() as engine:
         if request.named:
             tally, batches = _named(database, engine, request, act)
@@ -127,7 +130,7 @@ def act_on(database: Database, request: Request, act: Act) -> None:
 
 
 def show_dry_run(found: int, done: str, *, as_json: bool) -> None:
-    """Say how many messages it would be."""
+    """Print the number of messages that would be changed."""
     if sys.stdout.isatty() and not as_json:
         click.echo(f"{in_number(found)} would be {done}")
     else:
@@ -135,12 +138,12 @@ def show_dry_run(found: int, done: str, *, as_json: bool) -> None:
 
 
 def in_number(count: int) -> str:
-    """Return how many messages, as a person says it."""
+    """Return a number of messages in words (`1 message`, `2,000 messages`)."""
     return "1 message" if count == 1 else f"{count:,} messages"
 
 
 def ask(action: str) -> None:
-    """Ask a person whether to go on. Where there is none to be asked, it is a problem; so is a no."""
+    """Ask a person whether to go on. Without a terminal it is a problem. A no ends the command with status 1."""
     if not sys.stdin.isatty():
         raise Problem(f"there is no terminal to ask on. To {action}, add --yes")
     if not click.confirm(f"{action[0].upper()}{action[1:]}?", err=True):
@@ -172,7 +175,7 @@ def _fitting(database: Database, engine: Engine, filters: Filters) -> tuple[_Tal
     with Session(engine) as session:
         found = count_messages(session, schema=database.schema, **filters)
         newest = list_messages(session, limit=1, schema=database.schema)
-    # What is queued from now on is not what was asked about.
+    # The person's yes is about these messages, and not about those that are queued from now on.
     last = newest[0].id if newest else 0
 
     def batches() -> Iterator[list[int]]:
@@ -209,7 +212,7 @@ def _why_not(repository: EngagementMessageRepository, act: Act, message_id: int)
 
 @contextmanager
 def told_if_ended_early(done: Callable[[], str]) -> Iterator[None]:
-    """Say what was done, and stays done, if the work ends before its end."""
+    """If the work is interrupted, print the part that is done and stays done (`200 messages cancelled`)."""
     try:
         yield
     except BaseException:
@@ -229,7 +232,7 @@ def _tell(request: Request, act: Act, tally: _Tally) -> None:
 
 
 def _tell_left(request: Request, act: Act, tally: _Tally) -> None:
-    """Say to which messages it is not done, and why; that needs attention."""
+    """Print the messages left unchanged, with the reason. If there are any, the exit status is 1."""
     if not request.as_json:
         for left in tally.reasons:
             click.echo(f"message {left['message']}: not {act.done}: {left['reason']}", err=True)

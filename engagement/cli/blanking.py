@@ -1,4 +1,4 @@
-"""`forget-user` and `prune`: blank what is personal. Keys stay, and still block."""
+"""`forget-user` and `prune`: blank personal data. Keys stay, and still block."""
 
 from __future__ import annotations
 

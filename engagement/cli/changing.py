@@ -1,4 +1,4 @@
-"""`cancel`, `reschedule`, `retry`, `resolve`: change what becomes of messages."""
+"""`cancel`, `reschedule`, `retry`, `resolve`: a person's decisions about messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLANKED = "it was forgotten or pruned"
 
 
 def operator() -> str:
-    """Return who types: the system's name of the user, or the number if there is none, as in a container."""
+    """Return the system's name of its user. A user without a name (in a container) is a number."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):

@@ -1,4 +1,4 @@
-"""Which messages a command is about: the filters that all have in common, and what names one message."""
+"""The choice of messages: the filters that commands have in common, and the name of one message."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MOMENTS = {
 def filtered(*statuses: MessageStatus) -> Callable[[F], Callable[..., Any]]:
     """Give a command the options that choose messages, as its argument `filters`.
 
-    Without `--status` they are those that have one of `statuses`; of a single one there is nothing to choose.
+    Without `--status`, messages with any of `statuses` are chosen. With a single one there is no option `--status`.
     """
 
     def decorate(command: F) -> Callable[..., Any]:

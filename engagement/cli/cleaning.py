@@ -1,7 +1,8 @@
-"""What the command writes, it writes through here: a terminal obeys none of it, whoever it is from.
+"""The two streams of the command, cleaned: a terminal obeys no text of others (`ESC`, OSC 52).
 
-A database's refusal, a row, a provider's answer, an exception's text, a library's log: too many ways lead to the two
-streams, Python's own tracebacks among them, to clean each text where it is shown.
+Such texts are a database's refusal, a row, a provider's answer, an exception, a library's log, a traceback of Python.
+Too many ways lead to the streams to clean each text where it is shown.
+docs/decisions.md#2026-11-29--the-commands-two-streams-are-cleaned-and-not-each-text
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ _NOT_ASCII_TEXT = re.compile(r"[^\n\t\x20-\x7e]")
 
 
 def printable(text: str) -> str:
-    """Return text, on one line, without what a terminal would obey."""
+    """Return text on one line, without the characters that a terminal would obey."""
     return _NOT_ASCII.sub(_if_printable, text)
 
 
 def _if_printable(character: re.Match[str]) -> str:
-    # What turns the direction of a text is not printable either.
+    # The marks that turn the direction of a text are not printable either.
     return character[0] if character[0].isprintable() else " "
 
 
 class _Cleaned:
-    """A text stream in which what cannot be printed becomes a space, but for the ends of lines and tabs."""
+    """A text stream in which a character that cannot be printed becomes a space. Ends of lines and tabs stay."""
 
     def __init__(self, beneath: TextIO) -> None:
         self.rich_proxied_file = beneath
-        """Where rich writes: the colours and bars are ours. What is in them is `printable`."""
+        """The stream for rich, whose colours and bars are ours. The texts in them are made `printable`."""
 
     def write(self, text: str) -> int:
         """Write the text."""
@@ -49,7 +50,7 @@ class _Cleaned:
 
 @contextmanager
 def cleaned_streams() -> Iterator[None]:
-    """Clean whatever is written to standard output and standard error meanwhile."""
+    """Clean every text that is written to standard output and standard error inside the block."""
     streams = sys.stdout, sys.stderr
     # A stream that was closed is None.
     sys.stdout, sys.stderr = (stream and _Cleaned(stream) for stream in streams)

@@ -1,4 +1,4 @@
-"""Where the queue is: the options that say so, the engine they make, and its errors as problems."""
+"""The way to the queue: the options with its address, the engine, and the database's errors as problems."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SECRETS = ("password", "sslpassword", "oauth_client_secret", "scram_client_key",
 
 @dataclass(frozen=True, slots=True)
 class Database:
-    """What `--database-url` and `--schema` say. Nothing is connected before it is used."""
+    """The values of `--database-url` and `--schema`. Nothing is connected before it is used."""
 
     given_url: str | None = field(repr=False)
     schema: str | None
@@ -44,16 +44,16 @@ class Database:
         """Hand out an engine, and turn the database's errors into problems."""
         url = _checked_url(self.given_url)
         try:
-            # What an engine shows of itself is its URL, with all that stands behind the question mark.
+            # The `repr` of an engine shows its URL, and masks only the password before the @: secrets go separately.
             shown = url.difference_update_query(SECRETS)
-            # We have no hstore, for which SQLAlchemy would ask on the role's own search path.
+            # SQLAlchemy would look for hstore on the role's own search path. We have none.
             arguments = _connect_args(url)
             engine = create_engine(shown, hide_parameters=True, use_native_hstore=False, connect_args=arguments)
         except ImportError:
             raise Problem("psycopg cannot be loaded. Run: pip install 'psycopg[binary]'") from None
         except (SQLAlchemyError, ValueError):
             raise _unreadable() from None
-        # It would log, past our one line, how it cancels the query that Ctrl-C interrupts.
+        # psycopg logs the cancelling of a query after Ctrl-C: a second line beside our one.
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
         try:
             yield engine if to_migrate else for_own_transactions(engine, self.schema)
@@ -74,7 +74,7 @@ class Database:
     def repository(self) -> Iterator[EngagementMessageRepository]:
         """Hand out a repository in a transaction that is committed at the end."""
         with self.session() as session:
-            # What cannot work is said before anything is read.
+            # A database that cannot work is told of before the input is read.
             session.execute(select(EngagementMessage.id).limit(0), execution_options=in_schema(self.schema))
             yield self.repository_on(session)
 
@@ -83,7 +83,7 @@ class Database:
         return EngagementMessageRepository(session, schema=self.schema)
 
     def in_full(self, command: str) -> str:
-        """Return what to type for another command about the same table."""
+        """Return another command about the same table, as it is typed (`engagement upgrade --schema crm`)."""
         return f"engagement {command}" + ("" if self.schema is None else f" --schema {self.schema}")
 
     def _problem(self, error: SQLAlchemyError, url: URL) -> Problem:
@@ -93,13 +93,13 @@ class Database:
         if is_unreadable(error):
             return DatabaseProblem(f"a row of the table cannot be read. Run: {self.in_full('verify')}")
         if original is None or state is not None:
-            # Not the server's text, which may show a row.
+            # The server's text may show a row: the SQLSTATE is enough.
             return DatabaseProblem(f"the database refused: {type(original or error).__name__} {state or ''}")
         return DatabaseProblem(f"cannot reach the database: {_without_passwords(str(original), url)}")
 
 
 def _checked_url(given: str | None) -> URL:
-    """Return the URL with our driver. What is wrong with it is said without repeating it: it may hold a password."""
+    """Return the URL with our driver. A problem never repeats the URL, which may hold a password."""
     if not given:
         problem = f"no database given. Set ENGAGEMENT_DATABASE_URL={EXAMPLE_URL} or use --database-url"
         raise Problem(problem)
@@ -108,7 +108,7 @@ def _checked_url(given: str | None) -> URL:
         url = make_url(given)
     except (ArgumentError, ValueError):
         raise _unreadable() from None
-    # Of hosts and ports there may be several. Of all else the driver would read both values as one text.
+    # Several hosts and ports are allowed. Two values of any other option would reach the driver as one text.
     if any(name not in {"host", "port"} and isinstance(value, tuple) for name, value in url.query.items()):
         raise _unreadable()
     if url.get_backend_name() not in {"postgres", "postgresql"}:
@@ -119,12 +119,12 @@ def _checked_url(given: str | None) -> URL:
 
 
 def _unreadable() -> Problem:
-    """Return what is said of a URL that cannot be understood, whoever found out."""
+    """Return the problem of a URL that cannot be read, by SQLAlchemy or by us."""
     return Problem(f"the database URL cannot be read. It looks like {EXAMPLE_URL}")
 
 
 def _connect_args(url: URL) -> dict[str, Any]:
-    # A pooler in transaction mode gives each transaction another session, without what the last one has prepared.
+    # A pooler in transaction mode gives each transaction another session, without the statements that we prepared.
     arguments: dict[str, Any] = {"prepare_threshold": None, **_secrets(url)}
     if "connect_timeout" not in url.query and "PGCONNECT_TIMEOUT" not in os.environ:
         arguments["connect_timeout"] = CONNECT_SECONDS
@@ -143,7 +143,7 @@ def _secrets(url: URL) -> dict[str, Any]:
 
 
 def on_database(command: F) -> Callable[..., Any]:
-    """Give a command the options that say where the queue is, as its argument `database`."""
+    """Give a command the argument `database`, from --database-url and --schema."""
 
     @click.option(
         "--database-url",

@@ -1,4 +1,4 @@
-"""`process` and `work`: send what is due."""
+"""`process` and `work`: send due messages."""
 
 from __future__ import annotations
 

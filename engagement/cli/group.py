@@ -1,4 +1,4 @@
-"""The group of all commands: what there is, where it is, and what its help says.
+"""The group of all commands: their names, their places, their help.
 
 A command's module is imported when the command is used.
 """
@@ -48,9 +48,9 @@ SECTIONS = {
         "prune": "blanking:prune",
     },
 }
-"""Every command, by what it is for: `module:function` below this package.
+"""Every command, by its purpose: `module:function` below this package.
 
-The help imports them all, so a module imports what only an extra brings where it is used.
+The help imports all modules. So a library that only an extra brings (uvicorn) is imported where it is used.
 """
 
 OVERVIEW = """\b
@@ -82,7 +82,10 @@ Completion of commands and options, in ~/.bashrc (zsh and fish likewise):
 
 
 class Command(click.Command):
-    """A command that does nothing before it was given all that it requires, and is given nothing that is empty."""
+    """A command that runs only with every required value, and with no empty one.
+
+    docs/decisions.md#2026-11-29--nothing-is-taken-for-an-answer-and-two-answers-are-none
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -91,7 +94,7 @@ class Command(click.Command):
             # click asks for it too, but from 8.3 on lets `required=True` pass beside `default=None`.
             if given is None and parameter.required:
                 raise click.MissingParameter(ctx=ctx, param=parameter)
-            # A variable that is not set: `--schema "$SCHEMA"` would upgrade, or prune, another table.
+            # A shell's variable may not be set: `--schema "$SCHEMA"` would upgrade, or prune, another table.
             if given == "":
                 raise click.BadParameter("is empty.", ctx=ctx, param=parameter)
         return super().invoke(ctx)
@@ -103,7 +106,7 @@ def command(name: str | None = None, **how: Any) -> Callable[[Callable[..., Any]
 
 
 class Commands(click.Group):
-    """A group that imports a command when it is asked for, and says problems on one line."""
+    """A group that imports a command at its use, and tells a problem on one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         """Return the names of all commands, in the order of the help."""
@@ -119,7 +122,7 @@ class Commands(click.Group):
         return None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands by what they are for."""
+        """Write the commands by their purpose."""
         width = max(len(name) for name in self.list_commands(ctx))
         for section, commands in SECTIONS.items():
             with formatter.section(section):
@@ -178,7 +181,7 @@ def _check_streams() -> None:
 
 
 def _give_up_output() -> None:
-    """Leave unwritten what cannot be written: at its end the interpreter would try again, and complain."""
+    """Drop output that cannot be written: at its end the interpreter would try again, and complain."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -42,7 +42,7 @@ FOR_PEOPLE = {
     "attempt": for_person,
     "error": for_person,
 }
-"""`due` is when a pending message is due, and when any other last was."""
+"""`due` is the time when a message is due, or last was if it is no longer pending."""
 
 
 @command(
@@ -135,7 +135,7 @@ def show_one(database: Database, which: str, *, reveal: bool, as_json: bool) -> 
 
 
 def facts_of(message: EngagementMessage, *, reveal: bool) -> dict[str, Any]:
-    """Return what is shown of a message; what is personal is hidden unless `reveal`."""
+    """Return the fields of a message. Personal data is hidden unless `reveal`."""
     key, error, provider_id = message.idempotency_key, message.error_message, message.provider_message_id
     personal: dict[str, Any]
     if reveal:

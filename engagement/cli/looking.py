@@ -1,4 +1,4 @@
-"""`status` and `verify`: how the queue stands, and whether it keeps its promises."""
+"""`status` and `verify`: the state of the queue, and its promises."""
 
 from __future__ import annotations
 

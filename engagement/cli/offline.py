@@ -1,4 +1,4 @@
-"""`demo` and `lint-catalogues`: what needs no database of yours."""
+"""`demo` and `lint-catalogues`: commands that need no database of yours."""
 
 from __future__ import annotations
 

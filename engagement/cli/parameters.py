@@ -1,4 +1,4 @@
-"""How what is typed becomes a value: durations, moments, transports."""
+"""Values from typed text: durations, moments, transports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def duration(text: str) -> timedelta:
 
 
 def age(text: str) -> timedelta:
-    """Read how long ago something was: a duration of up to a hundred years."""
+    """Read an age: a duration of up to a hundred years."""
     return _duration(text, 100 * _LONGEST, "a hundred years")
 
 
@@ -71,7 +71,7 @@ def _moment(text: str, direction: int) -> datetime:
 
 
 def schema_named(name: str) -> str:
-    """Read a schema's name. An empty one is a variable that was not set, and does not mean the search path."""
+    """Read a schema's name. An empty one is a variable that was not set: it does not mean the search path."""
     if not name:
         raise click.BadParameter("must not be empty.")
     return name

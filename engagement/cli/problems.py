@@ -1,4 +1,4 @@
-"""What ends a command other than well: one line for a person, an exit status for a program."""
+"""The bad ends of a command: one line for a person, an exit status for a program."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ NEEDS_ATTENTION, USAGE, NO_DATABASE = 1, 2, 3
 
 
 class Problem(click.ClickException):
-    """What ends a command, said on one line."""
+    """The end of a command, with the reason on one line."""
 
     exit_code = USAGE
 
@@ -23,5 +23,5 @@ class DatabaseProblem(Problem):
 
 
 def needs_attention() -> click.exceptions.Exit:
-    """Return what ends a command that did its work, and found something that a person should look at."""
+    """Return the end of a command that did its work and found a case for a person (one message was sent already)."""
     return click.exceptions.Exit(NEEDS_ATTENTION)

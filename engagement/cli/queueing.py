@@ -49,7 +49,7 @@ def queue(database: Database, source: IO[bytes], *, as_json: bool) -> None:
 
 
 def _with_progress(messages: Iterable[NewMessage], source: IO[bytes], screen: Console) -> Iterator[NewMessage]:
-    """Yield the messages, and show how far the file is read if it is one, and a person is watching."""
+    """Yield the messages. For a file, and a person at a terminal, show a bar for the part that is read."""
     if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
         yield from messages
         return

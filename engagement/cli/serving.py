@@ -1,4 +1,4 @@
-"""`admin`: the admin page, for the person who starts it."""
+"""`admin`: the admin page, for the one person at the terminal."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def admin(
     if not public and not is_loopback(host):
         raise Problem(f"--host {host} can be reached by other machines. If that is meant, add --public")
     with database.repository():
-        pass  # What cannot work is said before anything is served.
+        pass  # A database that cannot work is told of before the page is served.
     with database.engine() as engine, logging_to_stderr(logging.INFO):
         try:
             serve(

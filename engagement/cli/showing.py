@@ -1,4 +1,4 @@
-"""How things are shown: to a person on a terminal, to a program through a pipe, or as JSON."""
+"""The output of commands: for a person on a terminal, for a program through a pipe, or as JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEED_ATTENTION = frozenset({"bad", "failed", "in_doubt", "leases_expired", "unch
 
 
 def examples(*lines: str) -> str:
-    """Return the part of a help page that shows `lines` as they are to be typed."""
+    """Return the part of a help page that shows `lines` as they are typed."""
     return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))
 
 
@@ -59,7 +59,7 @@ def show_table(
     *,
     shortened: Collection[str] = (),
 ) -> None:
-    """Print a table for a person; each column comes with what makes words of its values.
+    """Print a table for a person. Each column comes with a function that puts its values in words.
 
     Where the terminal is too narrow, the last column is wrapped, or those named are `shortened` and no other.
     """
@@ -96,7 +96,7 @@ _COLOURS = {"pending": "yellow", "sending": "yellow", "sent": "green", "failed":
 
 
 def for_program(value: object) -> Any:
-    """Return what a program reads: moments in ISO 8601 and UTC, nothing for None."""
+    """Return a value for a program: moments in ISO 8601 and UTC, nothing for None."""
     if isinstance(value, datetime):
         return value.astimezone(UTC).isoformat()
     if isinstance(value, Mapping):
@@ -107,7 +107,7 @@ def for_program(value: object) -> Any:
 
 
 def json_of(value: object) -> str:
-    """Return JSON in which what cannot be printed is escaped: a terminal would obey it."""
+    """Return JSON with characters escaped that cannot be printed: a terminal would obey them."""
     written = json.dumps(value, ensure_ascii=False, default=for_program)
     return "".join(character if character.isprintable() else json.dumps(character)[1:-1] for character in written)
 
@@ -119,7 +119,7 @@ def _label(name: str) -> str:
 
 
 def for_person(name: str, value: object) -> str:
-    """Return what a person reads; `name` ends in the unit, if there is one."""
+    """Return a value for a person. `name` ends in the unit, if there is one (`size_bytes`)."""
     match value:
         case None:
             shown = "-"
@@ -143,7 +143,7 @@ def for_person(name: str, value: object) -> str:
 
 
 def how_far(_: str, moment: object) -> str:
-    """Return how far a moment is from now: `7h 11m ago`, `in 2d 3h`."""
+    """Return the distance of a moment from now: `7h 11m ago`, `in 2d 3h`."""
     assert isinstance(moment, datetime)
     ahead = moment - datetime.now(UTC)
     return f"in {in_words(ahead)}" if ahead > timedelta(0) else f"{in_words(-ahead)} ago"
@@ -179,10 +179,10 @@ def logging_to_stderr(level: int) -> Iterator[None]:
 
 
 class Advance(Protocol):
-    """Says how far the work is."""
+    """Tells the progress of the work."""
 
     def __call__(self, completed: float, description: str = "", /) -> None:
-        """Show that so much of it is done."""
+        """Show that so much is done."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Being told to stop: the first signal sets an event, the second ends the process."""
+"""The two signals to stop: the first sets an event, the second ends the process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 def stopped_by_signals() -> Iterator[threading.Event]:
     """Hand out an event that the first SIGTERM or SIGINT sets; the second ends the process at once.
 
-    A thread does both, fed by the interpreter's wake-up pipe: a handler in the main thread would have to wait until
-    that is out of a C call, and might set the event while the same thread holds its lock.
+    A thread does both, fed by the interpreter's wake-up pipe. A handler in the main thread would wait while that thread
+    is in a C call, and might set the event while it holds the event's lock.
     """
     stop = threading.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
@@ -49,6 +49,6 @@ def _watch_signals(reader: int, signals: frozenset[int], stop: threading.Event) 
 
 
 def _tell(line: str) -> None:
-    # Past Python's buffers and their locks, and whether or not somebody still reads it.
+    # Written past Python's buffers and their locks. Nobody may read it any more.
     with suppress(OSError):
         os.write(2, f"engagement: {line}\n".encode())

@@ -1,6 +1,6 @@
 """`engagement demo`: a day of the queue, on a PostgreSQL that is gone afterwards.
 
-What happens is in `day`, who has which trouble in `trouble`, and the worker that is killed in `lost_worker`.
+The events are in `day`, the failures of its sends in `trouble`, and the worker that is killed in `lost_worker`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from engagement.demo.day import Day
 
 WIDTH_WHEN_PIPED = 110
 SEND_AGAIN_SECONDS = 0.5
-"""After how long a lost signal is sent again: while Python still says that it is lost, it would be lost once more."""
+"""A lost signal is sent again after this time. Until then Python reports the loss, and would lose it again."""
 
 
 def run_demo() -> None:
@@ -43,13 +43,13 @@ def run_demo() -> None:
 
 @contextmanager
 def _unwinding_on_signals() -> Iterator[None]:
-    """Let SIGTERM unwind as SIGINT does, and both also if they were ignored, as they are for a script's `demo &`."""
+    """Let SIGTERM unwind as SIGINT does. Both also if they were ignored (a script's `demo &`)."""
 
     def leave(number: int, _: object) -> NoReturn:
         sys.exit(128 + number)
 
     def send_again(lost: sys.UnraisableHookArgs) -> None:
-        # What a signal raises while an object is being collected is raised into nothing.
+        # A signal may come while Python collects an object. Its exception is then dropped, and the demo would run on.
         number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(lost.exc_type)
         if number is None:
             sys.__unraisablehook__(lost)

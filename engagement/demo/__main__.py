@@ -17,7 +17,7 @@ from engagement.worker import process_message_queue
 
 def _send_without_end(_: OutgoingMessage) -> NoReturn:
     os.write(sys.stdout.fileno(), b"sending\n")
-    sys.stdin.read()  # It ends if the demo is no more; whatever happened to that, nothing is left.
+    sys.stdin.read()  # The pipe ends with the demo, also if that was killed: no process is left behind.
     os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""What happens in the demo, in its order: what a host would do in a day."""
+"""The events of the demo, in their order: the work of a host in a day."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from engagement.worker import process_message_queue
 
 MESSAGES = "demo_messages.jsonl"
 BACKOFF = exponential_backoff(timedelta(seconds=0.8), factor=1, jitter=0)
-"""As the lease, minutes in real life."""
+"""Minutes in real life, like the lease."""
 DELIVERY_JOBS = 3
 LEA = NewMessage(
     user_id="lea",
@@ -38,7 +38,7 @@ LEA = NewMessage(
 
 
 class Day:
-    """What happens in the demo, in its order."""
+    """The events of the demo, in their order."""
 
     def __init__(self, screen: Console, engine: Engine) -> None:
         self._screen = screen
@@ -50,7 +50,7 @@ class Day:
         self._people = {message.user_id: message for message in (*self._messages, LEA)}
 
     def run(self) -> None:
-        """Let it happen."""
+        """Play the day."""
         self._show_database()
         self._queue_messages()
         self._deliver()

@@ -17,7 +17,7 @@ LEASE = timedelta(seconds=1.5)
 
 
 def kill_a_worker_in_a_send(engine: Engine) -> int:
-    """Start a worker, wait until it is in the middle of a send, kill it, and return what its process id was."""
+    """Start a worker, wait until it is in the middle of a send, kill it, and return its process id."""
     url = engine.url.render_as_string(hide_password=False)
     command = [sys.executable, "-m", "engagement.demo", url]
     with subprocess.Popen(  # noqa: S603 - ourselves
@@ -29,7 +29,7 @@ def kill_a_worker_in_a_send(engine: Engine) -> int:
     ) as worker:
         assert worker.stdout is not None
         try:
-            worker.stdout.readline()  # It is in a send, or it has ended.
+            worker.stdout.readline()  # Now it is in a send, or has ended.
         finally:
             worker.kill()
     if worker.returncode != -signal.SIGKILL:

@@ -40,7 +40,7 @@ class Queue:
             return session.scalars(select(M).where(which)).one()
 
     def sleep(self, wait: Select[Any]) -> None:
-        """Wait as the database says: due times and leases are by its clock."""
+        """Wait by the database's clock, which due times and leases go by."""
         with self._engine.connect() as connection:
             left: timedelta = connection.scalar(wait) or timedelta(0)
         time.sleep(max(left.total_seconds(), 0) + 0.01)

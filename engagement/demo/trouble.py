@@ -1,4 +1,4 @@
-"""Who has which trouble, and the transport in which it happens."""
+"""The trouble of each person, and the transport in which it happens."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ TROUBLE: dict[str, Callable[[OutgoingMessage], Outcome | None]] = {
     "hugo": _has_no_account,
     "ines": _has_opted_out,
 }
-"""What happens in the place of a send; None lets it through."""
+"""By user id, the trouble that takes the place of a send. None lets the send through."""
 
 
 class DemoTransport:
-    """Prints what is sent in the person's language, lets `TROUBLE` happen, and counts what left by key."""
+    """Prints each send in the person's language, lets `TROUBLE` happen, and counts by key the messages that left."""
 
     def __init__(self, screen: Console) -> None:
         render = speaking(FluentRenderer(fallbacks={"pt": ["pt-BR"]}), lambda message: message.message_params["locale"])
@@ -74,7 +74,7 @@ class DemoTransport:
 
 
 class _Lines:
-    """A stream that shows each message on a line, on a terminal cut where that ends, and its words below."""
+    """A stream that shows each message on a line, and its words below. A terminal's line is cut at its end."""
 
     def __init__(self, screen: Console) -> None:
         self._screen = screen

@@ -1,4 +1,4 @@
-"""How the demo says things."""
+"""The wording of the demo."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _WORDS = {"expired": "its time was over"}
 
 
 def reason_of(entry: Mapping[str, Any]) -> str:
-    """Return why something went other than well."""
+    """Return the reason in an entry of the history."""
     return str(entry["reason"] or _WORDS.get(entry["event"], entry["event"]))
 
 
 def name_of(message: NewMessage) -> str:
-    """Return the first name of whom a message is for."""
+    """Return the first name of the person that a message is for."""
     return str(message.message_params["name"])
 
 
@@ -41,7 +41,7 @@ def local(moment: datetime | None, zone: tzinfo) -> str:
 
 
 def when(moment: datetime, zone: tzinfo) -> str:
-    """Return when that will be: how soon, or on which day where the person is."""
+    """Return a moment in words: the wait (`in 0.8 s`), or after an hour the person's day (`Tue 08:00 in Istanbul`)."""
     wait = moment - datetime.now(UTC)
     if wait > timedelta(hours=1):
         return f"{moment.astimezone(zone):%a %H:%M} in {str(zone).rpartition('/')[2]}"
@@ -49,7 +49,7 @@ def when(moment: datetime, zone: tzinfo) -> str:
 
 
 def summary(all_queued: list[Queued]) -> str:
-    """Return how many were queued, and how many were duplicates."""
+    """Return the number of messages queued, and of duplicates."""
     created = sum(queued.created for queued in all_queued)
     duplicates = len(all_queued) - created
     return f"{created} queued, {duplicates} duplicate{'s' if duplicates != 1 else ''}"

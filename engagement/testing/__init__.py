@@ -1,6 +1,6 @@
-"""What every transport must keep, as tests: point `TransportContract` at yours, and let pytest or unittest run it.
+"""The contract of every transport, as tests: point `TransportContract` at yours, and let pytest or unittest run it.
 
-A transport is called here by what calls it in a worker, so an outcome means here what it means there.
+The tests call a transport through a worker's own `Sender`, so an outcome has the same meaning here as there.
 """
 
 from engagement.testing.contract import TransportContract

@@ -1,4 +1,4 @@
-"""A transport, called by what calls it in a worker: an outcome means here what it means there."""
+"""The calls of a transport, through a worker's own `Sender`: an outcome has the same meaning here as there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from engagement.words import RenderedMessage
 
 @dataclass(slots=True)
 class CallAnswer:
-    """What came of one call: the outcome, and the exception that it was made of."""
+    """The answer to one call: the outcome, and the exception behind it, if there was one."""
 
     outcome: Outcome
     error: BaseException | None
@@ -45,7 +45,7 @@ class Calls:
 
     @property
     def is_idempotent(self) -> bool:
-        """Whether the transport says so."""
+        """Whether the transport says that it is idempotent."""
         return self._sender.idempotent
 
     def send(self, message: OutgoingMessage) -> CallAnswer:
@@ -53,7 +53,7 @@ class Calls:
         return self.send_at_once([message])[0]
 
     def send_at_once(self, messages: Sequence[OutgoingMessage]) -> list[CallAnswer]:
-        """Send several messages at the same time; what was not sent must have had no effect."""
+        """Send several messages at the same time. Fail the test if one had an effect and is `NotSent` or `Refused`."""
         answers = self._call([_claim(message) for message in messages])
         for message, answer in zip(messages, answers, strict=True):
             effects = None if isinstance(answer.outcome, Sent | InDoubt) else self.far_side.effects_of(message)
@@ -61,11 +61,11 @@ class Calls:
         return answers
 
     def look_up(self, message: OutgoingMessage) -> CallAnswer:
-        """Ask what became of a message, as a worker does that has recovered it."""
+        """Look a message up, like a worker that has recovered it."""
         return self._call([_claim(message, lost_workers=1)])[0]
 
     def ready(self) -> object:
-        """Return what a worker would hear: the answer, or the exception."""
+        """Return the answer of `ready`, or its exception, as a worker hears it."""
         self._sender.ask_ready()
         try:
             news = self._sender.news.get(timeout=self.far_side.answers_within.total_seconds())
@@ -75,7 +75,7 @@ class Calls:
         return news.said
 
     def expect_effects(self, message: OutgoingMessage, *, at_least: int = 0, at_most: int) -> None:
-        """Fail the test unless the far side acted so often, if that can be told."""
+        """Fail the test unless the far side acted so often. Nothing is checked if `effects_of` cannot tell."""
         effects = self.far_side.effects_of(message)
         require(
             effects is None or at_least <= effects <= at_most,
@@ -95,14 +95,14 @@ class Calls:
             raise unittest.SkipTest(f"the transport has no {name}")
 
     def expect_no_secrets(self, texts: Sequence[str], where: str) -> None:
-        """Fail the test if a text shows a secret, or what is personal in a message that was sent."""
+        """Fail the test if a text shows a secret, or personal data of a message (its address, params, text)."""
         personal = [secret for message in self.messages for secret in _personal(message)]
         for kind, values in (("secret", self.far_side.secrets), ("person's address, params or text", personal)):
             shown = any(value in text for value in values for text in texts)
             require(not shown, f"a {kind} is in the {where}")
 
     def close(self) -> None:
-        """End the threads that call."""
+        """End the calling threads."""
         self._sender.close()
 
     def _call(self, claims: list[Claim]) -> list[CallAnswer]:
@@ -128,7 +128,7 @@ class Calls:
 
 @contextmanager
 def calling(far_side: FarSide, *, concurrency: int = 1) -> Iterator[Calls]:
-    """Hand out a transport to be called; at the end, look for secrets in all that it showed."""
+    """Hand out a transport to be called. At the end, look for secrets in its `repr`, its reasons and the log."""
     with _logged() as logged:
         transport = far_side.make_transport()
         calls = Calls(far_side, transport, concurrency)
@@ -150,7 +150,7 @@ def _claim(message: OutgoingMessage, *, lost_workers: int = 0) -> Claim:
 
 
 def expect(answer: CallAnswer, wanted: type[Outcome], because: str) -> None:
-    """Fail the test unless the outcome is of the kind that the far side's behaviour proves."""
+    """Fail the test unless the outcome is of the kind that follows from the far side's behaviour."""
     raised = "" if answer.error is None else f", from {type(answer.error).__name__}"
     require(
         isinstance(answer.outcome, wanted),
@@ -165,7 +165,7 @@ def require(holds: bool, problem: str) -> None:
 
 
 def _personal(message: OutgoingMessage) -> list[str]:
-    number = message.destination_jid.partition("@")[0].rpartition(".")[2]  # Of a JID, or of Meta's id of a person.
+    number = message.destination_jid.partition("@")[0].rpartition(".")[2]  # From a JID, or from Meta's id of a person.
     texts = [message.destination_jid, number]
     # Short ones, such as a number or a time of day, would be found anywhere.
     texts += [value for value in message.message_params.values() if isinstance(value, str) and len(value) > 5]  # noqa: PLR2004
@@ -174,7 +174,7 @@ def _personal(message: OutgoingMessage) -> list[str]:
 
 @contextmanager
 def _logged() -> Iterator[list[str]]:
-    """Collect what would be logged in production: INFO and above, of everybody."""
+    """Collect the log of production: INFO and above, of every logger."""
     texts: list[str] = []
 
     class Collector(logging.Handler):

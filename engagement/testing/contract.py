@@ -1,4 +1,4 @@
-"""What every transport must keep, as tests."""
+"""The contract of every transport, as tests."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from engagement.testing.far_side import FarSide
 class TransportContract(FarSide):
     """The contract of a transport. Subclass it as `class TestMine(TransportContract)`, and say how to reach yours.
 
-    Needed are `make_transport` and the four `far_side_…` hooks that raise `NotImplementedError`; each says what the
-    far side does from then on, and a test calls one before `make_transport`, some a second one after it. The far side
-    is yours: best a real server on loopback. Set it up in an autouse fixture, or in `setup_method`.
+    Needed are `make_transport` and the four `far_side_…` hooks that raise `NotImplementedError`. Each hook sets the
+    behaviour of the far side from then on. A test calls one before `make_transport`, and some call a second one after
+    it. The far side is yours: best a real server on loopback. Set it up in an autouse fixture, or in `setup_method`.
 
     `answers_within` is the longest that a send may take, time-out included. `secrets` must show up nowhere.
     """
@@ -104,7 +104,7 @@ class TransportContract(FarSide):
             require(not isinstance(answer.outcome, NotSent), "look_up says NotSent without an answer of the far side")
 
     def test_look_up_does_not_deny_what_timed_out(self) -> None:
-        """What the far side acted on before the time-out is never `NotSent` in `look_up`."""
+        """A message that the far side acted on before the time-out is never `NotSent` in `look_up`."""
         self.far_side_times_out()
         with calling(self) as calls:
             calls.skip_without("look_up")

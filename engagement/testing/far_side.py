@@ -1,4 +1,4 @@
-"""What a host says of its transport and of the server behind it."""
+"""The host's part: its transport, and the server behind it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _numbers = count(1)
 
 
 class FarSide:
-    """How a host says what its transport is, and what the far side does from then on."""
+    """The hooks of a host: they make its transport, and set the behaviour of the far side."""
 
     answers_within: timedelta = timedelta(seconds=10)
     secrets: Collection[str] = ()
@@ -27,7 +27,7 @@ class FarSide:
         raise NotImplementedError("make_transport: return your transport")
 
     def close_transport(self, transport: Transport) -> None:
-        """Free what the transport holds: by default with its `close`, if it has one."""
+        """Free the transport's connections: by default with its `close`, if it has one."""
         close = getattr(transport, "close", None)
         if close is not None:
             close()
@@ -55,7 +55,7 @@ class FarSide:
         raise NotImplementedError("far_side_accepts: make the far side take messages")
 
     def far_side_refuses(self) -> None:
-        """Make the far side say that it never will take a message: a wrong number, say."""
+        """Make the far side refuse a message for good (a wrong number)."""
         raise NotImplementedError("far_side_refuses: make the far side refuse messages")
 
     def far_side_times_out(self) -> None:
@@ -79,5 +79,5 @@ class FarSide:
         return None
 
     def classify(self, error: BaseException) -> Outcome:
-        """Return what an exception of the transport means: by default, what a worker takes it for."""
+        """Return the outcome of an exception of the transport: by default the worker's."""
         return classify_exception(error)
