@@ -4,7 +4,7 @@ import os
 import signal
 
 from chaos.orders import Point
-from conftest import new_message, row, until
+from conftest import execute, new_message, row, until
 from sqlalchemy.orm import Session
 
 from crashes.accidents import Transport, events_of, is_true
@@ -12,9 +12,16 @@ from engagement import EngagementMessageRepository, process_message_queue
 
 
 def frozen(scene, point: Point):
-    """Start a worker that freezes at the point, and return it when it has, and its lease has run out."""
-    worker = scene.start(lease_seconds=0.5, signal_at=point, signal="SIGSTOP")
+    """Start a worker that freezes at the point, and return it when it has, and its lease has run out.
+
+    While a transport sends, leases are extended: a worker that is frozen at it keeps the row locked. So a worker that
+    freezes in its transport has a lease that need not be extended, which we end by hand.
+    """
+    in_the_transport = point in {Point.BEFORE_SEND, Point.AFTER_SEND}
+    worker = scene.start(lease_seconds=300 if in_the_transport else 0.5, signal_at=point, signal="SIGSTOP")
     scene.wait_until_stopped(worker)
+    if in_the_transport:
+        execute(scene.engine, "UPDATE engagement_message_queue SET lease_expires_at = now() - interval '1 second'")
     until(lambda: is_true(scene.engine, "SELECT max(lease_expires_at) < now() FROM engagement_message_queue"))
     return worker
 
