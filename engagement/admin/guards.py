@@ -138,7 +138,10 @@ class ShortForms:
 
 
 class OwnCookies:
-    """Keeps the library's cookies to the path that the page is mounted at: they are for no other app or port."""
+    """Keeps the library's cookies to the path that the page is mounted at: no other app or port is given them.
+
+    docs/decisions.md#2026-11-29--the-page-of-ones-own-lies-below-a-path-that-nobody-can-guess
+    """
 
     _FOR_THE_WHOLE_HOST = re.compile(rb"; path=/(?=;|$)", re.IGNORECASE)
 

@@ -213,7 +213,7 @@ class MessagesPage(Page):
         action = ACTIONS.get(request.path_params["action"])
         if action is None:
             raise HTTPException(404, "There is no such action.")
-        if not await self.shown.may_act(request):
+        if not await self.shown.may_act(request):  # docs/decisions.md#2026-11-29--who-may-act-is-asked-as-who-may-see
             raise HTTPException(403, "You may look, and not act.")
         return action
 

@@ -103,7 +103,7 @@ def serve(
     tz: tzinfo,
     schema: str | None = None,
 ) -> None:
-    """Serve the page until the first SIGTERM or SIGINT. `announce` is given the address. `OSError` if it is taken."""
+    """Serve the page until the first SIGTERM or SIGINT. `announce` gets its address. `OSError` if the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listening:
         # Without it each page waits 40 ms for the browser. asyncio sets it only on a socket that names its protocol.

@@ -21,7 +21,10 @@ BLANKED = "it was forgotten or pruned"
 
 
 def operator() -> str:
-    """Return the system's name of its user. A user without a name (in a container) is a number."""
+    """Return the system's name of its user. A user without a name (in a container) is a number.
+
+    docs/decisions.md#2026-11-29--a-decision-names-who-took-it
+    """
     try:
         return getpass.getuser()
     except (KeyError, OSError):

@@ -56,6 +56,7 @@ class Database:
         # psycopg logs the cancelling of a query after Ctrl-C: a second line beside our one.
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
         try:
+            # docs/decisions.md#2026-11-29--our-own-transactions-begin-with-their-own-settings
             yield engine if to_migrate else for_own_transactions(engine, self.schema)
         except InvalidMessage as error:
             raise Problem(str(error)) from None

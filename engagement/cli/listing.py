@@ -142,6 +142,7 @@ def facts_of(message: EngagementMessage, *, reveal: bool) -> dict[str, Any]:
         personal = {"user": message.user_id, "idempotency_key": key, "message_params": message.message_params}
         personal |= {"destination_jid": message.destination_jid, "provider_message_id": provider_id}
     else:
+        # docs/decisions.md#2026-11-24--a-user-is-shown-as-a-pseudonym
         personal = {"user": pseudonym(message.user_id), "key_hash": key_hash(key), "message_params": HIDDEN}
         personal |= {"destination_jid": mask_address(message.destination_jid)}
         personal |= {"provider_message_id": provider_id and HIDDEN}

@@ -78,7 +78,7 @@ def verify(database: Database, overdue: timedelta, *, as_json: bool) -> None:
     for violation in () if as_json else violations:
         where = "table" if violation.message_id is None else f"message {violation.message_id}"
         click.echo(f"{violation.promise}: {where}: {violation.problem}")
-        if violation.more:
+        if violation.more:  # docs/decisions.md#2026-11-29--more-of-the-last-violation-says-that-verify-stopped
             click.echo(f"{violation.promise}: and more messages: of each promise at most {NAMED} are named")
     if violations:
         raise needs_attention()

@@ -52,6 +52,7 @@ def adopt(database: Database) -> None:
     Stop that service first. Its keys go on blocking, what it may have sent is in doubt, and its table is moved into the
     schema engagement_before.
     """
+    # docs/decisions.md#2026-11-29--adopt-takes-over-an-earlier-services-table
     with _migration_problems(), database.engine(to_migrate=True) as engine:
         messages = migrations.adopt(engine, schema=database.schema)
     click.echo(f"adopted {in_number(messages)}; the earlier table is in the schema engagement_before")

@@ -119,7 +119,7 @@ def _label(name: str) -> str:
 
 
 def for_person(name: str, value: object) -> str:
-    """Return a value for a person. `name` ends in the unit, if there is one (`size_bytes`)."""
+    """Return a value for a person. `name` ends in the unit, if there is one (`table_bytes`)."""
     match value:
         case None:
             shown = "-"

@@ -186,7 +186,10 @@ class WhatsAppCloud:
 
 
 def _receiver(jid: str) -> dict[str, str] | None:
-    """Return the field that names the receiver. With an id in `to` Meta says yes and drops the message."""
+    """Return the field that names the receiver. With an id in `to` Meta says yes and drops the message.
+
+    docs/decisions.md#2026-11-29--a-business-scoped-user-id-stands-in-destination_jid
+    """
     if BSUID_FORM.fullmatch(jid):
         return {"recipient": jid}
     number = re.fullmatch(r"([1-9][0-9]{6,14})@s\.whatsapp\.net", jid)

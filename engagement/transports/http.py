@@ -138,7 +138,7 @@ written, and no answer came |
 protocol is wrong, for every message alike |
     | 408 | in doubt | it means that the request did not come in time (RFC 9110, 15.5.9), but gateways say it of their \
 own far side |
-    | 409, 423 | in doubt | it conflicts with what is there: perhaps the same message, still being sent |
+    | 409, 423 | in doubt | it conflicts with another request: perhaps the same message, still being sent |
     | 425 | not sent | the server would not risk it yet (RFC 8470, 5.2) |
     | 429 | not sent, wait | too many requests (RFC 6585, 4), with Retry-After or without |
     | 400, 413, 422 | refused | the request was understood, and is wrong as it is |

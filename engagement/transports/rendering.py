@@ -27,6 +27,7 @@ def words_of(render: Render[Words], message: OutgoingMessage) -> Words | Outcome
     except NoWords as error:
         return Refused(f"no words: {error}")  # Its text never holds params.
     except BaseException as error:  # noqa: BLE001 - after any error, `SystemExit` too, nothing was sent
+        # docs/decisions.md#2026-11-29--a-time-zone-that-cannot-be-found-postpones
         if (later := for_want_of_a_zone(error, message)) is not None:
             return later
         if isinstance(error, LookupError | ValueError):
