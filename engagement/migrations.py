@@ -1,4 +1,4 @@
-"""Our migrations, for hosts and the command line: where the scripts are, and how to run them.
+"""Our migrations, for hosts and the command line.
 
 They keep a history of their own in `engagement_alembic_version`, apart from the host's.
 """
@@ -47,12 +47,12 @@ def upgrade(
     """Bring the table to `revision`. Twice is as good as once, and so is from two processes at the same time.
 
     On an `Engine` this commits; on a `Connection` it runs in its transaction and leaves the commit to the caller. One
-    in AUTOCOMMIT, which would keep half of what failed, is a `ValueError`. `schema` is created if it does not exist.
-    Another migration is waited for, for a minute at most: then Alembic's `CommandError` says which session has the
-    lock.
+    in AUTOCOMMIT, which would keep half of a failed migration, is a `ValueError`. `schema` is created if it does not
+    exist. It waits for another migration for a minute at most. Then Alembic's `CommandError` names the session that has
+    the lock.
 
-    `row_level_security` leaves our tables to their owner and to roles that bypass it, whatever was granted to others:
-    there is no policy. Once it is on it stays on.
+    `row_level_security` leaves our tables to their owner and to roles that bypass it, in spite of all grants to others,
+    since there is no policy. Once it is on it stays on.
     """
     from alembic import command
     from alembic.util import CommandError
@@ -65,11 +65,11 @@ def upgrade(
 
 
 def adopt(bind: Engine | Connection, *, schema: str | None = None) -> int:
-    """Make ours what an earlier service queued in a table of our name; return how many messages those were.
+    """Take over the messages of an earlier service that has a table of our name; return their number.
 
-    Its keys go on blocking, and what it may have sent is in doubt, not sent again. Its table is moved, as it is, into a
-    new schema `engagement_before`, for you to drop. On an `Engine` this commits; on a `Connection` the caller does.
-    Raises Alembic's `CommandError` if there is no such table.
+    Its keys go on blocking, and messages that it may have sent are in doubt, not sent again (`processing`). Its table
+    is moved, as it is, into a new schema `engagement_before`, for you to drop. On an `Engine` this commits; on a
+    `Connection` the caller does. Raises Alembic's `CommandError` if there is no such table.
     """
     from alembic.util import CommandError
 
@@ -118,7 +118,7 @@ def upgrade_sql(
 
 
 def includes_ours(name: str | None, type_: str, parent_names: Mapping[Any, Any]) -> bool:
-    """Be the `include_name` of our own autogenerate: the host's tables are none of our business."""
+    """Be the `include_name` of our own autogenerate: leave out the host's tables."""
     return type_ == "schema" or _is_ours(name, type_, parent_names)
 
 
@@ -145,9 +145,10 @@ def _is_ours(name: str | None, type_: str, parent_names: Mapping[Any, Any]) -> b
 def wait_for_turn(connection: Connection, schema: str | None = None) -> None:
     """Let one migration run at a time: take a lock that the end of the transaction gives back.
 
-    It is polled: a session that waits inside `pg_advisory_xact_lock` holds a snapshot, which CREATE INDEX CONCURRENTLY
-    in another session would wait for without end. Nor is it waited for without end: any role that may connect can hold
-    it. Raises Alembic's `CommandError` then.
+    It is polled: a session that waits inside `pg_advisory_xact_lock` holds a snapshot, and CREATE INDEX CONCURRENTLY in
+    another session would wait for that snapshot without end. Any role that may connect can hold the lock, so after
+    `LONGEST_WAIT_SECONDS` this raises Alembic's `CommandError`.
+    See docs/decisions.md#2026-11-29--our-advisory-locks-can-be-held-by-anybody-so-nobody-waits-for-them-in-silence.
     """
     from alembic.util import CommandError
 
@@ -166,10 +167,10 @@ def wait_for_turn(connection: Connection, schema: str | None = None) -> None:
 
 @contextmanager
 def _connected(bind: Engine | Connection, schema: str | None) -> Iterator[tuple[Connection, str | None]]:
-    """Hand out a connection of `bind`, on which a schema is what it is called, and the one that our table is in."""
+    """Hand out a connection of `bind` that translates no schema, and the schema of our table."""
     schema, translated = schema_in_force(schema, bind), bind.get_execution_options().get("schema_translate_map")
     if isinstance(bind, Engine):
-        # An older snapshot would not see what the migration that we waited for has done.
+        # An older snapshot would not see the work of the migration that we waited for.
         plain = bind.execution_options(isolation_level="READ COMMITTED", schema_translate_map=None)
         with plain.begin() as connection, _on_a_safe_path(connection, schema) as place:
             yield connection, place
@@ -186,14 +187,15 @@ def _connected(bind: Engine | Connection, schema: str | None) -> Iterator[tuple[
 
 @contextmanager
 def _on_a_safe_path(connection: Connection, schema: str | None) -> Iterator[str | None]:
-    """Search `pg_catalog` alone meanwhile, then where it was before, and hand out the schema that our table is in.
+    """Search `pg_catalog` alone inside the block, then the earlier path again. Hand out the schema of our table.
 
-    Without one, that is where the search path finds our tables, or would make them. What Alembic asks is asked with the
-    rights of a table's owner, and by the names of operators that others may have made as well.
+    If none is given, it is the one in which the search path finds our tables, or would make them. Alembic's queries run
+    with the rights of the table's owner, and name operators that a stranger may have made as well.
+    See docs/decisions.md#2026-11-29--a-migration-searches-pg_catalog-alone-too.
     """
     place = schema or _place(connection)
     if place is None:
-        yield None  # There is nowhere to make a table, as PostgreSQL will say.
+        yield None  # No schema to make a table in: PostgreSQL's error will say so.
         return
     before = connection.scalar(text("SELECT pg_catalog.current_setting('search_path')"))
     set_path = text("SELECT pg_catalog.set_config('search_path', :path, true)")

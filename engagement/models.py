@@ -1,7 +1,8 @@
-"""The table: what a message is, and what the database itself refuses.
+"""The table: the columns of a message, and the constraints that keep the promises.
 
-Every promise that a hand-written UPDATE could break is a named constraint here; `alembic/` creates the same, and a
-test compares the two. All names start with `engagement`, since the table is a guest in the host's database.
+Every promise that a hand-written UPDATE could break is a named constraint here (`sent_iff_sent_at`). `alembic/` creates
+the same, and a test compares the two. All names start with `engagement`, since the table is a guest in the host's
+database.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ LATEST = datetime(9999, 12, 30, tzinfo=UTC)
 
 
 MOST_COUNTED = 1_000_000_000
-"""What `attempt` and `retry_count` can be: so much is added to neither that PostgreSQL has no integer for it."""
+"""The most that `attempt` and `retry_count` can be: far enough from the largest integer that adding one never fails."""
 
 
 class MessageStatus(StrEnum):
-    """Where a message stands. `pending → sending → sent`, and what else can become of it."""
+    """Where a message stands: `pending → sending → sent`, if all goes well."""
 
     PENDING = "pending"
     """Queued; is sent once it is due."""
@@ -103,10 +104,11 @@ def checked_schema(schema: str | None) -> str | None:
 
 
 class ReadableJson(TypeDecorator[Any]):
-    """A JSONB column that can always be read, whatever somebody wrote by hand; what is beyond Python is `UNREADABLE`.
+    """A JSONB column that can always be read. A value that Python cannot read is `UNREADABLE`.
 
-    It is read as text: drivers take JSON for UTF-8 whatever the client's encoding, and one number of 5,000 digits, or a
-    list of 5,000 levels, would break the fetch of every row beside it.
+    It is read as text: drivers take JSON for UTF-8 in every client encoding, and a number of 5,000 digits, or a list of
+    5,000 levels, written by hand, would break the fetch of every row beside it.
+    See docs/decisions.md#2026-11-29--json-is-selected-as-text.
     """
 
     impl = JSONB
@@ -117,7 +119,7 @@ class ReadableJson(TypeDecorator[Any]):
         return type_coerce(cast(column, Text), self)
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any]:  # noqa: ARG002
-        """Return what reads the text."""
+        """Return the function that reads the text."""
         return _read_json
 
     def coerce_compared_value(self, op: Any, value: Any) -> Any:
@@ -127,7 +129,7 @@ class ReadableJson(TypeDecorator[Any]):
 
 UNREADABLE = "cannot be read by Python"
 _DEEPEST = 500
-"""Levels of a JSON value that whoever shows it gets through, too."""
+"""Levels of a JSON value. Python's JSON writer, and the page, get through as many."""
 
 
 def _read_json(text: Any) -> Any:
@@ -196,25 +198,29 @@ class EngagementMessageMixin:
     user_id: Mapped[str] = mapped_column(Text)
     message_type: Mapped[str] = mapped_column(Text)
     message_key: Mapped[str] = mapped_column(Text)
-    """What the renderer turns into words, with `message_params`, when the message is sent."""
+    """The name of the wording. The renderer turns it into words, with `message_params`, when the message is sent."""
     message_params: Mapped[dict[str, Any]] = mapped_column(ReadableJson, server_default=text("'{}'"))
     destination: Mapped[Destination] = mapped_column(TextOf(Destination))
     destination_jid: Mapped[str | None] = mapped_column(Text)
-    """A JID, or Meta's business-scoped id of a person without a number. None once it was forgotten or pruned."""
+    """A JID, or Meta's business-scoped id of a person without a number. None once forgotten or pruned.
+
+    See docs/decisions.md#2026-11-24--destination_jid-is-null-once-a-message-was-forgotten-or-pruned."""
     scheduled_for: Mapped[datetime] = mapped_column(_MOMENT, server_default=text("now()"))
-    """What the host asked for; a retry does not change it."""
+    """The time that the host asked for; a retry does not change it."""
     expires_at: Mapped[datetime | None] = mapped_column(_MOMENT)
     """From this moment on the message is no longer sent."""
     next_attempt_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=text("now()"))
     """While pending, when it is due; afterwards, when it last was."""
     status: Mapped[MessageStatus] = mapped_column(TextOf(MessageStatus), server_default=text("'pending'"))
     attempt: Mapped[int] = mapped_column(Integer, server_default=text("0"))
-    """How many times it was claimed: the fencing token. It only grows, so that a late worker can be told apart."""
+    """How many times it was claimed: the fence. It only grows, so a late worker is recognised by its lower number."""
     retry_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     """How many attempts failed. Unlike `attempt`, it is set back when a person asks for another try."""
     has_doubt: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
-    """An earlier attempt may have left, and is tried again under its delivery id by an idempotent transport. Until that
-    is resolved, the message cannot end as if nothing had been sent."""
+    """An earlier attempt may have left, and an idempotent transport tries it again under the same delivery id. Until a
+    `Sent` resolves the doubt, the message cannot end as if nothing had been sent (`cancelled`).
+
+    See docs/decisions.md#2026-11-24--has_doubt-a-doubt-is-not-forgotten-by-what-comes-later."""
     lease_expires_at: Mapped[datetime | None] = mapped_column(_MOMENT)
     """Until when the claim holds, by the database's clock."""
     claimed_by: Mapped[str | None] = mapped_column(Text)
@@ -222,12 +228,12 @@ class EngagementMessageMixin:
     sent_at: Mapped[datetime | None] = mapped_column(_MOMENT)
     provider_message_id: Mapped[str | None] = mapped_column(Text)
     error_message: Mapped[str | None] = mapped_column(Text)
-    """The last thing that went wrong; `history` has all of them."""
+    """The last failure; `history` has all of them."""
     history: Mapped[list[dict[str, Any]]] = mapped_column(ReadableJson, server_default=text("'[]'"))
     """One entry for each thing that went other than well: at, attempt, event, reason."""
     idempotency_key: Mapped[str] = mapped_column(Text(collation="C"))
-    """Unique, and never freed: it outlives what the message said. Collated as bytes, so that sorting a batch by it
-    means the same in Python and in the database."""
+    """Unique, and never freed: it outlives the content of the message. Collated as bytes, so that Python and the
+    database sort a batch alike."""
     created_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=text("now()"))
     trace_context: Mapped[str | None] = mapped_column(Text)
     """The W3C `traceparent` of the span that queued it, if one was recorded: the delivery is linked to it."""
@@ -235,7 +241,7 @@ class EngagementMessageMixin:
     @declared_attr.directive
     @classmethod
     def __table_args__(cls) -> tuple[SchemaItem | dict[str, Any], ...]:
-        """Return new constraints and indexes for each class that is mapped, and how its table is vacuumed."""
+        """Return new constraints and indexes for each class that is mapped, and its table's vacuum setting."""
         return (
             PrimaryKeyConstraint("id", name=conv(f"{TABLE_NAME}_pkey")),
             UniqueConstraint("idempotency_key", name=conv(f"{TABLE_NAME}_idempotency_key_key")),
@@ -245,7 +251,7 @@ class EngagementMessageMixin:
             _check("message_params_is_object", "jsonb_typeof(message_params) = 'object'"),
             _check("history_is_array", "jsonb_typeof(history) = 'array'"),
             _check("counters_not_negative", "attempt >= 0 AND retry_count >= 0"),
-            # What a claim, a settlement and a recovery reckon with must have a next number.
+            # Claim, settlement and recovery add one: there must be a next number.
             _check("counters_bounded", f"attempt <= {MOST_COUNTED} AND retry_count <= {MOST_COUNTED}"),
             _check("claimed_by_form", "char_length(claimed_by) <= 3000 AND claimed_by !~ '/recovery/[0-9]{7,}$'"),
             _check("sent_iff_sent_at", "(status = 'sent') = (sent_at IS NOT NULL)"),
@@ -262,7 +268,7 @@ class EngagementMessageMixin:
             ),
             _index("due", "next_attempt_at", "id", where="status = 'pending'"),
             _index("lease", "lease_expires_at", where="status = 'sending'"),
-            # Also what count_by_status reads instead of the table.
+            # count_by_status reads it instead of the table.
             _index("user", "user_id", "status"),
             _index("attention", "status", "next_attempt_at", where="status IN ('failed', 'in_doubt')"),
             _index(
@@ -271,6 +277,7 @@ class EngagementMessageMixin:
                 where=f"status IN ({_words(FINISHED)}) AND destination_jid IS NOT NULL",
             ),
             # Each message leaves two dead rows. Not by `postgresql_with`, which SQLAlchemy 2.0 has for indexes only.
+            # docs/decisions.md#2026-11-24--autovacuum-comes-when-2--of-the-table-is-dead
             {"listeners": [("after_create", _alter("SET (autovacuum_vacuum_scale_factor = 0.02)"))]},
         )
 
@@ -291,5 +298,5 @@ class EngagementMessage(EngagementMessageMixin, EngagementBase):
     """One message: a row of `engagement_message_queue`.
 
     Read it and query it as any entity. Change it through `EngagementMessageRepository`, whose statements are right
-    under concurrency; what a plain UPDATE must not do, the table's constraints refuse.
+    under concurrency. The table's constraints refuse a plain UPDATE that breaks a promise (`sent` without `sent_at`).
     """

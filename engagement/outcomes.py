@@ -1,4 +1,4 @@
-"""What a delivery means, decided in one place: an outcome is a value, and `decide` turns it into a verdict.
+"""The meaning of a delivery, decided in one place: an outcome is a value, and `decide` turns it into a verdict.
 
 Nothing here touches the database or a clock.
 """
@@ -26,13 +26,16 @@ class Sent:
     """The transport's far side accepted the message."""
 
     event: ClassVar[str] = "sent"
-    """What history, logs and metrics call it."""
+    """Its name in history, logs and metrics."""
     provider_message_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class NotSent:
-    """It provably did not leave, and may be tried again; not before `retry_after` from now has passed."""
+    """It provably did not leave (a refused connection), and is tried again after `retry_after` at the earliest.
+
+    If it had left after all, the person gets it twice.
+    """
 
     event: ClassVar[str] = "not_sent"
     reason: str
@@ -53,7 +56,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class InDoubt:
-    """Nobody can say whether it left: it is not sent again by itself, unless the transport is idempotent."""
+    """Nobody can say whether it left (a time-out). Only an idempotent transport sends it again by itself."""
 
     event: ClassVar[str] = "in_doubt"
     reason: str
@@ -83,7 +86,7 @@ Outcome = Sent | NotSent | Refused | InDoubt | Postpone | Withdraw
 
 
 def as_outcome(answer: object) -> Outcome:
-    """Return what a transport's answer says. `None` and text are short for `Sent`; anything else says nothing."""
+    """Return the outcome of a transport's answer. `None` and text are short for `Sent`; any other value is in doubt."""
     if isinstance(answer, Outcome):
         return answer
     if answer is None or isinstance(answer, str):
@@ -93,14 +96,15 @@ def as_outcome(answer: object) -> Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What is to be recorded of an attempt. `event` and `reason` go into the history unless all went well."""
+    """The record of an attempt. `event` and `reason` go into the history, unless the message was sent."""
 
     status: MessageStatus
     event: str
     reason: str | None = None
     counts_as_failure: bool = False
     has_doubt: bool | None = None
-    """Whether an attempt may have left; None says nothing about earlier ones. Nothing ends as unsent in doubt."""
+    """Whether an attempt may have left; None leaves the doubt of earlier ones as it is. A doubt never ends as
+    unsent."""
     delay: timedelta | None = None
     until: datetime | None = None
     provider_message_id: str | None = None
@@ -135,10 +139,11 @@ def exponential_backoff(
 def decide(
     outcome: Outcome, *, retry_count: int, max_retries: int, idempotent: bool, worker_lost: bool, backoff: Backoff
 ) -> Verdict:
-    """Return what `outcome` means for a message that failed `retry_count` times before.
+    """Return the verdict for a message that failed `retry_count` times before.
 
     `worker_lost` says that its worker died or froze. Such a message never ends `failed`: a message that kills its
-    workers is parked in doubt, for a person to look at.
+    workers is parked in doubt, for a person to look at. See
+    docs/decisions.md#2026-11-24--a-message-that-kills-its-workers-ends-in-doubt-also-if-look_up-says-that-it-was-not-sent.
     """
     failures = retry_count + 1
 
@@ -187,8 +192,8 @@ _SENT = Verdict(status=MessageStatus.SENT, event=Sent.event, has_doubt=False)
 
 Classify = Callable[[BaseException], Outcome]
 
-# What the common clients call "no connection was made", so nothing left. They are recognised by name, since none of
-# them is a dependency.
+# The errors of the common clients for a connection that was never made, so nothing left. They are recognised by name,
+# since none of the clients is a dependency.
 _BEFORE_THE_SEND = frozenset(
     {"ConnectError", "ConnectTimeout", "ConnectTimeoutError", "NewConnectionError", "NameResolutionError"}
     | {"PoolTimeout", "EmptyPoolError", "ClientConnectorError", "ClientConnectorDNSError", "InvalidURL"}
@@ -198,12 +203,13 @@ _HTTP_CLIENTS = frozenset({"httpx", "httpcore", "requests", "urllib3", "aiohttp"
 
 
 def classify_exception(error: BaseException, *, strict: bool = False) -> Outcome:
-    """Return what an exception of a transport says about the message: the rule unless `classify=` replaces it.
+    """Return the outcome of an exception of a transport: the rule unless `classify=` replaces it.
 
-    A time-out or a broken connection is `InDoubt`; a connection that was never made, and every other error, is
-    `NotSent`; with `strict`, every other error is `InDoubt` too. The error's causes count: `httpx.ReadTimeout` is no
-    `TimeoutError`, but one is its cause. Any other error of an HTTP client is `InDoubt`, since it does not say
-    whether the request was written.
+    A time-out or a broken connection is `InDoubt`. A connection that was never made, and every other error (a
+    `KeyError`), is `NotSent`; with `strict`, every other error is `InDoubt` too. The error's causes count:
+    `httpx.ReadTimeout` is no `TimeoutError`, but one is its cause. Any other error of an HTTP client is `InDoubt`,
+    since it does not say whether the request was written.
+    See docs/decisions.md#2026-11-24--the-default-rule-for-exceptions-looks-at-causes-and-at-http-clients-by-name.
     """
     reason = f"{type(error).__name__}: {error}"
     if not isinstance(error, Exception):
@@ -227,7 +233,7 @@ def _is_before_the_send(error: BaseException) -> bool:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Return the error and what it came from, each once."""
+    """Return the error and its causes, each once."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -238,16 +244,16 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 def clean_reason(text: object) -> str | None:
     """Return a provider's text as PostgreSQL can store it, on one line and cut; None if nothing is left of it.
 
-    A number or an exception, given where a text belongs, is taken as its text; one that has none, by its type.
+    A number or an exception in place of a text is turned into its text; if that fails, into the name of its type.
     """
     if text is None:
         return None
     try:
         text = str(text)
-    except Exception:  # noqa: BLE001 - whatever a provider's class raises, it must not lose what happened
+    except Exception:  # noqa: BLE001 - an error in a provider's class must not lose the outcome
         text = type(text).__name__
     if len(text) <= MAX_REASON and text.isprintable() and " " not in text:
-        return text or None  # As a provider's message id is.
+        return text or None  # The usual case: a provider's message id.
     printable = "".join(character if character.isprintable() else " " for character in text[: 2 * MAX_REASON])
     return " ".join(printable.split())[:MAX_REASON] or None
 

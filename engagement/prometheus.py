@@ -1,4 +1,4 @@
-"""The queue for Prometheus: how it stands, read once per scrape, and what this process does.
+"""Metrics for Prometheus: the state of the queue, read once per scrape, and the counts of this process.
 
     REGISTRY.register(EngagementCollector(engine))
 
@@ -31,7 +31,7 @@ from engagement._watching.metrics import (
 
 
 class EngagementCollector(Collector):
-    """Counts what this process queues and sends from now on, and with an `engine` reads how the queue stands.
+    """Counts the messages that this process queues and sends from now on. With an `engine`, reads the queue as well.
 
     Each scrape is one round trip, which ends after `timeout`. A database that is away makes `engagement_up` 0, and the
     queue's other metrics absent: stale numbers would be worse than none.

@@ -2,9 +2,10 @@
 
     EngagementInstrumentor().instrument()
 
-Needs `engagement[otel]`. A message keeps the context of the span that queued it, and what is done with it later is
-linked to that, not its child: days may lie between. Spans name ids, types and outcomes: no person, key, number or
-reason, and of an exception its type only.
+Needs `engagement[otel]`. A message keeps the context of the span that queued it. Later spans are
+linked to that one and are not its children: days may lie between. Spans hold ids, types and outcomes, but no person,
+key, number or reason, and of an exception its type only.
+See docs/decisions.md#2026-11-24--the-trace-context-is-a-column-and-delivery-is-linked-to-it.
 """
 
 from __future__ import annotations
@@ -68,9 +69,9 @@ class EngagementInstrumentor:
         meter_provider: MeterProvider | None = None,
         **_: object,
     ) -> None:
-        """Switch it on; what an earlier call switched on is switched off.
+        """Switch it on, in place of an earlier call.
 
-        With an `engine`, also measure how the queue stands, by one short query a collection: one process is enough.
+        With an `engine`, also measure the queue, by one short query a collection: one process is enough.
         The providers are the global ones unless given.
         """
         reader = None if engine is None else QueueReader(engine, schema=schema)
@@ -97,7 +98,7 @@ Attributes = Mapping[str, AttributeValue]
 
 
 class Operation(NamedTuple):
-    """A word of ours, and what the conventions call it."""
+    """A word of ours, and the word of the conventions."""
 
     name: str
     type: str | None
@@ -125,19 +126,19 @@ class Tracing:
         self._process_duration = _durations(meter, "messaging.process.duration", "Duration of send.")
 
     def queueing(self, message_type: str | None) -> tuple[str | None, QueueEnd]:
-        """Start a span and make it current; its context is what is stored."""
+        """Start a span and make it current; its context is stored with the messages."""
         step = self._begin(QUEUEING, {} if message_type is None else {"engagement.message_type": message_type})
         attach(set_span_in_context(step.span))
         return _traceparent(step.span), partial(_queued, step)
 
     def sending(self, claims: Sequence[Claim]) -> SendEnd:
-        """Start a span and make it current: what the transport records are its children."""
+        """Start a span and make it current: spans of the transport are its children."""
         step = self._begin(LOOKING_UP if claims[0].lost_workers else SENDING, _about(claims), claims)
         attach(set_span_in_context(step.span))
         return partial(_answered, step)
 
     def committed(self, round_: Round) -> None:
-        """Make the spans of what was settled and claimed: each is as long as their transaction."""
+        """Make the spans of the settlements and claims: each is as long as their transaction."""
         if round_.settled:
             claims = [claim for claim, _, _ in round_.settled]
             step = self._begin(SETTLING, _about(claims, is_batch=True), claims, round_.started_at)
@@ -215,7 +216,7 @@ def _settlement(round_: Round) -> Attributes:
 
 
 def _about(claims: Sequence[Claim], *, is_batch: bool = False) -> Attributes:
-    """Return what is said of messages: of several, how many they are."""
+    """Return the attributes of messages: of several, their number."""
     about: dict[str, AttributeValue] = {}
     if is_batch or len(claims) > 1:
         about["messaging.batch.message_count"] = len(claims)
@@ -245,7 +246,7 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 def _traceparent(span: Span) -> str | None:
-    """Return what is stored of a span; nothing if it is not sampled, since a link to it would lead nowhere."""
+    """Return the context to store; None if the span is not sampled, since a link to it would lead nowhere."""
     if not span.get_span_context().trace_flags.sampled:
         return None
     carrier: dict[str, str] = {}

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """A broken promise: its name, the message that breaks it (None: the table does), and what is wrong.
+    """A broken promise: its name, the message that breaks it (None: the table does), and the fault.
 
     Holds nothing personal. A promise that a CHECK guards is named as the constraint is, without the table's name.
     """
@@ -66,13 +66,14 @@ def verify(
 ) -> list[Violation]:
     """Return the broken promises in the queue: none if it is healthy, also while it is busy.
 
-    Names up to `limit` messages for each promise; `more` of the last one says whether there are others. That a message
-    has been due, or a lease has been over, for longer than `overdue` is a broken promise too: nobody delivers. It only
-    reads, in the session's transaction; most of it reads the whole table, so run it nightly, not every minute.
+    Names up to `limit` messages for each promise; `more` of the last one says whether there are others. A message that
+    has been due for longer than `overdue`, or a lease that ended as long ago, is a broken promise too: nobody delivers.
+    It only reads, in the session's transaction. It reads the whole table, so run it nightly, not every minute. See
+    docs/decisions.md#2026-11-29--more-of-the-last-violation-says-that-verify-stopped.
 
-    Any key of the host's own is fine, but for one that reads as the daily key of another user's message of this type,
-    or of this user's message of another type, which it would block. The key's date says nothing: a message may have
-    been rescheduled.
+    Any key of the host's own is fine, unless it reads as the daily key of another user's message of this type, or of
+    this user's message of another type: it would block that message. The key's date is not compared: the message may
+    have been rescheduled.
     """
     if overdue < timedelta(0):
         raise ValueError("overdue: must not be negative")
@@ -96,7 +97,7 @@ def verify(
     return found
 
 
-# What a row tells ----------------------------------------------------------------------------------------------------
+# Rows ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,7 @@ _BAD_ENTRY = '$[*] ? (!(@.at.type() == "string" && @.attempt.type() == "number" 
 
 
 def _history_has(path: str) -> ColumnElement[bool]:
-    # By a JSON path, which raises no error in the caller's transaction whatever a hand-written history holds.
+    # A JSON path raises no error in the caller's transaction, even over a hand-written history.
     attempt = func.jsonb_build_object(_word("attempt"), C.attempt)
     has: ColumnElement[bool] = func.jsonb_path_exists(C.history, literal_column(f"'{path}'"), attempt)
     return and_(func.jsonb_typeof(C.history) == _word("array"), has)
@@ -202,7 +203,7 @@ def _has_unreadable_moment() -> ColumnElement[bool]:
     return or_(*(not_(moment.between(EARLIEST, LATEST)) for moment in unguarded))
 
 
-# What the catalog tells ----------------------------------------------------------------------------------------------
+# The catalog ---------------------------------------------------------------------------------------------------------
 
 
 def _missing_guards(session: Session, schema: str | None) -> Iterator[Violation]:

@@ -1,6 +1,6 @@
 """From a message's key and params to words in the person's language, or to a clear no, before anything is sent.
 
-A person never sees a placeholder: what cannot be said whole is not said.
+A person never sees a placeholder: a text that lacks a param is `Refused` ("Hi { $name }" without a name).
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ _END_OF_ISOLATE = "\u2069"
 _DIRECTIONS = re.compile(r"[\u061c\u200e\u200f\u2066-\u2069]")
 
 
-class NoWords(LookupError):  # noqa: N818 - what happened
+class NoWords(LookupError):  # noqa: N818 - an event
     """A message that cannot be said whole. The text names keys, locales and parameters, never their values."""
 
 
-class LocaleUnknown(RuntimeError):  # noqa: N818 - what happened
+class LocaleUnknown(RuntimeError):  # noqa: N818 - an event
     """The host's `locale_of` failed or answered no text. Trying again may help."""
 
 
 def speaking(renderer: Renderer, locale_of: Callable[[OutgoingMessage], str]) -> Callable[[OutgoingMessage], str]:
-    """Return a function from a message to its text in the person's language: what our transports take as `render`.
+    """Return a function from a message to its text in the person's language. Our transports take it as `render`.
 
-    It raises `NoWords` for what cannot be said, an empty text included, which a transport answers with `Refused`;
-    `LocaleUnknown` if `locale_of` fails, and whatever else `renderer` raises, both of them `NotSent`.
+    For a message that cannot be said, or an empty text, it raises `NoWords`, which a transport answers with `Refused`.
+    If `locale_of` fails it raises `LocaleUnknown`. That, and any other error of `renderer`, is `NotSent`.
     """
     plain_function("renderer", renderer)
     plain_function("locale_of", locale_of)
@@ -77,7 +77,7 @@ def speaking(renderer: Renderer, locale_of: Callable[[OutgoingMessage], str]) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class RenderedMessage(OutgoingMessage):
-    """An `OutgoingMessage` with its words: what a transport inside `Rendered` is given."""
+    """An `OutgoingMessage` with its words, for a transport inside `Rendered`."""
 
     text: str
 
@@ -87,7 +87,8 @@ class RenderedMessage(OutgoingMessage):
 class Rendered(Gate):
     """Gives any transport inside each message with its `text`, in the person's language, as `speaking` finds it.
 
-    What cannot be said is `Refused`, with the reason; a look-up that fails is `NotSent`. Nothing has left by then.
+    A message that cannot be said is `Refused`, with the reason; a failing `locale_of` is `NotSent`. Nothing has left by
+    then.
     """
 
     def __init__(self, transport: Transport, renderer: Renderer, locale_of: Callable[[OutgoingMessage], str]) -> None:
@@ -110,10 +111,10 @@ def says_something(text: str) -> bool:
 
 
 def without_controls(words: Words) -> Words:
-    """Return text, and text inside of JSON, without what would act on the words around it.
+    """Return text, and text inside of JSON, without characters that act on the words around them.
 
-    Those are control characters other than ends of lines and tabs, what turns a text around (`U+202A` to `U+202E`), and
-    isolates that are not closed: a name may hold them. Isolates that are, such as Fluent's own, are kept.
+    A name may hold control characters other than ends of lines and tabs, marks that turn a text around (`U+202A` to
+    `U+202E`), and isolates that are not closed. Closed isolates, such as Fluent's own, are kept.
     """
     cleaned: Any = words
     match words:
@@ -158,15 +159,15 @@ class FluentRenderer:
     """Renders with Project Fluent, from the catalogues in `path`: `<locale>/*.ftl`. Needs the extra `words`.
 
     A text is looked for in the locale asked for, in each shorter form of it, and in `default`: `pt-BR`, `pt`, `en`.
-    `fallbacks` puts others in between: `{"pt": ["pt-BR"]}` gives somebody from Portugal Brazilian words rather than
+    `fallbacks` puts others in between: `{"pt": ["pt-BR"]}` gives a person from Portugal Brazilian words rather than
     English ones. Case and `_` for `-` do not matter. A locale without a catalogue gets the default.
 
     Numbers are given as JSON numbers, true and false as the words for variants, and dates as ISO 8601 text that the
     catalogue declares to be a date: `{ DATETIME($day, dateStyle: "long") }`. A time is shown in its own offset.
 
-    A text is parsed when it is first asked for, but those of `default`, which everybody may need, at once. Thread-safe.
-    Raises `ValueError` if one of these cannot be parsed, or there is no catalogue for `default`; a text of another
-    locale that cannot be parsed raises `BrokenCatalogue`, which is `NotSent` to a transport: it may be mended.
+    The texts of `default` are parsed at once, all others at their first use. Thread-safe. Raises `ValueError` if a text
+    of `default` cannot be parsed, or if there is no catalogue for it. A broken text of another locale raises
+    `BrokenCatalogue` at its use, which is `NotSent` to a transport: somebody may mend it.
     """
 
     def __init__(
@@ -215,7 +216,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Voice:
-    """One locale's catalogue, ready to speak what it is asked for."""
+    """One locale's catalogue, ready to speak."""
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._locale = catalogue.locale
@@ -230,17 +231,17 @@ class _Voice:
     def _bundle(self) -> FluentBundle:
         from fluent.runtime import FluentBundle
 
-        # Isolation marks would stay visible in what a person copies out of a chat.
+        # Isolation marks would stay in a text that a person copies out of a chat.
         return FluentBundle([self._locale], functions={"DATETIME": _datetime}, use_isolating=False)
 
     def _prepare(self, name: str) -> None:
-        """Parse a text and all that it refers to; `BrokenCatalogue` if that cannot be done."""
+        """Parse a text and the texts that it refers to, or raise `BrokenCatalogue`."""
         from fluent.syntax import ast
 
         from engagement._catalogues.needs import needs_of
 
         with self._preparing:
-            # Faults are looked for, since Fluent itself shows some of them to the person without calling them errors.
+            # Fluent shows some faults to the person without calling them errors. So look for them first.
             faults = needs_of(self._catalogue, name).faults
             self._bundle.add_resource(ast.Resource([*self._catalogue.parsed_since()]))
             self._faults[name] = faults
@@ -253,7 +254,7 @@ class _Voice:
         pattern = cast("Pattern", self._bundle.get_message(name).value)
         try:
             text, errors = self._bundle.format_pattern(pattern, {key: _value(params[key]) for key in params})
-        except Exception as error:  # noqa: BLE001 - whatever it is, the text is not whole
+        except Exception as error:  # noqa: BLE001 - with any error the text is not whole
             errors, text = [error], ""
         if errors:
             raise NoWords(f"{name} in {self._locale}: {'; '.join(map(_without_values, errors))}") from None
@@ -286,7 +287,7 @@ def _moment(text: str) -> date | datetime:
 def _without_values(error: Exception) -> str:
     from fluent.runtime.errors import FluentReferenceError
 
-    # These name what is missing; the texts of others may quote a parameter.
+    # These name the missing key or parameter; the texts of other errors may quote a value.
     return (
         str(error) if isinstance(error, FluentReferenceError) else f"a parameter does not fit: {type(error).__name__}"
     )

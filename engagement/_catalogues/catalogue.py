@@ -1,4 +1,4 @@
-"""The texts of one locale, as they are written.
+"""The texts of one locale, unparsed.
 
 A catalogue is a folder that is named for its locale and holds `.ftl` files.
 """
@@ -18,7 +18,7 @@ from engagement._catalogues.locales import is_known_locale, tag_of
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong in the catalogue of `locale`; `place` is a key, or a file and line."""
+    """A fault in the catalogue of `locale`; `place` is a key, or a file and line."""
 
     locale: str
     place: str
@@ -29,7 +29,7 @@ class Problem:
 
 
 class BrokenCatalogue(RuntimeError):  # noqa: N818 - what happened
-    """A text that was asked for cannot be parsed. The message can be said when its catalogue is mended."""
+    """A text that is needed cannot be parsed. Once somebody mends the catalogue, the message can be said."""
 
 
 _ENTRY = re.compile(r"^(-?[a-zA-Z][a-zA-Z0-9_-]*) *=", re.MULTILINE)
@@ -49,9 +49,11 @@ class _Source:
 
 
 class Catalogue:
-    """The messages and terms (`-name`) of one locale, as they are written. Of an id that stands twice the first counts.
+    """The messages and terms (`-name`) of one locale. Of an id that stands twice the first counts.
 
-    Each is parsed when it is asked for: of a project in 29 locales a process needs few, and all of them take seconds.
+    Each is parsed at its first use: of a project in 29 locales a process needs few, and all of them take seconds.
+    See docs/decisions.md#
+    2026-11-29--catalogues-are-parsed-as-they-are-asked-for-and-the-linter-asks-whom-the-renderer-asks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,13 +85,13 @@ class Catalogue:
         return self._parsed.get(name)
 
     def parsed_since(self) -> list[ast.Message | ast.Term]:
-        """Return what was parsed since this was asked."""
+        """Return the texts parsed since the last call."""
         fresh, self._fresh = self._fresh, []
         return fresh
 
     @cached_property
     def messages(self) -> dict[str, ast.Message]:
-        """All messages that can be parsed; what cannot becomes a problem."""
+        """All messages that can be parsed; each other one becomes a problem."""
         for source in self._files:
             self._parse(source)
         return {name: entry for name, entry in self._parsed.items() if isinstance(entry, ast.Message)}

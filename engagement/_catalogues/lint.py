@@ -1,4 +1,4 @@
-"""What is wrong with catalogues of words, found before a person could read it."""
+"""The faults of catalogues, found before a person could read them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from engagement._catalogues.needs import may_be_empty, needs_of
 def lint_catalogues(
     path: Path | str, *, default: str = "en", fallbacks: Mapping[str, Sequence[str]] | None = None
 ) -> list[Problem]:
-    """Return what is wrong in the catalogues in `path`, sorted; nothing if in each locale all can be said that any can.
+    """Return the faults of the catalogues in `path`, sorted; none if each locale can say all that any locale can.
 
     `default` and `fallbacks` are those of the `FluentRenderer`: a key that another catalogue of a locale's chain has is
-    not missing. Each text is never empty, has the same parameters in each locale, and so have its attributes. What
-    cannot be parsed, stands twice, refers to nothing or to itself, or would show a person the name of a variable, is
-    wrong too. Raises `OSError` if `path` cannot be read.
+    not missing. A text is at fault if it can be empty, or if it or its attributes have other parameters in another
+    locale. So is one that cannot be parsed, stands twice, refers to nothing or to itself, or would show a person the
+    name of a variable. Raises `OSError` if `path` cannot be read.
     """
     catalogues = read_catalogues(path)
     messages = {locale: catalogue.messages for locale, catalogue in catalogues.items()}
@@ -44,7 +44,7 @@ def _problems_of(key: str, having: dict[str, Catalogue], default: str | None) ->
         place = key if attribute is None else f"{key}.{attribute}"
         needs = {locale: needs_of(having[locale], key, attribute) for locale in having if attribute in texts[locale]}
         wanted = set[str]().union(*(needed.parameters for needed in needs.values()))
-        # What the default does not use is told of the default, and not of each other locale that does not either.
+        # A parameter that the default lacks is reported there only, and not for each other locale that lacks it too.
         usual = needs[default].parameters if default in needs else wanted
         for locale in having:
             if attribute not in texts[locale]:

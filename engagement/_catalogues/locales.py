@@ -11,8 +11,8 @@ from babel import Locale, UnknownLocaleError
 class Chain:
     """Which catalogues are asked for a text, one after the other.
 
-    The locale, its shorter forms, then the default and its, each followed by what `fallbacks` says of it. They are told
-    by tags: `pt_BR.UTF-8` is `pt-br`.
+    The locale, its shorter forms, then the default and its shorter forms, each followed by its `fallbacks`. Tags tell
+    them apart: `pt_BR.UTF-8` is `pt-br`.
     """
 
     def __init__(self, known: Iterable[str], default: str, fallbacks: Mapping[str, Sequence[str]] | None) -> None:
@@ -22,9 +22,9 @@ class Chain:
         self._default = tag_of(default)
 
     def of(self, locale: str) -> list[str]:
-        """Return the tags of the catalogues that there are, in their order."""
+        """Return the tags of the existing catalogues, in their order."""
         tags: list[str] = []
-        # What is longer than any tag is none: each form of a locale of 65,000 dashes takes as much memory as the last.
+        # A longer text is no tag: each form of a locale of 65,000 dashes would take as much memory as the last.
         for tag in (*_shorter_forms(tag_of(locale)[: self._longest + 1]), *_shorter_forms(self._default)):
             tags += [tag, *self._fallbacks.get(tag, ())]
         return [tag for tag in dict.fromkeys(tags) if tag in self._known]

@@ -1,4 +1,4 @@
-"""Which parameters a text needs, and what is wrong with it: read off its syntax tree, through all it refers to."""
+"""The parameters and faults of a text, read off its syntax tree and those of its references."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ FUNCTIONS = {
         | {"maximumFractionDigits", "minimumSignificantDigits", "maximumSignificantDigits"}
     ),
 }
-"""What a catalogue may call, and the options that have an effect."""
+"""The functions that a catalogue may call, and their options with an effect."""
 
 
 @dataclass(slots=True)
 class Needs:
-    """What one text needs to be said: `parameters`. `faults` are why it cannot be said, whatever the parameters."""
+    """The `parameters` that a text needs. With `faults` it cannot be said with any parameters."""
 
     parameters: set[str] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
 
 
 def needs_of(catalogue: Catalogue, key: str, attribute: str | None = None) -> Needs:
-    """Return what the text of a message, or of one of its attributes, needs."""
+    """Return the needs of a message's text, or of one of its attributes."""
     walk = _Walk(catalogue)
     walk.refer(key, attribute, given=None)
     return Needs(walk.parameters, list(dict.fromkeys(walk.faults)))
@@ -53,10 +53,10 @@ def _may_be_empty(node: ast.SyntaxNode) -> bool:
 
 
 class _Walk:
-    """One reading of a text and of all that it refers to.
+    """One reading of a text and of its references.
 
-    `given` is None where parameters are seen. Inside a term it is what the reference to the term passes: nothing else
-    is seen there, and Fluent shows the bare name of what is missing without calling it an error.
+    `given` is None where parameters are seen. Inside a term it holds the arguments of the reference: a term sees
+    nothing else, and Fluent shows the bare name of a missing argument without calling it an error.
     """
 
     def __init__(self, catalogue: Catalogue) -> None:
@@ -66,7 +66,7 @@ class _Walk:
         self._under_way: list[str] = []
 
     def refer(self, name: str, attribute: str | None, given: frozenset[str] | None) -> None:
-        """Read what an entry, or one of its attributes, says."""
+        """Read the text of an entry, or of one of its attributes."""
         entry = self._catalogue.entry(name)
         full_name = name if attribute is None else f"{name}.{attribute}"
         if full_name in self._under_way:

@@ -1,1 +1,1 @@
-"""What operators need: looking, keeping house, files."""
+"""For operators: looking, keeping house, files."""

@@ -1,8 +1,9 @@
-"""What a worker does beside sending, when it is asked to: prune old messages, and look for broken promises.
+"""Housekeeping beside the sends, on request: prune old messages, and look for broken promises.
 
-Each in a thread and on a connection of its own, so that no send waits for it. All workers try when the database's clock
-comes to the next whole interval since 1970, as a cron job does; the first takes a lock, and the others leave it to that
-one. So a worker that is restarted again and again reads no whole table each time.
+Each task has a thread and a connection of its own, so no send waits for it. All workers try at the next whole interval
+since 1970 by the database's clock, as a cron job does. The first takes a lock, and the others leave the work to it. So
+a worker that is restarted again and again does not read the whole table each time.
+See docs/decisions.md#2026-11-24--housekeeping-comes-by-the-clock-and-has-a-thread-of-its-own.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from engagement.verification import verify
 PRUNE_EVERY = timedelta(hours=1)
 PRUNE_BATCH = 1_000
 PAUSE_SECONDS = 0.2
-"""Between two batches: what else the database does, and its vacuum, comes first."""
+"""The pause between two batches: other work of the database, and its vacuum, comes first."""
 GRACE_SECONDS = 2.0
 """How long the lock is kept after a verification: a worker on a busy machine comes to its turn a moment later."""
 LONGEST_NAP_SECONDS = 600.0
-"""How often the database's clock is looked at: ours may stand still while the machine sleeps."""
+"""How often to look at the database's clock: ours may stand still while the machine sleeps."""
 RETRY_SECONDS = 60.0
 CLOSE_SECONDS = 5.0
 
@@ -49,7 +50,7 @@ class Housekeeping:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """Keep house while the block runs. What is at it at the end may finish its batch, for a moment."""
+        """Keep house while the block runs. At its end a task gets a moment to finish its batch."""
         threads = [
             threading.Thread(target=self._keep, args=(task, every, work), name=f"engagement-{task}", daemon=True)
             for task, every, work in self._tasks()
@@ -71,7 +72,7 @@ class Housekeeping:
             yield "verify", every, partial(self._verify, every)
 
     def _keep(self, task: str, every: timedelta, work: Callable[[], None]) -> None:
-        """Do `work` at each turn, until it is over. What fails is tried again at the next one."""
+        """Do `work` at each turn, until it is over. After an error it is done again at the next turn."""
         turn = None
         while not self._over.is_set():
             wait = 0.0

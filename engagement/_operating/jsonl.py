@@ -22,13 +22,13 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from engagement.messages import InvalidMessage, NewMessage
 
 MAX_LINE_BYTES = 1024 * 1024
-"""Far more than a message can have; what is longer is skipped without being held in memory."""
+"""Far more than a message can have. A longer line is skipped and never held in memory."""
 
 _PARAMETERS = signature(NewMessage).parameters
 FIELDS = tuple(_PARAMETERS)
 REQUIRED = tuple(name for name, parameter in _PARAMETERS.items() if parameter.default is Parameter.empty)
 WHOLE_LINE = ""
-"""The field of an error that concerns no field."""
+"""The name in place of a field, if an error concerns none."""
 
 _FIELD_LIKE = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 _EXAMPLE_TIME = "2026-01-31T09:00:00-03:00"
@@ -66,7 +66,7 @@ def read_messages(source: IO[bytes], report: Callable[[BadLine], object]) -> Ite
 
 
 def _lines(source: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield numbered lines. One that is too long is cut just behind the limit, so that it can be told."""
+    """Yield numbered lines. One that is too long is cut just behind the limit, so that it can be reported."""
     for number in count(1):
         line = rest = source.readline(MAX_LINE_BYTES + 1)
         if not line:
@@ -87,7 +87,7 @@ def _message(line: bytes) -> NewMessage:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    """Return the object that `text` is. What Python's reader would let pass is refused: NaN, and a key twice."""
+    """Return the JSON object in `text`. NaN and repeated keys, which Python's reader lets pass, are refused."""
     repeated: list[str | None] = []  # for each object, the inner ones first: a key that it has twice
 
     def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _converted(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `NewMessage`; the values that JSON has no type for are read from text."""
+    """Return the arguments of `NewMessage`. Values without a JSON type (a time) are read from text."""
     unknown = next((name for name in given if name not in FIELDS), None)
     if unknown is not None:
         alike = get_close_matches(unknown, FIELDS, n=1)

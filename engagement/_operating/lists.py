@@ -29,7 +29,7 @@ class Filters(TypedDict, total=False):
     scheduled_since: datetime
     scheduled_until: datetime
     blanked: bool
-    """Whether what is personal was forgotten or pruned."""
+    """Whether the personal data was forgotten or pruned."""
 
 
 def list_messages(
@@ -56,7 +56,7 @@ def list_messages(
         chosen = chosen.where(C.id > checked_id(after))
     is_upwards = after is not None and before is None
     page = chosen.order_by(C.id if is_upwards else C.id.desc()).limit(limit)
-    # What the session loaded earlier may have been changed by a worker since.
+    # A worker may have changed a message since the session loaded it.
     keywords = in_session(schema)
     with readable(session):
         found = session.scalars(page.execution_options(populate_existing=True), **keywords).all()

@@ -1,4 +1,4 @@
-"""Hiding what is personal: numbers and addresses in texts of others, users, addresses of messages."""
+"""Masking of personal data: numbers and addresses in texts of others, users, addresses of messages."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _WORD = re.compile(r"\S+")
 
 
 def masked(text: str, message: EngagementMessage | None = None) -> str:
-    """Return a provider's text without what looks like an address or a number of a person.
+    """Return a provider's text without its addresses and telephone numbers, or any text of their form.
 
-    If it is of a `message`, also without that message's user, address and key. It takes time in proportion to the text.
+    With a `message`, also without that message's user, address and key. The time is in proportion to the text.
     """
     user = None if message is None else message.user_id
     # A key or an address may hold a number; a user may be no more than a part of one.
@@ -53,7 +53,7 @@ def _own_words(message: EngagementMessage) -> list[str]:
 
 
 def _ways_to_write(user_id: str) -> list[str]:
-    """Return how a user may stand in a text, in small letters: a UUID also without its hyphens."""
+    """Return the forms of a user in a text, in small letters: a UUID also without its hyphens."""
     user = user_id.casefold()
     return [user, user.replace("-", "")] if re.fullmatch(_UUID, user) else [user]
 
@@ -77,9 +77,11 @@ _OF_THIS_PROCESS = secrets.token_bytes(32)
 
 
 def pseudonym(user_id: str, key: bytes = _OF_THIS_PROCESS) -> str:
-    """Return eight characters that are the same for all messages of a user, and do not say who it is.
+    """Return eight characters that are the same for all messages of a user, and do not reveal the user.
 
-    They follow from `key`, a secret: of a plain hash, whoever tries all telephone numbers finds the one. Without a key
-    they are the same as long as this process runs.
+    They follow from `key`, a secret: a plain hash gives way to a trial of all telephone numbers. Without a key they are
+    the same as long as this process runs.
+    See docs/decisions.md#
+    2026-11-29--a-pseudonym-is-made-with-a-secret-and-masking-of-one-message-hides-from-a-glance-only.
     """
     return hmac.digest(key, user_id.encode(), "sha256")[:4].hex()

@@ -1,4 +1,4 @@
-"""The whole queue: how it stands now, and what was due and sent over time."""
+"""The whole queue: its state now, and the messages due and sent over time."""
 
 from __future__ import annotations
 
@@ -59,20 +59,22 @@ RATE_ROWS = 10_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overview:
-    """How the queue stands. Ages and leases are by the database's clock."""
+    """The state of the queue. Ages and leases are by the database's clock."""
 
     by_status: Mapping[MessageStatus, int]
     is_rough: bool
-    """Whether what is finished, and what reached `count_up_to`, is estimated."""
+    """Whether finished messages, and counts that reached `count_up_to`, are estimated."""
     due: int
     oldest_due: timedelta | None
     """How long the oldest due message has been waiting."""
     waiting_for: str | None
-    """What it waits for, if a worker's transport has said why it is not ready."""
+    """Why it waits, if a worker's transport has given a reason for not being ready.
+
+    See docs/decisions.md#2026-11-29--what-a-queue-waits-for-stands-on-the-message-that-waits-longest."""
     queued_per_minute: float
     """Over the last hour, or as far back as the newest 10,000 messages reach: an estimate, by id."""
     sent_per_minute: float
-    """Likewise, by when they were due: what was sent of an older backlog after newer messages may be missed."""
+    """Likewise, by when they were due: messages of an older backlog that were sent after newer ones may be missed."""
     leases_expired: int
     """Of the messages that are `sending`, how many have lost their worker, and wait to be recovered."""
     pending_in_doubt: int
@@ -87,13 +89,14 @@ class Overview:
 
 
 def overview(session: Session, *, schema: str | None = None, count_up_to: int | None = None) -> Overview:
-    """Return how the queue stands.
+    """Return the state of the queue.
 
-    The counts are exact and read the narrowest whole index (an index-only scan, while the table is vacuumed); all else
-    is read by partial indexes, from at most 10,000 rows, or from PostgreSQL's own statistics.
+    The counts are exact and read the narrowest whole index (an index-only scan, while the table is vacuumed). All other
+    figures come from partial indexes, from at most 10,000 rows, or from PostgreSQL's own statistics.
 
-    With `count_up_to`, a table that has more rows is not counted: what is finished is then estimated by the statistics,
-    and all else is counted so far and no further. `pending_in_doubt` speaks of as many pending messages.
+    With `count_up_to`, a table with more rows is not counted: finished messages are then estimated by the statistics,
+    and all others are counted so far and no further. `pending_in_doubt` looks at as many pending messages. See
+    docs/decisions.md#2026-11-24--the-page-estimates-what-is-finished.
     """
     keywords = in_session(schema)
     queue = {"queue": qualified_name(schema_in_session(schema, session))}
@@ -126,7 +129,7 @@ def _count_roughly(session: Session, values: Mapping[str, Any], keywords: Mappin
     counts: dict[str, int] = {row.word: row.counted for row in session.execute(_estimates(), values, **keywords)}
     if counts:
         for word, count in session.execute(_counts_of_unfinished(), values, **keywords):
-            # Where counting was broken off, the estimate may know more.
+            # A count that stopped at its limit may be below the estimate.
             counts[word] = max(count, counts.get(word, 0)) if count == values["most"] else count
     return counts
 
@@ -229,7 +232,7 @@ LATEST_SEND = timedelta(days=2)
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What was due, and what was sent, in the bucket that begins `at`."""
+    """The messages due, and those sent, in the bucket that begins `at`."""
 
     at: datetime
     due: int
@@ -237,9 +240,9 @@ class Activity:
 
 
 def activity(session: Session, since: datetime, bucket: timedelta, *, schema: str | None = None) -> list[Activity]:
-    """Return what was due and what was sent since then, bucket by bucket until now, zeros included.
+    """Return the messages due and sent since then, bucket by bucket until now, zeros included.
 
-    Read by the partial indexes on when messages were last due, which leave out what was forgotten or pruned. A message
+    Read by the partial indexes on when messages were last due, which leave out forgotten and pruned ones. A message
     that was sent more than two days after it was due is only counted as sent if it was due in this time.
     """
     checked_moment("since", since)

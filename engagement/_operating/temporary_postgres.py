@@ -33,16 +33,16 @@ _USUAL_PLACES = (
     "/Applications/Postgres.app/Contents/Versions/*/bin",
 )
 _DEFAULTS = {"fsync": "off", "full_page_writes": "off"}
-# What finds programs and libraries. The server may run as another user, who can read all that root gives to it.
+# Variables that find programs and libraries. The server's user could read any other that root gives to it.
 _NEEDED_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 _SIGNALS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT}
 _PATIENCE_SECONDS = 60.0
-# A comma or a blank in it would have to be quoted in the URL and in the server's settings, and what is too long is
-# no socket's name: we add 41 bytes, and 103 are what every system takes.
+# A comma or a blank in it would have to be quoted in the URL and in the server's settings. A socket's name may have
+# 103 bytes on every system, and we add 41.
 _PLAIN_DIRECTORY = re.compile(r"/[\w./-]{0,59}", re.ASCII)
 
-# `read` returns at our line or at the end of file. Who is told to quit may still write a last file: hence more than
-# one `rm`.
+# `read` returns at our line or at the end of file. A process that is told to quit may still write a last file: hence
+# more than one `rm`.
 _KEEPER = r"""
 trap '' HUP INT QUIT TERM PIPE
 place=$(mktemp -d "$1/engagement-XXXXXXXX") || exit
@@ -105,15 +105,15 @@ class TemporaryPostgres:
             lines = (self.data_directory / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
             return False
-        # Whose file it is, and the state: what `pg_ctl --wait` looks at.
+        # The process of the file, and the state: `pg_ctl --wait` looks at both.
         return lines[:1] == [str(pid)] and [line.strip() for line in lines[7:8]] == ["ready"]
 
 
 @contextmanager
 def temporary_postgres(*, settings: Mapping[str, str] = {}, prefer_wheel: bool = False) -> Iterator[TemporaryPostgres]:
-    """Run a server that is gone, with its files, in whatever way the block is left.
+    """Run a server that is gone, with its files, however the block ends (an error, Ctrl-C, SIGKILL).
 
-    It listens on a unix socket that only its own user and root can reach, and trusts whoever comes. It is not
+    It listens on a unix socket that only its own user and root can reach, and asks for no password. It is not
     made to survive a crash of the machine; `settings` override that: `{"fsync": "on"}`. Started by root, it
     runs as `postgres` or `nobody`. Raises `PostgresNotFound`, or RuntimeError with the end of the log.
     """
@@ -178,7 +178,7 @@ def _major_version(binaries: Path) -> int:
 
 
 def _server_user() -> pwd.struct_passwd | None:
-    """Return whom to become, as PostgreSQL refuses to run as root; None to stay who we are."""
+    """Return the user for the server, as PostgreSQL refuses to run as root; None for our own user."""
     if os.geteuid() != 0:
         return None
     for name in ("postgres", "nobody"):
@@ -230,7 +230,7 @@ def _make_room(place: Path, user: pwd.struct_passwd | None) -> None:
         if user:
             os.chown(directory, user.pw_uid, user.pw_gid)
     if user:
-        # To walk through, not to write: what root opens here must not be a link laid by the server's user.
+        # To walk through, not to write: a file that root opens here must not be a link laid by the server's user.
         os.chown(place, -1, user.pw_gid)
         place.chmod(0o710)
 

@@ -1,6 +1,6 @@
-"""One message: what is known of its life, in order.
+"""One message: its recorded life, in order.
 
-What the command and the admin page show is worked out here and beside it, so that both tell the same.
+The command and the admin page both show the results of this package, so they agree.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class Moment:
 
     at: datetime | None
     what: str
-    """`queued`, `scheduled`, `claimed`, `sent`, an event of the history, what is to come (`due`, `lease_ends`,
+    """`queued`, `scheduled`, `claimed`, `sent`, an event of the history, an event to come (`due`, `lease_ends`,
     `expires`), or `unknown`."""
     attempt: int | None
     detail: str | None
 
 
 def timeline(message: EngagementMessage, *, reveal: bool = False) -> list[Moment]:
-    """Return what is known of a message's life, in order; what is not known is said at its place.
+    """Return the recorded events of a message's life, in order; `unknown` stands in the place of a gap.
 
-    Providers' reasons are `masked` unless `reveal`. A history holds what went other than well: neither when a message
-    was claimed nor that it was rescheduled is recorded.
+    Providers' reasons are `masked` unless `reveal`. A history holds only failures and decisions: neither the time of a
+    claim nor a rescheduling is recorded.
     """
     reveal = checked_flag("reveal", reveal)
     history = [_recorded(entry, message, reveal=reveal) for entry in message.history]
@@ -67,7 +67,7 @@ def _recorded(entry: Any, message: EngagementMessage, *, reveal: bool) -> tuple[
     try:
         at, detail = datetime.fromisoformat(entry["at"]), _detail(entry)
         detail = detail if reveal or detail is None else masked(detail, message)
-        # A word that is not ours may be anything, also personal.
+        # A word that is not ours may be personal.
         event = entry["event"] if entry["event"] in _EVENTS else NOT_KEPT
         return at.astimezone(UTC), Moment(at, event, int(entry["attempt"]), detail)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
@@ -75,7 +75,7 @@ def _recorded(entry: Any, message: EngagementMessage, *, reveal: bool) -> tuple[
 
 
 def _detail(entry: Mapping[str, Any]) -> str | None:
-    """Return what was decided, by whom, and why: `not sent, by ana: asked the provider`; None of what is not kept."""
+    """Return decision, author and reason: `not sent, by ana: asked the provider`; None if all are missing."""
     sent, by, reason = entry.get("sent"), entry.get("by"), entry.get("reason")
     decided = "sent" if sent is True else "not sent" if sent is False else None
     decision = ", ".join(filter(None, (decided, by and f"by {by}")))

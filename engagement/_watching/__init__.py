@@ -1,1 +1,1 @@
-"""Who is told what happens to messages."""
+"""Observers and metrics: telling others about messages."""

@@ -1,4 +1,4 @@
-"""What is measured, said once for OpenTelemetry and Prometheus: what this process does, and how the queue stands.
+"""The metrics, defined once for OpenTelemetry and Prometheus: counts of this process, and the state of the queue.
 
 No label holds anything personal, and each has few values: outcomes and statuses are words of ours, and message types
 are words in the host's code.
@@ -44,7 +44,7 @@ COUNTED_UP_TO = 100_000
 COUNTED_BY_TYPE_UP_TO = 10_000
 """A count by type ends sooner: the type is in the table, not in the index, and each message may be another page."""
 FAILED_DAYS = 7
-"""A failure is counted for so long: it stays in the table for ever, and would fill the count in the end."""
+"""A failure counts for so long. It stays in the table for ever, and old ones would fill the count in the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,28 +94,28 @@ FAILURES = Metric(
 QUEUE = (UP, OLDEST_DUE_AGE, DUE, SCHEDULED, CLAIMED, EXPIRED_LEASES, DOUBTS, FAILURES)
 
 
-# What this process does ----------------------------------------------------------------------------------------------
+# This process --------------------------------------------------------------------------------------------------------
 
 Labels = Mapping[str, str]
 Measure = Callable[[Metric, float, Labels], None]
 
 
 class Counting:
-    """An observer that counts: `add` is given what to add to a counter, `record` what to record in a histogram."""
+    """An observer that counts. It calls `add` for a counter, and `record` for a histogram."""
 
     def __init__(self, *, add: Measure, record: Measure) -> None:
         self._add = add
         self._record = record
 
     def queueing(self, message_type: str | None) -> tuple[None, QueueEnd]:  # noqa: ARG002 - a batch has many types
-        """Count what will have been queued."""
+        """Count the messages, once they are queued."""
         return None, self._count_queued
 
     def sending(self, claims: object) -> None:
         """Hear nothing: an outcome counts when it is recorded."""
 
     def committed(self, round_: Round) -> None:
-        """Count what was settled, and what ended instead of being claimed."""
+        """Count the settlements, and the messages that ended instead of being claimed."""
         now = datetime.now(UTC)
         for claim, verdict, status in round_.settled:
             message_type = claim.message.message_type
@@ -139,13 +139,13 @@ class Counting:
                 self._add(DUPLICATES, duplicates, {})
 
 
-# How the queue stands ------------------------------------------------------------------------------------------------
+# The queue -----------------------------------------------------------------------------------------------------------
 
 Sample = tuple[Metric, Labels, float]
 
 
 class QueueReader:
-    """Reads how the queue stands, in one round trip that `timeout` ends: however long the queue is, it is short.
+    """Reads the state of the queue, of any length, in one short round trip that ends after `timeout`.
 
     The engine's driver must be psycopg. Give the engine a `connect_timeout`, which is for the time before that.
     """
@@ -157,7 +157,7 @@ class QueueReader:
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._schema = schema_in_force(schema, engine)
         statement = _queue_as_samples().compile(engine, compile_kwargs={"literal_binds": True})
-        # Two statements in one message are one transaction, whose end takes the settings back. Where the statistics are
+        # Two statements in one message are one transaction, whose end takes the settings back. If the statistics are
         # from before a backlog, a planner that may sort reads all of it, to count the first of it.
         local = {"statement_timeout": timeout // timedelta(milliseconds=1), "enable_sort": "off", "jit": "off"}
         local |= {"search_path": SAFE_PATH, "extra_float_digits": 1}
@@ -165,7 +165,7 @@ class QueueReader:
         self.sql = f"SELECT {settings}; {statement}"
 
     def read(self) -> list[Sample]:
-        """Return the samples of `QUEUE`, or only that it is not `UP`: this does not raise what the database does."""
+        """Return the samples of `QUEUE`, or only that it is not `UP`. An error of the database is not raised."""
         try:
             with self._engine.connect() as connection:
                 self._schema = self._schema or find_schema(connection)

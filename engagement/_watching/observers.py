@@ -1,6 +1,7 @@
-"""Who is told what happens to messages: nobody, unless `engagement.telemetry` or `engagement.prometheus` is at work.
+"""Observers hear about messages. There are none unless `engagement.telemetry` or `engagement.prometheus` is at work.
 
-An observer can neither change nor fail what it sees: what it raises is logged, and the work goes on.
+An observer can neither change nor fail the work: its error is logged, and the work goes on.
+See docs/decisions.md#2026-11-24--telemetry-is-told-by-one-list-of-observers.
 """
 
 from __future__ import annotations
@@ -31,41 +32,41 @@ SendEnd = Callable[[Sequence["Outcome"]], None]
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one transaction of a worker did, after its commit. `started_at` is in nanoseconds since the epoch."""
+    """One transaction of a worker, after its commit. `started_at` is in nanoseconds since the epoch."""
 
     started_at: int
     settled: Sequence[tuple[Claim, Verdict, MessageStatus | None]]
-    """Each attempt, its verdict, and where its message stands now; None says that the claim was lost."""
+    """Each attempt, its verdict, and the status of its message now; None says that the claim was lost."""
     claimed: Sequence[Claim]
     ended: Mapping[OutgoingMessage, MessageStatus]
-    """What ended instead of being claimed: expired, or in doubt of an earlier attempt."""
+    """The messages that ended instead of being claimed: expired, or in doubt of an earlier attempt."""
 
 
 class Observer(Protocol):
-    """What is told. Each call is made by the thread that does the work, which waits for it.
+    """The calls of an observer. The thread that does the work makes them, and waits for each.
 
     Between the beginning and the end of a step the work runs in the context (`contextvars`) that the beginning leaves
-    behind: a span that is made current there is the parent of what the driver or the transport records.
+    behind: a span that is made current there is the parent of the spans of the driver or the transport.
     """
 
     def queueing(self, message_type: str | None) -> tuple[str | None, QueueEnd]:
         """Hear that a message of this type, or many (None), are about to be queued.
 
-        Return the W3C `traceparent` to store with them, if any, and what is to be told the result or the error.
+        Return the W3C `traceparent` to store with them, if any, and the listener for the result or the error.
         """
 
     def sending(self, claims: Sequence[Claim]) -> SendEnd | None:
-        """Hear that claims are handed to the transport; return what is to be told the outcomes, by another thread."""
+        """Hear that claims are handed to the transport; return the listener for the outcomes, in another thread."""
 
     def committed(self, round_: Round) -> None:
-        """Hear what was settled, what was claimed, and what ended instead, in one transaction."""
+        """Hear of one transaction: its settlements, its claims, and the messages that ended instead."""
 
 
 _observers: tuple[Observer, ...] = ()
 
 
 def observe(observer: Observer) -> None:
-    """Tell `observer` from now on what this process does."""
+    """Tell `observer` from now on about the work of this process."""
     global _observers  # noqa: PLW0603 - one list for the process, as with logging
     _observers = (*_observers, observer)
 
@@ -98,7 +99,7 @@ def queueing(message_type: str | None, queue: Callable[[str | None], R]) -> R:
 
 
 def sending(claims: Sequence[Claim]) -> tuple[Context, SendEnd]:
-    """Tell the observers; return the context that the send is to run in, and what is to be told the outcomes."""
+    """Tell the observers; return the context for the send, and the listener for the outcomes."""
     context = copy_context()
     if not _observers:
         return context, _tell_nobody
@@ -126,7 +127,8 @@ def committed(round_: Round) -> None:
 def _guarded(told: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
     try:
         return told(*args, **kwargs)
-    # Taken for the transport's, it would send a message twice. A cancelled call is no plain exception.
+    # An observer's error, taken for the transport's, would send a message twice. A cancelled call is no plain
+    # exception.
     except (Exception, CancelledError) as error:  # noqa: BLE001
         logger.warning("engagement.observer_failed error=%s", type(error).__name__)
         return None

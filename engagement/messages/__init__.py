@@ -1,4 +1,4 @@
-"""The values that cross the boundary: what a host asks for, what it is told, and what a transport is given.
+"""The values that cross the boundary: the host's requests, our answers, and the messages for a transport.
 
 All input is checked when a value is made, so that nothing bad ever reaches the host's open transaction.
 """

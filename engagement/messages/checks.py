@@ -1,4 +1,4 @@
-"""What a message may hold: all input is checked, so that nothing bad reaches the host's open transaction."""
+"""The limits of a message: all input is checked, so that nothing bad reaches the host's open transaction."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 _to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":")).encode
 # ASCII digits only, and always with fullmatch: `$` would let a newline pass, and `\d` the digits of other scripts.
 BSUID_FORM = re.compile(r"[A-Z]{2}\.(?:ENT\.)?[A-Za-z0-9]{1,128}")
-"""Meta's business-scoped user id of a person, who may show no number, and that of a parent business. No JID; but it
-stands where one does, and is masked, found, forgotten and kept in order like one."""
+"""Meta's business-scoped user id of a person who may show no number, and that of a parent business. It is no JID, but
+is stored, masked, found, forgotten and kept in order like one.
+
+See docs/decisions.md#2026-11-29--a-business-scoped-user-id-stands-in-destination_jid."""
 JID_FORMS = {
     Destination.INDIVIDUAL: re.compile(
         rf"[1-9][0-9]{{6,14}}@s\.whatsapp\.net|[1-9][0-9]{{4,19}}@lid|{BSUID_FORM.pattern}"
@@ -44,7 +46,7 @@ _JID_FORM = {
 
 
 class InvalidMessage(ValueError):  # noqa: N818 - the contract's name
-    """A message that cannot be queued. Says which `field` and what is wrong with it (`problem`), never its content."""
+    """A message that cannot be queued. Names the `field` and its `problem`, never its content."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
@@ -71,7 +73,7 @@ def checked_text(name: str, value: object, *, max_characters: int = MAX_TEXT) ->
 
 
 def checked_user_id(value: object) -> str:
-    """Return `value` as `checked_text` does, or the text of a UUID, in lower case: that is its one reading."""
+    """Return `value` as `checked_text` does. A UUID becomes its text in lower case, its one reading."""
     return str(value) if isinstance(value, uuid.UUID) else checked_text("user_id", value)
 
 
@@ -87,9 +89,10 @@ def checked_moment(name: str, value: object) -> datetime:
 
 
 def checked_flag(name: str, value: object) -> bool:
-    """Return `value` if it is True or False, or raise `TypeError`: what guards something believes no other yes.
+    """Return `value` if it is True or False, or raise `TypeError`: a guard believes no other yes.
 
-    "no" is true to Python, and so are a method that nobody called and what an `async def` returns.
+    "no" is true to Python, and so are an uncalled method and a coroutine.
+    See docs/decisions.md#2026-11-29--a-guard-believes-only-true.
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name}: must be True or False, not {type(value).__name__}")
@@ -177,7 +180,7 @@ def check_times(scheduled_for: datetime | None, expires_at: datetime | None) -> 
 
 
 def checked_params(params: object) -> str:
-    """Return the JSON text that is stored, or raise `InvalidMessage`: what was checked is what is queued."""
+    """Return the JSON text that is stored, or raise `InvalidMessage`. The checked text itself is queued."""
     if not isinstance(params, dict):
         if not isinstance(params, Mapping):
             raise InvalidMessage("message_params", f"must be a JSON object, not {type(params).__name__}")
@@ -186,7 +189,7 @@ def checked_params(params: object) -> str:
     try:
         text = _to_json(params)
     except (ValueError, TypeError):
-        # Only a number can still be wrong: NaN, Infinity, or an integer beyond what Python itself would read back.
+        # Only a number can still be wrong: NaN, Infinity, or an integer too long for Python to read back.
         raise InvalidMessage("message_params", "holds a number that JSON or Python cannot represent") from None
     if len(text) * 4 > MAX_PARAMS_BYTES or not text.isascii():
         size = len(_utf8("message_params", text))
@@ -201,7 +204,7 @@ _SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
 def _check_json(value: object, depth: int) -> None:
-    """Refuse what `json.dumps` would refuse or, worse, change: keys that are not text become text there."""
+    """Refuse values that `json.dumps` would refuse or, worse, change: keys that are not text become text there."""
     if depth > MAX_PARAMS_DEPTH:
         raise InvalidMessage("message_params", f"is nested deeper than {MAX_PARAMS_DEPTH}")
     if isinstance(value, dict):

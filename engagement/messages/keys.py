@@ -27,8 +27,8 @@ def idempotency_key(user_id: str | uuid.UUID, event_type: str, when: date | None
     >>> idempotency_key("user123", "goodbye", datetime(2025, 11, 21, 23, 30, tzinfo=UTC))
     'user123:goodbye:2025-11-21'
 
-    A `when` that is a date and no moment is that day. The key has one reading, also when the user id holds a colon:
-    neither the type nor the date can. Raises `InvalidMessage` for what could not be a message's user id, type or time.
+    A `when` that is a plain date is that day. The key has one reading, also when the user id holds a colon:
+    neither the type nor the date can. Raises `InvalidMessage` if user id, type or time could not be a message's.
     """
     return _key_of_day(user_id, event_type, when, tz, date.isoformat)
 
@@ -43,7 +43,7 @@ def weekly_idempotency_key(
     'user123:weekly_review:2026-W53'
 
     The year is the week's, not the calendar's: Thursday, 2026-12-31 and Friday, 2027-01-01 have one key. Otherwise it
-    is as `idempotency_key`.
+    is like `idempotency_key`.
     """
     return _key_of_day(user_id, event_type, when, tz, _iso_week)
 
@@ -54,7 +54,7 @@ def delivery_id(idempotency_key: str) -> uuid.UUID:
 
 
 def key_hash(idempotency_key: str) -> str:
-    """Return what logs and `repr` show of a key: enough to find it again, and no user id."""
+    """Return the hash of a key for logs and `repr`: enough to find the key again, and no user id."""
     return hashlib.sha256(idempotency_key.encode()).hexdigest()[:12]
 
 

@@ -1,4 +1,4 @@
-"""What a repository answers."""
+"""The answers of a repository."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from engagement.models import MessageStatus
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """What became of one `queue_message`.
+    """The result of one `queue_message`.
 
-    `created` is False for a duplicate; `message_id` and `status` are then those of the message that was there. They
-    are None if the caller cannot see that message: it is newer than the snapshot (REPEATABLE READ, SERIALIZABLE),
-    row-level security hides it, such as another tenant's, or somebody has just deleted its row.
+    `created` is False for a duplicate; `message_id` and `status` are then those of the stored message. They are None if
+    the caller cannot see that message: it is newer than the snapshot (REPEATABLE READ, SERIALIZABLE), row-level
+    security hides it (another tenant's), or somebody has just deleted its row.
     """
 
     created: bool
@@ -24,9 +24,11 @@ class Queued:
     idempotency_key: str = field(repr=False)
     status: MessageStatus | None
     differs_in: tuple[str, ...] | None = field(default=(), compare=False)
-    """The fields of a duplicate that the message that was there has other values of, such as `("message_params",)`: of
-    `user_id`, `message_type`, `message_key`, `message_params`, `destination` and `destination_jid`. What was blanked
-    since is not compared. None if the caller cannot see that message, or may not read those columns."""
+    """The fields in which a duplicate differs from the stored message, such as `("message_params",)`. Compared are
+    `user_id`, `message_type`, `message_key`, `message_params`, `destination` and `destination_jid`, unless they were
+    blanked since. None if the caller cannot see that message, or may not read those columns.
+
+    See docs/decisions.md#2026-11-29--the-same-key-with-other-content-is-told-and-not-refused."""
 
     @property
     def is_of_another_user(self) -> bool:
@@ -36,7 +38,7 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class QueuedMany:
-    """What became of one `queue_messages`: their sum is how many messages were given."""
+    """The result of one `queue_messages`. The sum of both is the number of messages given."""
 
     created: int
     duplicates: int
@@ -44,9 +46,9 @@ class QueuedMany:
 
 @dataclass(frozen=True, slots=True)
 class Cancellation:
-    """What became of one `cancel_message`.
+    """The result of one `cancel_message`.
 
-    `too_late` means that the message is, or may have been, sent, or ended otherwise: `status` says which.
+    `too_late` means that the message was sent, may have been, or ended otherwise (`expired`): see `status`.
     """
 
     verdict: Literal["cancelled", "already_cancelled", "too_late", "not_found"]
@@ -60,7 +62,7 @@ class Cancellation:
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """What became of one `forget_user`: how many pending messages were cancelled, and how many in all were blanked."""
+    """The result of one `forget_user`: how many pending messages were cancelled, and how many in all were blanked."""
 
     cancelled: int
     blanked: int
@@ -68,7 +70,7 @@ class Forgotten:
 
 @dataclass(frozen=True, slots=True)
 class StatusCounts:
-    """How many messages stand where; `oldest_due` is how long the oldest due message has been waiting."""
+    """The number of messages in each status. `oldest_due` is how long the oldest due message has been waiting."""
 
     by_status: Mapping[MessageStatus, int]
     oldest_due: timedelta | None

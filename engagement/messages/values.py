@@ -1,4 +1,4 @@
-"""A message as a host asks for it, and as a transport is given it."""
+"""A message on its way in, from a host, and on its way out, to a transport."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _NO_PARAMS: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False, init=False)
 class NewMessage:
-    """A message to be queued. Made is checked: bad input raises `InvalidMessage`, which names the field.
+    """A message to be queued. It is checked when it is made: bad input raises `InvalidMessage`, which names the field.
 
-    `message_params` must be a JSON object of at most 64 KiB; it is read once, now, and later changes to the mapping
-    that was passed are not seen. `scheduled_for` None means now. The idempotency key is computed from the user, the
+    `message_params` must be a JSON object of at most 64 KiB. It is read at once: later changes to the mapping are not
+    seen. `scheduled_for` None means now. The idempotency key is computed from the user, the
     type and the date of `scheduled_for` in `tz` unless it is given.
     """
 
@@ -95,7 +95,7 @@ class NewMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class OutgoingMessage:
-    """What a transport is given. `attempt` counts from 1; `retry_count` is how many attempts failed before."""
+    """A message for a transport. `attempt` counts from 1; `retry_count` is how many attempts failed before."""
 
     id: int
     idempotency_key: str

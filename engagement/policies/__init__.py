@@ -1,4 +1,4 @@
-"""Whether, where and when: what is asked before a message is sent, at the moment when it would be.
+"""Whether, where and when: the questions before a send, asked at the moment of the send.
 
 Each policy is a transport around another one. It asks a plain function of the host's, and lets the message through or
 answers in its place; nothing has left by then, so a question that fails is never in doubt.

@@ -28,17 +28,19 @@ LOOK_AGAIN_SECONDS = 0.02
 class FrequencyCap(Gate):
     """Sends a person at most `limit` messages in each of their days, or weeks from Monday on, as the database counts.
 
-    What was sent or may have been, in this day or week, counts, and so does what is being sent at this moment. A
-    message above the limit is postponed to `resume_at`, local time, of the next day or Monday. If messages that are
-    being sent stand in its way, the first in line waits here for a moment, until the others have stepped back; who
-    steps back is asked again after seconds to a minute, since the others may yet fail.
+    Messages of this day or week count that were sent, may have been sent, or are being sent. A message above the limit
+    is postponed to `resume_at`, local time, of the next day or Monday. If several are being sent at once, those beyond
+    the limit step back: they are postponed for seconds to a minute, since the others may yet fail. The first in line
+    waits here for a moment until they have. See
+    docs/decisions.md#2026-11-29--the-first-in-line-for-a-frequency-cap-waits-for-the-others-to-step-back.
 
     The limit holds with any number of workers, without a lock and without a transaction during the send: a message's
-    claim is committed before it is counted here. So of any two messages of a person the one that counts later sees the
-    other as being sent, or what became of it; and of those that pass, the last to count has seen all the others.
-    It holds for the primary database only, and among workers that all have the cap.
+    claim is committed before it is counted here. So of any two messages of a person the later counter sees the other as
+    `sending`, or its end, and the last one to pass has seen all the others. The limit holds on the primary database
+    only, and among workers that all have the cap.
+    See docs/decisions.md#2026-11-24--the-frequency-cap-counts-and-takes-no-lock.
 
-    `message_types` limits the cap to these types: others pass, and are not counted. Each check takes a connection of
+    `message_types` limits the cap to these types: others pass and are not counted. Each check takes a connection of
     `engine` for two short queries.
     """
 
@@ -91,10 +93,10 @@ class FrequencyCap(Gate):
     def _count(
         self, connection: Connection, message: OutgoingMessage, tz: tzinfo, waited: float
     ) -> OutgoingMessage | Outcome | None:
-        """Return the message, or why not; None to look again."""
+        """Return the message, or the outcome that holds it back; None to look again."""
         claim = connection.execute(looking.claim_of_message(), {"message_id": message.id}).one_or_none()
         if claim is None or (claim.status, claim.attempt) != (MessageStatus.SENDING, message.attempt):
-            # It is no longer counted by others, so it must not leave.
+            # Others no longer count it, so it must not leave.
             return Postpone(EARLIEST, "the claim was lost before the send")
         starts_at, resumes_at = local_window(claim.now, tz, self._per, self._resume_at)
         values = {"message_id": message.id, "of_user": message.user_id, "since": starts_at}
@@ -107,8 +109,8 @@ class FrequencyCap(Gate):
         in_line = counted.left + counted.ahead
         if in_line + counted.behind < self._limit:
             return message
-        # Who is behind too many steps back at once; who is not, waits for that. A younger one may have passed already:
-        # so nobody waits for long, and who is further back waits less, or two would wait for each other.
+        # A message behind too many others steps back at once; the others wait for that. A younger one may have passed
+        # already, so no wait is long, and those further back wait less, or two would wait for each other.
         if waited < LONGEST_WAIT_SECONDS * (1 - in_line / self._limit):
             return None
         wait = min(timedelta(seconds=2 ** min(message.attempt, 6)), A_MINUTE) if in_line < self._limit else A_MINUTE

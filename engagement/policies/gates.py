@@ -1,4 +1,4 @@
-"""A transport around another one, that asks before each send; whatever the question raises, nothing has left."""
+"""A transport around another one, which asks before each send. If the question raises, nothing has left."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ A_MINUTE = timedelta(minutes=1)
 
 
 class Gate:
-    """A transport around another one, that asks `check` before each send.
+    """A transport around another one, which asks `check` before each send.
 
     `ready`, `why_not_ready`, `idempotent` and `look_up` are those of the transport inside. Around an `async def send`,
-    `send` is still a plain function: the worker asks in a thread, where a look-up may block, and awaits what is
-    returned in its event loop. A transport that has only `send_many` is refused: a batch that fails is answered as a
-    whole, and that would call in doubt what was held back. One that has both is used message by message.
+    `send` is still a plain function: the worker asks in a thread, where a look-up may block, and awaits the result in
+    its event loop. A transport that has only `send_many` is refused: if a batch fails all of it is in doubt, also a
+    message that the check held back. One that has both is used message by message. See
+    docs/decisions.md#2026-11-24--route-is-not-idempotent-and-policies-refuse-batches.
 
-    Whatever `check` raises is `NotSent`, be it `SystemExit`. Only its type is kept: its text may be about a person. A
+    Any exception of `check` is `NotSent`, even `SystemExit`. Only its type is kept: its text may be about a person. A
     time zone that this machine cannot find is `Postpone`.
     """
 
@@ -47,11 +48,11 @@ class Gate:
 
     @property
     def why_not_ready(self) -> Any:
-        """What the transport inside says that it waits for."""
+        """The reason of the transport inside for not being ready."""
         return getattr(self._transport, "why_not_ready", None)
 
     def send(self, message: OutgoingMessage) -> Any:
-        """Send what passes the check; else return the outcome that the check decided."""
+        """Send the message if it passes the check; else return the outcome of the check."""
         passed = self._ask(message)
         if not isinstance(passed, OutgoingMessage):
             return passed
@@ -79,7 +80,8 @@ def for_want_of_a_zone(error: BaseException, message: OutgoingMessage) -> Postpo
     """Return when to ask again if `error` comes from a look-up of a time zone; None if it does not.
 
     The machine has no time-zone database, or one that lacks the name, or the person's zone is empty: no fault of the
-    message. So it costs no retry, and is asked ever more rarely, an hour apart at last.
+    message. So it costs no retry, and the question is asked ever more rarely, an hour apart at last.
+    See docs/decisions.md#2026-11-29--a-time-zone-that-cannot-be-found-postpones.
     """
     traces = (frame for cause in causes(error) for frame, _ in walk_tb(cause.__traceback__))
     if not any(frame.f_globals.get("__name__", "").partition(".")[0] in _ZONE_LIBRARIES for frame in traces):
@@ -92,7 +94,7 @@ _ZONE_LIBRARIES = frozenset({"zoneinfo", "pytz"})
 
 
 def plain_function(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function`, or raise `TypeError`: what `async def` returns would be taken for an answer."""
+    """Return `function`, or raise `TypeError` for an `async def`, whose coroutine would be taken for an answer."""
     if not callable(function) or inspect.iscoroutinefunction(function):
         raise TypeError(f"{name}: must be a plain function")
     return function

@@ -13,7 +13,7 @@ TimeZoneOf = Callable[[OutgoingMessage], tzinfo | str]
 
 
 def zone(answer: tzinfo | str) -> tzinfo:
-    """Return the zone that a host named, or raise what `ZoneInfo` raises."""
+    """Return the zone that a host named, or raise the error of `ZoneInfo`."""
     return answer if isinstance(answer, tzinfo) else ZoneInfo(answer)
 
 

@@ -21,9 +21,10 @@ class Route(Gate):
     None is `Refused`, which a person sees and can try again, and so is a JID that could not be queued. A `where` that
     raises is `NotSent`.
 
-    A delivery id that was sent to one address says nothing about another one. Unless `across_addresses` says that the
-    far side recognises a delivery id at whatever address it comes, a transport under `Route` is not idempotent, and
-    its `look_up` is believed when it finds the message, not when it does not.
+    Most far sides take a known delivery id at a new address for a new message. So a transport under `Route` is not
+    idempotent, and its `look_up` is believed only when it finds the message. `across_addresses` says that the far side
+    recognises a delivery id at any address, and lifts both.
+    See docs/decisions.md#2026-11-24--route-is-not-idempotent-and-policies-refuse-batches.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Route(Gate):
 
 
 class Consent(Gate):
-    """Sends to those who want it: `wants(message)` is asked at each send.
+    """Sends to people who want the message: `wants(message)` is asked at each send.
 
     False is `Withdraw`: the message is cancelled. Anything but a bool is `NotSent`.
     """

@@ -15,7 +15,7 @@ from engagement.policies.local_time import TimeZoneOf, checked_wall_time, earlie
 class QuietHours(Gate):
     """Sends nothing from `start` to `end` of the person's day; `start` after `end` means across midnight.
 
-    What would be sent then is postponed to the end, which counts as no failure; if it expires before, it is not sent
+    A message in these hours is postponed to their end, which counts as no failure. If it expires before, it is not sent
     at all. `start` belongs to the quiet hours, `end` does not.
     """
 
@@ -47,7 +47,7 @@ class QuietHours(Gate):
 def quiet_until(now: datetime, tz: tzinfo, start: time, end: time) -> datetime | None:
     """Return the end of the quiet hours that `now` is in, or None if it is in none.
 
-    A wall time that the clock shows twice or skips (daylight saving) is read so that it is quiet for longer.
+    If the clock shows a wall time twice or skips it (daylight saving), the longer quiet window counts.
     """
     a_day = timedelta(days=1)
     today = now.astimezone(tz).date()
