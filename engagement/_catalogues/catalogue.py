@@ -28,7 +28,7 @@ class Problem:
         return f"{self.locale}: {self.place}: {self.problem}"
 
 
-class BrokenCatalogue(RuntimeError):  # noqa: N818 - what happened
+class BrokenCatalogue(RuntimeError):  # noqa: N818 - an event
     """A text that is needed cannot be parsed. Once somebody mends the catalogue, the message can be said."""
 
 

@@ -54,7 +54,7 @@ def read_messages(source: IO[bytes], report: Callable[[BadLine], object]) -> Ite
     """
     for number, line in _lines(source):
         if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)  # noqa: PLW2901 - what editors put there is no content
+            line = line.removeprefix(codecs.BOM_UTF8)  # noqa: PLW2901 - an editor's mark is no content
         if not line.strip():
             continue
         try:

@@ -1,9 +1,9 @@
 """A PostgreSQL server to throw away, for the demo and the tests.
 
 A small shell process, the keeper, makes the server's directory and waits at a pipe. When we close the pipe or
-are no more, it ends what runs in its process group and removes the directory: even SIGKILL leaves nothing.
+are no more, it ends its process group and removes the directory: even SIGKILL leaves nothing.
 """
-# ruff: noqa: S603  # what is run was found by `find_binaries` or is written below
+# ruff: noqa: S603  # the programs are those of `find_binaries`, or written below
 
 import importlib.util
 import os
@@ -54,7 +54,7 @@ until rm -rf "$place" || [ $((tries += 1)) -ge 100 ]; do sleep 0.1; done
 """
 
 
-class PostgresNotFound(RuntimeError):  # noqa: N818  # it reads as what happened
+class PostgresNotFound(RuntimeError):  # noqa: N818  # an event
     """There is no PostgreSQL on this machine that could be started."""
 
     def __init__(self) -> None:

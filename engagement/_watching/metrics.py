@@ -70,7 +70,7 @@ DUPLICATES = Metric("engagement.duplicates", _MESSAGES, "Messages not queued by 
 OUTCOMES = Metric(
     "engagement.outcomes",
     _MESSAGES,
-    "Attempts that this process settled: what the transport said, and where the message stands now.",
+    "Attempts that this process settled: the transport's outcome, and the status of the message now.",
     ("message_type", "outcome", "status"),
 )
 DUE_TO_SENT = Metric(

@@ -69,7 +69,7 @@ class Gate:
             answer = self.check(message)
         except (LeaseRanOut, MayHaveLeft):
             raise
-        except BaseException as error:  # noqa: BLE001 - whatever a host's function raises, nothing has left
+        except BaseException as error:  # noqa: BLE001 - after any error of a host's function, nothing has left
             return for_want_of_a_zone(error, message) or NotSent(f"{name} raised {type(error).__name__}")
         if isinstance(answer, OutgoingMessage | Outcome):
             return answer

@@ -22,7 +22,7 @@ def http_table() -> str:
 
 
 _OTHERWISE = {
-    Proof.IN_DOUBT: "what else it means there is not known",
+    Proof.IN_DOUBT: "its other meanings there are not known",
     Proof.STOPPED: "it always speaks of the session there",
 }
 
