@@ -84,7 +84,7 @@ def part(shown, number):
 
 def test_the_shipped_messages_are_good_and_various():
     """The file that the demo reads has no bad line; its types, destinations, languages and time zones vary."""
-    with (files("engagement") / "demo_messages.jsonl").open("rb") as lines:
+    with (files("engagement.demo") / "messages.jsonl").open("rb") as lines:
         messages = list(read_messages(lines, pytest.fail))
 
     assert {message.message_type for message in messages} == {"goodbye", "weekly_review", "reminder"}

@@ -22,7 +22,7 @@ from engagement.models import EngagementMessage, MessageStatus
 from engagement.outcomes import exponential_backoff
 from engagement.worker import process_message_queue
 
-MESSAGES = "demo_messages.jsonl"
+MESSAGES = "messages.jsonl"
 BACKOFF = exponential_backoff(timedelta(seconds=0.8), factor=1, jitter=0)
 """Minutes in real life, like the lease."""
 DELIVERY_JOBS = 3
@@ -45,7 +45,7 @@ class Day:
         self._engine = engine
         self._queue = Queue(engine)
         self._transport = DemoTransport(screen)
-        with (files("engagement") / MESSAGES).open("rb") as lines:
+        with (files("engagement.demo") / MESSAGES).open("rb") as lines:
             self._messages = list(read_messages(lines, screen.print))
         self._people = {message.user_id: message for message in (*self._messages, LEA)}
 
