@@ -70,6 +70,7 @@ def adopt(bind: Engine | Connection, *, schema: str | None = None) -> int:
     Its keys go on blocking, and messages that it may have sent are in doubt, not sent again (`processing`). Its table
     is moved, as it is, into a new schema `engagement_before`, for you to drop. On an `Engine` this commits; on a
     `Connection` the caller does. Raises Alembic's `CommandError` if there is no such table.
+    See docs/decisions.md#2026-11-29--adopt-takes-over-an-earlier-services-table.
     """
     from alembic.util import CommandError
 
@@ -168,6 +169,7 @@ def wait_for_turn(connection: Connection, schema: str | None = None) -> None:
 @contextmanager
 def _connected(bind: Engine | Connection, schema: str | None) -> Iterator[tuple[Connection, str | None]]:
     """Hand out a connection of `bind` that translates no schema, and the schema of our table."""
+    # docs/decisions.md#2026-11-29--where-a-hosts-engine-sends-what-names-no-schema-there-our-table-is
     schema, translated = schema_in_force(schema, bind), bind.get_execution_options().get("schema_translate_map")
     if isinstance(bind, Engine):
         # An older snapshot would not see the work of the migration that we waited for.

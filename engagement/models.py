@@ -252,6 +252,7 @@ class EngagementMessageMixin:
             _check("history_is_array", "jsonb_typeof(history) = 'array'"),
             _check("counters_not_negative", "attempt >= 0 AND retry_count >= 0"),
             # Claim, settlement and recovery add one: there must be a next number.
+            # docs/decisions.md#2026-11-29--what-fails-on-the-data-of-one-message-is-done-again-one-by-one
             _check("counters_bounded", f"attempt <= {MOST_COUNTED} AND retry_count <= {MOST_COUNTED}"),
             _check("claimed_by_form", "char_length(claimed_by) <= 3000 AND claimed_by !~ '/recovery/[0-9]{7,}$'"),
             _check("sent_iff_sent_at", "(status = 'sent') = (sent_at IS NOT NULL)"),
@@ -271,6 +272,7 @@ class EngagementMessageMixin:
             # count_by_status reads it instead of the table.
             _index("user", "user_id", "status"),
             _index("attention", "status", "next_attempt_at", where="status IN ('failed', 'in_doubt')"),
+            # docs/decisions.md#2026-11-24--pruning-goes-by-when-a-message-was-last-due
             _index(
                 "prunable",
                 "next_attempt_at",

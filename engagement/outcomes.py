@@ -173,6 +173,7 @@ def decide(
             has_doubt = False if worker_lost else None
             at_least = retry_after or timedelta(0)
             verdict = again_or(last, reason, has_doubt=has_doubt, at_least=at_least)
+        # docs/decisions.md#2026-11-24--a-doubt-is-only-sent-again-by-an-idempotent-transport-whoever-comes-by
         case InDoubt(reason) if idempotent:
             verdict = again_or(MessageStatus.IN_DOUBT, reason, has_doubt=True)
         case InDoubt(reason):
@@ -259,5 +260,8 @@ def clean_reason(text: object) -> str | None:
 
 
 def storable(text: str | None) -> str | None:
-    """Return a text as a database of any encoding can store it, in ASCII: an arrow as a backslash and `u2192`."""
+    """Return a text as a database of any encoding can store it, in ASCII: an arrow as a backslash and `u2192`.
+
+    See docs/decisions.md#2026-11-29--a-text-is-checked-against-the-encoding-of-the-database.
+    """
     return None if text is None else text.encode("ascii", "backslashreplace").decode("ascii")

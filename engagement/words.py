@@ -115,6 +115,7 @@ def without_controls(words: Words) -> Words:
 
     A name may hold control characters other than ends of lines and tabs, marks that turn a text around (`U+202A` to
     `U+202E`), and isolates that are not closed. Closed isolates, such as Fluent's own, are kept.
+    See docs/decisions.md#2026-11-29--what-a-name-holds-besides-letters-is-left-out-and-the-message-is-sent.
     """
     cleaned: Any = words
     match words:

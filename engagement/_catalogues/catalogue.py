@@ -52,8 +52,8 @@ class Catalogue:
     """The messages and terms (`-name`) of one locale. Of an id that stands twice the first counts.
 
     Each is parsed at its first use: of a project in 29 locales a process needs few, and all of them take seconds.
-    See docs/decisions.md#
-    2026-11-29--catalogues-are-parsed-as-they-are-asked-for-and-the-linter-asks-whom-the-renderer-asks.
+    See
+    docs/decisions.md#2026-11-29--catalogues-are-parsed-as-they-are-asked-for-and-the-linter-asks-whom-the-renderer-asks.
     """
 
     def __init__(self, folder: Path) -> None:

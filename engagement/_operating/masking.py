@@ -81,7 +81,7 @@ def pseudonym(user_id: str, key: bytes = _OF_THIS_PROCESS) -> str:
 
     They follow from `key`, a secret: a plain hash gives way to a trial of all telephone numbers. Without a key they are
     the same as long as this process runs.
-    See docs/decisions.md#
-    2026-11-29--a-pseudonym-is-made-with-a-secret-and-masking-of-one-message-hides-from-a-glance-only.
+    See
+    docs/decisions.md#2026-11-29--a-pseudonym-is-made-with-a-secret-and-masking-of-one-message-hides-from-a-glance-only.
     """
     return hmac.digest(key, user_id.encode(), "sha256")[:4].hex()

@@ -40,7 +40,9 @@ from engagement.messages import Queued, QueuedMany
 from engagement.models import MessageStatus
 
 COUNTED_UP_TO = 100_000
-"""A count of the queue ends here, so that reading it costs the same whether there is a backlog or not."""
+"""A count of the queue ends here, so that reading it costs the same whether there is a backlog or not.
+
+See docs/decisions.md#2026-11-24--what-a-scrape-reads-is-bounded."""
 COUNTED_BY_TYPE_UP_TO = 10_000
 """A count by type ends sooner: the type is in the table, not in the index, and each message may be another page."""
 FAILED_DAYS = 7
