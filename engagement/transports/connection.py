@@ -7,6 +7,7 @@ docs/decisions.md#2026-11-29--one-http-exchange-on-h11-and-a-socket
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 import sys
@@ -96,10 +97,15 @@ class Connection:
         if not self.is_clean() or not (self._is_new or self._may_be_used_again()):
             raise ConnectError
         self._is_new = False
-        self._wire.send(asked)
-        self._wire.send(_ALL_ASKED)
         is_whole = yield from self._write(written)
-        answer = yield from self._read()
+        data = yield from self._receive()
+        answer = usual_answer(data) if asked.method == b"POST" else None
+        if answer is None:
+            self._wire.send(asked)
+            self._wire.send(_ALL_ASKED)
+            answer = yield from self._read(data)
+        else:
+            self._set_free()
         if not is_whole:
             self.is_free = False
             if answer.is_success:  # The server did not read the whole request, so its yes proves nothing.
@@ -123,14 +129,16 @@ class Connection:
                 return False  # A server that hangs up may have answered before: read on.
         return True
 
-    def _read(self) -> Steps[Answer]:
+    def _read(self, data: bytes) -> Steps[Answer]:
+        """Read an answer that begins with `data`."""
         wire = self._wire
         head: h11.Response | None = None
         parts: list[bytes] = []
-        received = interim = 0
-        event: h11.Event | type[h11.NEED_DATA | h11.PAUSED] = h11.NEED_DATA
+        received, interim = len(data), 0
         try:
+            wire.receive_data(data)
             while True:
+                event = wire.next_event()
                 if event is h11.NEED_DATA:
                     data = yield from self._receive()
                     received += len(data)
@@ -145,8 +153,7 @@ class Connection:
                     break
                 if received > LARGEST_ANSWER + LARGEST_HEAD or interim > MOST_INTERIM_ANSWERS:
                     raise RemoteProtocolError  # noqa: TRY301 - as if it had been h11's
-                event = wire.next_event()
-            self._set_free(head)
+            self._look_at_the_end(head)
         except Exception:
             # The status in the head holds, also if the body breaks off.
             if head is None:
@@ -165,7 +172,7 @@ class Connection:
             except ssl.SSLWantWriteError:
                 yield WRITE, ReadTimeout
 
-    def _set_free(self, head: h11.Response | None) -> None:
+    def _look_at_the_end(self, head: h11.Response | None) -> None:
         """Set the connection free if both sides agree where the answer ended."""
         wire = self._wire
         if wire.trailing_data[0]:
@@ -177,6 +184,9 @@ class Connection:
         if len(framing) > 1 or (head.status_code in {204, 304} and framing not in ([], [b"0"])):
             return  # The headers announce a body that HTTP forbids (204 with a length). Some servers send it, later.
         wire.start_next_cycle()
+        self._set_free()
+
+    def _set_free(self) -> None:
         if sys.platform == "linux":
             # A server's second write waits until the first one is acknowledged (Nagle). Our system would acknowledge
             # 40 ms later or with the next request, and a second answer would pass for the answer to that request.
@@ -184,6 +194,33 @@ class Connection:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         self._free_since = monotonic()
         self.is_free = True
+
+
+_USUAL = re.compile(
+    rb"HTTP/1\.1 ([2-5][0-9][0-9]) [ -~]*\r\n"
+    rb"((?:[A-Za-z][A-Za-z0-9-]*: [!-~](?:[ -~]*[!-~])?\r\n)+)\r\n"
+)
+
+
+def usual_answer(data: bytes) -> Answer | None:
+    """Return an answer to a POST that came whole, alone, and in the most usual form. All else, None, is h11's to read.
+
+    It is what h11 would return, in a tenth of the time. See docs/decisions.md, "One HTTP exchange".
+    """
+    found = _USUAL.match(data)
+    if found is None or found[1] in {b"204", b"304"}:
+        return None
+    lines = found[2].decode().split("\r\n")[:-1]
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    body = data[found.end() :]
+    if (
+        len(headers) < len(lines)
+        or "transfer-encoding" in headers
+        or headers.get("content-length") != str(len(body))
+        or headers.get("connection", "keep-alive").lower() != "keep-alive"
+    ):
+        return None
+    return Answer(int(found[1]), headers, body)
 
 
 _ALL_ASKED = h11.EndOfMessage()

@@ -124,7 +124,7 @@ class Connections:
         except Exception as error:  # noqa: BLE001 - after any other error a byte may have been written
             return Silence(_kind(error))
         finally:
-            if connection.is_free and not self._is_closed and not self._distrust:
+            if connection.is_free and not self._is_closed:
                 self._idle.append(connection)
             else:
                 connection.close()

@@ -94,7 +94,10 @@ class Waiter:
 
     def close(self, connection: Watched) -> None:
         """Close a connection once its steps are over."""
-        self.soon(self._close, connection)
+        if self.has_ended:
+            connection.socket.close()
+        else:
+            self.soon(self._close, connection)
 
     def soon(self, job: Callable[[Any], None], given: object) -> None:
         """Give the thread a job. It is woken once, for all jobs that come before it is awake."""
@@ -116,10 +119,12 @@ class Waiter:
                 connection.running.error = ReadError()
                 self._over.append(connection.running)
             connection.socket.close()
-        for job, run in self._jobs:
+        for job, given in self._jobs:
             if job == self._begin:
-                run.error = ConnectError()
-                self._over.append(run)
+                given.error = ConnectError()
+                self._over.append(given)
+            elif job == self._close:
+                given.socket.close()
         self._tell()
         self._bell.close()
         self._heard.close()
@@ -158,8 +163,14 @@ class Waiter:
         if run.is_given_up:
             run.error = ConnectTimeout()
             self._finish(run)
+            return
+        run.connection.running = run
+        try:
+            self._watch(run.connection, READ)  # Before it is written to: a child that is forked meanwhile closes it.
+        except Exception:  # noqa: BLE001 - no room for another
+            run.error = ConnectError()
+            self._finish(run)
         else:
-            run.connection.running = run
             self._go_on(run)
 
     def _give_up(self, run: Run[Any]) -> None:
@@ -183,15 +194,15 @@ class Waiter:
         self._over.append(run)
 
     def _watch(self, connection: Watched, wanted: int) -> None:
-        before, connection.watched_for = connection.watched_for, wanted
-        if wanted == before:
+        if wanted == connection.watched_for:
             return
         if not wanted:
             self._selector.unregister(connection.socket)
-        elif before:
+        elif connection.watched_for:
             self._selector.modify(connection.socket, wanted, connection)
         else:
             self._selector.register(connection.socket, wanted, connection)
+        connection.watched_for = wanted
 
     def _close(self, connection: Watched) -> None:
         self._watch(connection, 0)

@@ -8,6 +8,8 @@ from engagement import Sent
 from engagement.transports.client import Prepared, ProviderClient
 
 SOON, A_MINUTE = timedelta(seconds=0.3), timedelta(minutes=1)
+IN_TIME = 8
+"""Seconds that a crowded machine may take; without a deadline it would be much longer."""
 PREPARED = Prepared("/messages", b"{}")
 
 

@@ -17,7 +17,7 @@ import pytest
 from gateways import KEY, close_clients, outgoing  # noqa: F401 - autouse
 from hostile import HostileServer, Play, answer, bytewise, chunked, endlessly
 
-from engagement import InDoubt, Sent
+from engagement import InDoubt, NotSent, Sent
 from engagement.transports.cloud import WhatsAppCloud
 from engagement.transports.dialects import EVOLUTION, WAHA, WUZAPI
 from engagement.transports.gateway import WhatsAppGateway
@@ -117,6 +117,8 @@ class Scenes:
         started, within = time.monotonic(), transport._client._answer_within  # noqa: SLF001
         outcome = transport.send(outgoing(id=number, idempotency_key=f"key{number}"))
         took = time.monotonic() - started
+        if isinstance(outcome, NotSent) and not self._server.asked[number]:
+            return self._send(transport, play)  # A crowded machine may not even connect in time.
         is_taken = number in self._server.taken
         for is_wrong, what in (
             (isinstance(outcome, Sent) and not is_taken, "but not taken"),

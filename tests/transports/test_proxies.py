@@ -48,7 +48,8 @@ def test_a_proxy_that_makes_no_tunnel_is_not_sent(answer, error, monkeypatch):
     """Nothing of the request has been written, whatever the proxy says."""
     with serving(lambda _: loopback.saying(answer, then=loopback.hang)) as proxy:
         monkeypatch.setenv("https_proxy", proxy.url)
-        assert deliver(client("https://127.0.0.2:1", connect_within=SOON)) == NotSent(f"test: {error}")
+        for _ in range(3):  # The next one has the number of the last one's descriptor.
+            assert deliver(client("https://127.0.0.2:1", connect_within=SOON)) == NotSent(f"test: {error}")
 
 
 @pytest.mark.parametrize("url", ["socks5://h:1", "https://h:1", "http://"])
