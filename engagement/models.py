@@ -217,8 +217,8 @@ class EngagementMessageMixin:
     retry_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     """How many attempts failed. Unlike `attempt`, it is set back when a person asks for another try."""
     has_doubt: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
-    """An earlier attempt may have left, and an idempotent transport tries it again under the same delivery id. Until a
-    `Sent` resolves the doubt, the message cannot end as if nothing had been sent (`cancelled`).
+    """An earlier attempt may have left, and an idempotent transport tries it again under the same delivery id. Until
+    the doubt is resolved, the message cannot end as if nothing had been sent (`cancelled`).
 
     See docs/decisions.md#2026-11-24--has_doubt-a-doubt-is-not-forgotten-by-what-comes-later."""
     lease_expires_at: Mapped[datetime | None] = mapped_column(_MOMENT)

@@ -23,8 +23,8 @@ class Gate:
 
     `ready`, `why_not_ready`, `idempotent` and `look_up` are those of the transport inside. Around an `async def send`,
     `send` is still a plain function: the worker asks in a thread, where a look-up may block, and awaits the result in
-    its event loop. A transport that has only `send_many` is refused: if a batch fails all of it is in doubt, also a
-    message that the check held back. One that has both is used message by message. See
+    its event loop. A transport that has only `send_many` is refused: an error counts for the whole batch, so a time-out
+    would put a message in doubt that the check held back. One that has both is used message by message. See
     docs/decisions.md#2026-11-24--route-is-not-idempotent-and-policies-refuse-batches.
 
     Any exception of `check` is `NotSent`, even `SystemExit`. Only its type is kept: its text may be about a person. A
