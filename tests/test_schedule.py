@@ -61,6 +61,7 @@ class Call:
     claims: list
     has_begun: bool = False
     is_taken_back: bool = False
+    hangs: bool = False
 
     @property
     def is_send(self):
@@ -290,6 +291,10 @@ class World:
             assert self.restarted_at >= self.now - LONGEST_RESTART_SECONDS, "what was back-dated is not found"
 
     def _start(self, claims):
+        if not self.sends_many:
+            going_to = [claim.message.destination_jid for claim in claims if not claim.lost_workers]
+            assert len(going_to) == len({*going_to}), "two go to one destination"
+            assert not {*going_to} & self.destinations_in_use()
         for group in [claims] if self.sends_many and claims else [[claim] for claim in claims]:
             call = Call(group)
             self.calls.append(call)
@@ -323,11 +328,12 @@ class World:
                 self.calls.remove(call)
             elif not call.has_begun and self.choose(2) == 0:
                 self._begin(call)
-            elif call.has_begun and self.choose(3) == 0:
+            elif call.has_begun and not call.hangs and self.choose(3) == 0:
                 self._end(call, [Sent(), NotSent("no"), InDoubt("?")][self.choose(3)])
 
     def _begin(self, call):
         call.has_begun = True
+        call.hangs = self.options.send_timeout is not None and self.choose(20) == 1
         if any(claim.is_overdue or (self.now >= claim.held_until and not claim.lost_workers) for claim in call.claims):
             self._end(call, Postpone(EPOCH, "the lease ran out before the send"))
             return
@@ -406,7 +412,7 @@ class World:
         assert not [row for row in self.table.rows.values() if row.name in self.lost_names and row.status == "sending"]
         if self.now > self.unknown_at + self.lease + 2 * self.options.poll_interval.total_seconds():
             assert not self.state.names.unacknowledged
-        if self.is_ready and not self.state.failure and self.limit is None:
+        if self.is_ready and not self.state.failure and self.limit is None and not any(c.hangs for c in self.calls):
             assert not self.table.due()
             assert not self.table.expired()
 
@@ -420,7 +426,8 @@ class World:
             assert not self.is_asked or self.is_stopped or step.error or self.limit is not None
         if not step.error and not self.is_stopped and self.limit is None:
             assert self.until_empty
-            assert self.calm < 3 or not self.is_ready or not self.table.due(), "something due was left"
+            has_hung = any(call.hangs for call in self.calls)
+            assert self.calm < 3 or has_hung or not self.is_ready or not self.table.due(), "something due was left"
         for _, rows in self.late_commits:
             self.table.rows |= {row.id: row for row in rows}
         self.late_commits.clear()

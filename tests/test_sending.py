@@ -14,6 +14,7 @@ from engagement import InDoubt, NotSent, OutgoingMessage, Postpone, Sent
 from engagement._claim import Claim, clock
 from engagement._sending.sender import Sender
 from engagement._watching import observers as observing
+from engagement.models import EARLIEST
 from engagement.outcomes import classify_exception
 from engagement.policies import Consent
 
@@ -415,14 +416,14 @@ def no_loop():
     raise OSError(24, "Too many open files")
 
 
-def test_a_system_without_another_event_loop_is_an_error(sender, monkeypatch):
-    """It is raised, and nobody waits for a loop that never comes."""
+def test_a_system_without_another_event_loop_loses_nothing(sender, monkeypatch):
+    """Nothing was sent, and the messages are given back."""
     sent = []
     one = sender(asynchronous(sent), concurrency=1)
     monkeypatch.setattr(asyncio, "new_event_loop", no_loop)
 
-    with pytest.raises(OSError, match="Too many open files"):
-        one.start([claim(1)])
+    one.start([claim(1)])
+    assert one.news.get(timeout=PATIENCE).outcome == Postpone(EARLIEST, "no thread could be started")
     assert sent == []
 
 
@@ -470,6 +471,27 @@ def test_a_system_without_another_thread_makes_sends_wait(sender, caplog):
 
     assert answered(one, 5) == set(range(5))
     assert [record.getMessage() for record in caplog.records] == ["engagement.no_more_threads started=1"]
+
+
+@pytest.mark.parametrize("function", [plain, asynchronous])
+def test_a_system_without_any_thread_loses_nothing(sender, monkeypatch, function):
+    """The claims are committed by then: what was provably not sent is given back, and not left in doubt."""
+
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    sent = []
+    one = sender(function(sent), concurrency=2)
+    one.start([claim(1), claim(2)])
+
+    assert [one.news.get(timeout=PATIENCE).outcome for _ in range(2)] == [
+        Postpone(EARLIEST, "no thread could be started")
+    ] * 2
+    monkeypatch.undo()
+    one.start([claim(3)])
+    assert answered(one, 1) == {3}
+    assert sent == [3]
 
 
 def in_a_thread(_message):

@@ -25,7 +25,7 @@ from engagement.outcomes import Outcome, Refused, Verdict, clean_reason
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who claims, and for how long. A name is used in one transaction only; `claimed_by` carries it."""
+    """The name and the length of a lease. A name is used in one transaction only; `claimed_by` carries it."""
 
     name: str
     lease: timedelta
@@ -33,7 +33,7 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """What one claim returned: what is to be sent, and what ended instead. The next one starts at `go_on_after`."""
+    """The result of one claim: messages to send, and others that ended. The next one starts at `go_on_after`."""
 
     claims: list[Claim]
     ended: dict[OutgoingMessage, MessageStatus]
@@ -53,7 +53,7 @@ def claim(
 ) -> Claimed:
     """Claim up to `limit` due messages behind `after`, oldest first, none to a destination in `busy` or in `broken`.
 
-    What may have left is only claimed for a transport that is `idempotent`; else it is parked in doubt.
+    A message that may have left is claimed for an `idempotent` transport only; else it is parked in doubt.
     """
     until = _held_until(holder.lease)
     values = {
@@ -66,7 +66,7 @@ def claim(
     rows = connection.execute(claiming.claim(one_per_destination=one_per_destination), values)
     taken = sorted(rows.all(), key=_place)
     ended = [row for row in taken if row[_STATUS] != MessageStatus.SENDING]
-    # Whose first message ended has others that were passed over, and lie behind it.
+    # A destination whose first message ended has others, which were skipped and lie behind it.
     last = ended[:1] if one_per_destination and ended else taken[-1:]
     return Claimed(
         claims=[_claim(row, holder.name, until) for row in taken if row[_STATUS] == MessageStatus.SENDING],
@@ -76,7 +76,7 @@ def claim(
 
 
 def where_due(after: Position, busy: Collection[str], broken: Collection[int]) -> dict[str, Any]:
-    """Return the parameters that say which due messages are meant."""
+    """Return the parameters that select due messages."""
     return {
         "after_at": after[0],
         "after_id": after[1],
@@ -89,7 +89,7 @@ def where_due(after: Position, busy: Collection[str], broken: Collection[int]) -
 def take_over(
     connection: Connection, holder: Holder, *, limit: int, held: Collection[int], broken: Collection[int] = ()
 ) -> list[Claim]:
-    """Take over up to `limit` messages whose worker was lost, under names that `adopt` does not know."""
+    """Take over up to `limit` messages of lost workers, under names that `adopt` does not know."""
     until = _held_until(holder.lease)
     values = {**where_lost(held, broken), "limit": limit, "lease": holder.lease, "recoverer": holder.name}
     rows = connection.execute(claiming.take_over_expired_leases(), values)
@@ -100,12 +100,12 @@ def take_over(
 
 
 def where_lost(held: Collection[int], broken: Collection[int]) -> dict[str, Any]:
-    """Return the parameters that say which messages are not meant, though their leases ran out."""
+    """Return the parameters that leave out messages whose leases ran out."""
     return {"held": _pack(map(str, {*held, *broken}))}
 
 
 def adopt(connection: Connection, holder: Holder, *, names: Collection[str]) -> list[Claim]:
-    """Return what was claimed under `names`, whose commits were not acknowledged: nobody has tried to send it."""
+    """Return the messages claimed under `names`, whose commits were not acknowledged: none was sent."""
     until = _held_until(holder.lease)
     values = {"names": list(names), "lease": holder.lease, "worker": holder.name}
     rows = connection.execute(claiming.adopt_unacknowledged(), values)
@@ -118,9 +118,9 @@ def note_not_ready(connection: Connection, *, reason: str) -> None:
 
 
 def extend(connection: Connection, lease: timedelta, held: Iterable[Claim]) -> dict[Claim, float]:
-    """Extend the leases of what is in hand, and return until when each is held if this is committed.
+    """Extend the leases of the messages in hand. Return until when each is held if this is committed.
 
-    What is missing in the answer was lost, or is locked by somebody else.
+    A claim that the answer lacks was lost, or is locked by somebody else.
     """
     until = _held_until(lease)
     by_id = {claim.message.id: claim for claim in held}
@@ -146,24 +146,24 @@ def settle(connection: Connection, verdicts: Iterable[tuple[Claim, Verdict]]) ->
         rows = connection.execute(settling.settle_if_claimed(), values)
         recorded |= {given.pop(message_id)[0]: status for message_id, status in rows}
         if given:
-            recorded |= _settled_before(connection, given)
+            recorded |= _not_recorded(connection, given)
     return recorded
 
 
-def _settled_before(
+def _not_recorded(
     connection: Connection, given: dict[int, tuple[Claim, Verdict]]
 ) -> Iterator[tuple[Claim, MessageStatus]]:
-    """Return those that an earlier call recorded, and note what is known of claims that were lost."""
+    """Return the verdicts that an earlier call recorded. Of claims that were lost, note a doubt or a second send."""
     for row in connection.execute(settling.attempts_of(), {"ids": sorted(given)}).all():
         claim, verdict = given[row.id]
         attempt, name = claim.message.attempt, claim.claimed_by
         lost = {"message_id": row.id, "of_attempt": attempt, "of_name": name}
         if (row.attempt, row.claimed_by) == (attempt, name):
-            # What was forgotten or has a doubt ends otherwise than its verdict says, but its history tells of it.
+            # A forgotten message, or one with a doubt, ends otherwise than its verdict says; its history tells of it.
             if row.status == verdict.status or row.event == verdict.event:
                 yield claim, row.status
         elif verdict.status is MessageStatus.SENT:
-            # Who took a message over has not sent it, but found out that it was.
+            # A worker that took a message over did not send it: it found out that somebody had.
             if not claim.lost_workers and connection.execute(settling.tell_sent_twice(), lost).first():
                 logger.error("engagement.sent_twice message_id=%s attempt=%s", row.id, attempt)
             if (row.attempt, row.status) == (attempt, MessageStatus.SENT):
@@ -182,7 +182,7 @@ def _held_until(lease: timedelta) -> float:
     return clock() + lease.total_seconds()
 
 
-# Without a search for white space around it, which the database does not put there.
+# The database puts no white space around it, so none is searched for.
 _decode = json.JSONDecoder().raw_decode
 
 

@@ -12,7 +12,7 @@ from engagement._delivery.verdicts import Verdicts
 from engagement._logging import logger
 from engagement._sending.answers import is_yes
 from engagement._sending.protocols import Transport
-from engagement._sending.sender import Answer, Begun, News, Sender
+from engagement._sending.sender import Answer, Begun, News, Ready, Sender
 from engagement.models import EARLIEST
 from engagement.outcomes import InDoubt, Outcome, Postpone, clean_reason
 
@@ -59,8 +59,8 @@ class Dispatch:
                 self._state.answered(claim, outcome, self._verdicts.of(claim, outcome))
             case Begun(claim):
                 self._state.begun(claim)
-            case _:
-                self._note_readiness(is_ready=is_yes(news.said))
+            case Ready(said):
+                self._note_readiness(is_ready=is_yes(said))
 
     def _note_readiness(self, *, is_ready: bool) -> None:
         why_not = None if is_ready else _why_not_ready(self._transport)

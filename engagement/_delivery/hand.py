@@ -52,11 +52,11 @@ class Hand:
         """Take new claims."""
         self.claims |= {claim.message.id: claim for claim in claims}
 
-    def decide(self, claim: Claim, verdict: Verdict) -> None:
+    def keep(self, claim: Claim, verdict: Verdict) -> None:
         """Keep a verdict until it is settled."""
         self.verdicts.append((claim, verdict))
 
-    def settle(self) -> None:
+    def let_go(self) -> None:
         """Let go of the claims with a verdict: it is committed."""
         for claim, _ in self.verdicts:
             if self.claims.get(claim.message.id) is claim:

@@ -17,13 +17,17 @@ class Leases:
 
     def __init__(self, seconds: float, now: float) -> None:
         self.seconds = seconds
-        self.extend_at = now + seconds / 3
+        self.begin(now)
+
+    def begin(self, now: float) -> None:
+        """Count from now: nothing else is in hand."""
+        self.extend_at = now + self.seconds / 3
 
     def extended(self, claims: Sequence[Claim], until: Mapping[Claim, float], now: float) -> None:
         """Believe in the new leases: they are committed. A claim that `until` lacks is lost, or locked for now."""
         for claim in claims:
             claim.held_until = until.get(claim, LOST)
-        self.extend_at = now + self.seconds / 3
+        self.begin(now)
         if len(until) < len(claims):
             self.not_extended(now)
 

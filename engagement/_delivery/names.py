@@ -40,10 +40,10 @@ class Names:
             self.unacknowledged.remove(self._open)
             self._open = None
 
-    def acknowledge(self, now: float) -> None:
-        """Note that the transaction was committed."""
+    def acknowledge(self, now: float, *, none_left: bool) -> None:
+        """Note that the transaction was committed; `none_left` if it adopted or gave back all that it found."""
         self.undo()
-        if now >= self._adopt_until:
+        if none_left and now >= self._adopt_until:
             # A commit that was still under way on the server has happened by now, or never will.
             self.unacknowledged.clear()
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 from sqlalchemy import Connection
 
 from engagement._claim import Claim, Position
-from engagement._delivery import database as claims
+from engagement._delivery import database
 from engagement._delivery.database import Claimed, Holder
 from engagement._logging import logger
 from engagement._sql import claiming
@@ -25,7 +25,7 @@ from engagement.outcomes import Verdict, storable
 T = TypeVar("T")
 
 MOST_BROKEN = 100
-"""If so many fail and nothing else is there, it is not they who are broken."""
+"""If so many fail, and nothing else can be claimed beside them, the fault is not in their data."""
 
 
 def settle(connection: Connection, verdicts: Iterable[tuple[Claim, Verdict]]) -> dict[Claim, MessageStatus]:
@@ -35,7 +35,7 @@ def settle(connection: Connection, verdicts: Iterable[tuple[Claim, Verdict]]) ->
         reason, provider_message_id = storable(verdict.reason), storable(verdict.provider_message_id)
         plain = replace(verdict, reason=reason, provider_message_id=provider_message_id)
         for each in (verdict, plain):
-            done = _apart(connection, claim.message.id, partial(claims.settle, connection, [(claim, each)]))
+            done = _apart(connection, claim.message.id, partial(database.settle, connection, [(claim, each)]))
             if not isinstance(done, Exception):
                 recorded |= done
                 break
@@ -58,11 +58,11 @@ def claim(
     while len(claimed.claims) + len(claimed.ended) < limit:
         taken = {claim.message.destination_jid for claim in claimed.claims} if one_per_destination else set()
         place, not_to = claimed.go_on_after or after, taken.union(busy)
-        message_id = connection.execute(claiming.next_due(), claims.where_due(place, not_to, broken)).scalar()
+        message_id = connection.execute(claiming.next_due(), database.where_due(place, not_to, broken)).scalar()
         if message_id is None:
             break
         claim_one = partial(
-            claims.claim,
+            database.claim,
             connection,
             holder,
             limit=1,
@@ -74,11 +74,10 @@ def claim(
         )
         done = _apart(connection, message_id, claim_one)
         if isinstance(done, Exception):
-            _add(message_id, to=broken, error=done)
+            _add(message_id, to=broken, error=done, others_work=bool(claimed.claims))
         elif done.go_on_after is None:
-            broken.add(
-                message_id
-            )  # Nothing was done with it (by a trigger that returns NULL): it would be next for ever.
+            # A trigger that returns NULL left it as it was: it would be next for ever.
+            broken.add(message_id)
         else:
             claimed = Claimed(claimed.claims + done.claims, claimed.ended | done.ended, done.go_on_after)
     return claimed
@@ -87,17 +86,17 @@ def claim(
 def take_over(
     connection: Connection, holder: Holder, *, limit: int, held: Collection[int], broken: set[int]
 ) -> list[Claim]:
-    """Take over messages whose worker was lost, and add those with which that fails to `broken`."""
+    """Take over messages whose worker was lost. Add those that fail to `broken`."""
     taken: list[Claim] = []
     while len(taken) < limit:
         not_lost = [*held, *(claim.message.id for claim in taken)]
-        message_id = connection.execute(claiming.next_lost(), claims.where_lost(not_lost, broken)).scalar()
+        message_id = connection.execute(claiming.next_lost(), database.where_lost(not_lost, broken)).scalar()
         if message_id is None:
             break
-        take_one = partial(claims.take_over, connection, holder, limit=1, held=not_lost, broken=broken)
+        take_one = partial(database.take_over, connection, holder, limit=1, held=not_lost, broken=broken)
         done = _apart(connection, message_id, take_one)
         if isinstance(done, Exception):
-            _add(message_id, to=broken, error=done)
+            _add(message_id, to=broken, error=done, others_work=bool(taken))
         elif not done:
             broken.add(message_id)
         else:
@@ -106,11 +105,11 @@ def take_over(
 
 
 def extend(connection: Connection, lease: timedelta, held: Iterable[Claim]) -> dict[Claim, float]:
-    """Extend the leases of what is in hand. Raises the last error if that is what became of each of them."""
+    """Extend the leases of the messages in hand. Raises the last error if each of them failed."""
     extended: list[dict[Claim, float]] = []
     failed: list[Exception] = []
     for claim in held:
-        done = _apart(connection, claim.message.id, partial(claims.extend, connection, lease, [claim]))
+        done = _apart(connection, claim.message.id, partial(database.extend, connection, lease, [claim]))
         if isinstance(done, Exception):
             failed.append(done)
         else:
@@ -121,7 +120,7 @@ def extend(connection: Connection, lease: timedelta, held: Iterable[Claim]) -> d
 
 
 def _apart(connection: Connection, message_id: int, work: Callable[[], T]) -> T | Exception:
-    """Return what `work` returns, or the error by which the message's data undid it."""
+    """Return the result of `work`, or the error by which the message's data undid it."""
     try:
         with connection.begin_nested():
             return work()
@@ -132,7 +131,7 @@ def _apart(connection: Connection, message_id: int, work: Callable[[], T]) -> T 
         return error
 
 
-def _add(message_id: int, *, to: set[int], error: Exception) -> None:
+def _add(message_id: int, *, to: set[int], error: Exception, others_work: bool) -> None:
     to.add(message_id)
-    if len(to) >= MOST_BROKEN:
+    if len(to) >= MOST_BROKEN and not others_work:
         raise error

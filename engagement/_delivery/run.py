@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, assert_never
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -66,8 +66,10 @@ def deliver(
     try:
         delivery.work()
     finally:
-        delivery.give_back_unstarted()
-        sender.close()
+        try:
+            delivery.give_back_unstarted()
+        finally:
+            sender.close()
     return tally.result()
 
 
@@ -106,7 +108,8 @@ class Delivery:
                 break
             self._do(step)
         if step.error is not None:
-            raise (isinstance(step.error, DriverFailed) and step.error.__cause__) or step.error
+            # The driver's own error says more than ours around it.
+            raise (step.error.__cause__ if isinstance(step.error, DriverFailed) else None) or step.error
 
     def _do(self, step: Step) -> None:
         match step:
@@ -127,6 +130,8 @@ class Delivery:
                 self._tell(why)
             case Nap(until):
                 self._stop.wait(max(until - clock(), 0.0))
+            case _:
+                assert_never(step)
 
     def _transact(self, step: Transact) -> None:
         """Do it with all messages at once, or one by one if the data of one of them make that fail."""
@@ -164,8 +169,8 @@ class Delivery:
             self._state.commit_unknown(error, now)
         else:
             self._state.undone(error, now, will_mend=will_mend)
-        if now < self._state.outage.retry_at:
-            wait = self._state.outage.retry_at - now
+        if self._state.outage.is_on:
+            wait = max(self._state.outage.retry_at - now, 0.0)
             logger.warning("engagement.database_lost error=%s wait_seconds=%.1f", describe(error), wait)
 
     def _peek(self, step: Peek) -> None:

@@ -12,9 +12,11 @@ from engagement._delivery.steps import Ask, Collect, Extend, GiveUp, Nap, Over, 
 
 STOP_SECONDS = 1.0
 """How soon a stop is heard while nothing is in hand, and an answer of the transport is waited for."""
+PATIENCE_SECONDS = 5.0
+"""How long a call that was given up may take to end, before a cron job's run ends without it."""
 
 
-def next_step(state: State, now: float) -> Step:
+def next_step(state: State, now: float) -> Step | Over:
     """Return the step that is to be done now. A question changes nothing."""
     if state.has_given_up:
         return Over(state.failure)
@@ -28,21 +30,28 @@ def next_step(state: State, now: float) -> Step:
     return (_database_step(state, now) if now >= state.outage.retry_at else None) or _wait(state, now)
 
 
-def _last_step(state: State, now: float) -> Step | None:
+def _last_step(state: State, now: float) -> Tell | Over | None:
     """With nothing in hand, return the end of the run, or the reason that a person waits for."""
     if state.is_stopped or state.failure is not None or state.left <= 0:
         return Over(state.failure)
     if state.readiness.is_to_be_told(now, at_once=state.until_empty) and not state.outage.is_on:
         return Tell(state.readiness.why_not or "the transport is not ready")
-    if state.until_empty and state.is_idle and not state.readiness.is_asked:
+    if state.until_empty and not state.readiness.is_asked and (state.is_idle or _all_hang(state, now)):
         return Over()
     return None
+
+
+def _all_hang(state: State, now: float) -> bool:
+    """Whether calls that were given up occupy every place, and have had time to end."""
+    overdue = state.hand.overdue
+    has_room = len(overdue) < state.concurrency and not (state.sends_many and overdue)
+    return not has_room and now > max(call.started_at for call in overdue) + state.send_timeout + PATIENCE_SECONDS
 
 
 def _database_step(state: State, now: float) -> Step | None:
     """Return the work for the database, or the question to the transport that comes before it."""
     hand, is_to_look = state.hand, now >= state.look_at
-    is_to_give_back = bool(state.names.unacknowledged) and state.failure is None and now >= state.give_back_at
+    is_to_give_back = bool(state.names.unacknowledged) and now >= state.give_back_at
     wanted = 0
     if hand.verdicts or is_to_look:
         if state.is_idle and hand.is_empty and not is_to_give_back:
@@ -54,7 +63,9 @@ def _database_step(state: State, now: float) -> Step | None:
             wanted = 0
     if wanted:
         return _claim(state, now, wanted)
-    return Transact([*hand.verdicts]) if hand.verdicts or is_to_give_back else None
+    if hand.verdicts or (is_to_give_back and state.failure is None):
+        return Transact([*hand.verdicts], gives_back=is_to_give_back)
+    return None
 
 
 def _wanted(state: State, now: float) -> int:

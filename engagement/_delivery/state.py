@@ -78,7 +78,7 @@ class State:
             self.look_at = 0.0
         if claim.is_overdue and not isinstance(outcome, Sent):
             return  # The message is in doubt already.
-        self.hand.decide(claim, verdict)
+        self.hand.keep(claim, verdict)
         self.outage.retry()
 
     def given_up(self, claim: Claim, outcome: Outcome, verdict: Verdict, *, goes_on: bool) -> None:
@@ -116,19 +116,24 @@ class State:
         """Note that a transaction was committed: the messages that it claimed may be started."""
         self.outage.over()
         self.cursor.go_back(claim.place for claim, _ in step.verdicts)
-        self.hand.settle()
+        self.hand.let_go()
         self.cursor.claimed(taken.position, taken.restart_took, now)
         if taken.recovered_all:
             self.recover_at = now + self.leases.seconds / 4
-        self.names.acknowledge(now)
-        self.give_back_at = now + self.poll_interval if self.names.unacknowledged else 0.0
+        self.names.acknowledge(now, none_left=bool(taken.name) or step.gives_back)
+        self.give_back_at = now + min(self.poll_interval, self.leases.seconds / 3)
+        if not self.hand.claims:
+            self.leases.begin(now)
         self.hand.take(taken.claims)
         if own := [claim for claim in taken.claims if not claim.lost_workers]:
             self.pace.started(own[-1])
             self.left -= len(own)
-        self.is_idle = not taken.any if taken.name else self.readiness.is_refused
-        found_nothing = not taken.any and (bool(taken.name) or not step.verdicts)
-        self.look_at = now + self.poll_interval if found_nothing else 0.0
+        if taken.name:
+            self.is_idle = not taken.any
+            self.look_at = now + self.poll_interval if self.is_idle else 0.0
+        elif step.verdicts:
+            # It claimed nothing, since there was no room, or no time yet: now there may be.
+            self.is_idle, self.look_at = self.readiness.is_refused, 0.0
 
     def undone(self, error: Exception, now: float, *, will_mend: bool) -> None:
         """Note that a transaction failed, and that nothing of it happened."""
@@ -138,6 +143,7 @@ class State:
     def commit_unknown(self, error: Exception, now: float) -> None:
         """Note that a commit was not acknowledged. If it happened, its messages are to be adopted: none was started."""
         self.names.lose(now + self.leases.seconds)
+        self.give_back_at = now + min(self.poll_interval, self.leases.seconds / 3)
         self._failed(error, now, will_mend=True)
 
     def extended(self, claims: Sequence[Claim], until: Mapping[Claim, float], now: float) -> None:

@@ -23,6 +23,8 @@ class Transact:
     """Where to claim from, and where else if nothing is there."""
     busy: Collection[str] = ()
     """Destinations that nothing is claimed for."""
+    gives_back: bool = False
+    """Whether claims of unacknowledged commits are given back: nothing was claimed that could have adopted them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class Over:
     error: Exception | None = None
 
 
-Step = Transact | Peek | Extend | GiveUp | Ask | Tell | Collect | Nap | Over
+Step = Transact | Peek | Extend | GiveUp | Ask | Tell | Collect | Nap
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ MEND_SECONDS = 60.0
 
 
 class Transactions:
-    """Does steps on connections that are passed in. Changes nothing but the database, so a step can be done again."""
+    """Does steps on connections that are passed in. A step that failed can be done again."""
 
     def __init__(
         self,
@@ -49,16 +49,15 @@ class Transactions:
         taken = Taken()
         if step.verdicts:
             taken.recorded = how.settle(connection, step.verdicts)
-        if not step.wanted or self._stop.is_set():
+        if step.gives_back:
             self.give_back(connection)
+        if not step.wanted or self._stop.is_set():
             return taken
         earlier = [*self._names.unacknowledged]
         taken.name = self._names.begin()
         holder = Holder(taken.name, self._lease)
         if earlier:
-            adopted = database.adopt(connection, holder, names=earlier)
-            taken.claims += adopted[: step.wanted]
-            self._return(connection, adopted[step.wanted :])  # Of two commits that came late there may be too many.
+            taken.claims += self._startable(step, connection, database.adopt(connection, holder, names=earlier))
         if clock() >= self._mend_at:
             self._mend_at = clock() + MEND_SECONDS
             self._broken.clear()
@@ -83,6 +82,21 @@ class Transactions:
         unstarted = Postpone(EARLIEST, "its worker was told of the claim too late to send it")
         if claims:
             database.settle(connection, [(claim, self._verdict(claim, unstarted)) for claim in claims])
+
+    def _startable(self, step: Transact, connection: Connection, adopted: list[Claim]) -> list[Claim]:
+        """Return the claims that can be started, and give the others back.
+
+        Two commits that came late may bring more than there is room for, or two messages to one destination.
+        """
+        chosen: list[Claim] = []
+        busy = {*step.busy}
+        for claim in sorted(adopted, key=lambda claim: claim.place):
+            if len(chosen) < step.wanted and claim.message.destination_jid not in busy:
+                chosen.append(claim)
+                if not self._sends_many:
+                    busy.add(claim.message.destination_jid)
+        self._return(connection, [claim for claim in adopted if claim not in chosen])
+        return chosen
 
     def _claim(self, step: Transact, holder: Holder, taken: Taken, how: ModuleType, connection: Connection) -> None:
         busy = set() if self._sends_many else {*step.busy, *(claim.message.destination_jid for claim in taken.claims)}

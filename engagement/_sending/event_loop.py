@@ -87,9 +87,13 @@ class EventLoop:
         with self._lock:
             if self._loop is None:
                 loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._work, args=[loop], name="engagement-loop", daemon=True)
-                self._thread.start()
-                self._loop = loop
+                thread = threading.Thread(target=self._work, args=[loop], name="engagement-loop", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # The system has none left.
+                    loop.close()
+                    raise
+                self._loop, self._thread = loop, thread
         return self._loop
 
     def close(self) -> None:

@@ -18,7 +18,8 @@ from engagement._sending.protocols import Transport
 from engagement._sending.threads import Threads
 from engagement._watching import observers as observing
 from engagement.messages.checks import checked_flag
-from engagement.outcomes import Classify, Outcome
+from engagement.models import EARLIEST
+from engagement.outcomes import Classify, Outcome, Postpone
 
 
 class Answer(NamedTuple):
@@ -99,7 +100,13 @@ class Sender:
         self._loop.close()
 
     def _submit(self, claims: list[Claim], to: _Placed, argument: object, read: Read) -> None:
-        handle = to.submit(_Sending(to, argument, self, claims, read))
+        try:
+            handle = to.submit(_Sending(to, argument, self, claims, read))
+        except (OSError, RuntimeError) as error:  # The system has no thread left, or no event loop.
+            outcome = worker_lost(error) if read is read_look_up else Postpone(EARLIEST, "no thread could be started")
+            for claim in claims:
+                self.news.put(Answer(claim, outcome))
+            return
         for claim in claims:
             claim.handle = handle
 
@@ -137,7 +144,7 @@ class _Sending(Call):
                 raise LeaseRanOut
         for claim in self._claims:
             claim.begun_at = now
-            if self._sender.tells_begun:
+            if is_send and self._sender.tells_begun:
                 self._sender.news.put(Begun(claim))
 
     def arrive(self, result: Result) -> None:

@@ -56,8 +56,12 @@ class Threads:
     def submit(self, call: Call) -> _Job:
         job = _Job(call, self._jobs)
         self._jobs.append(job)
-        if self._idle < len(self._jobs) and self._started < self._limit:
-            self._start_one()
+        try:
+            if self._idle < len(self._jobs) and self._started < self._limit:
+                self._start_one()
+        except RuntimeError:
+            job.cancel()
+            raise
         self._wake_one()
         return job
 

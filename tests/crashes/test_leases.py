@@ -5,7 +5,7 @@ import threading
 from datetime import timedelta
 
 import pytest
-from conftest import execute, new_message, queue, row, until
+from conftest import execute, in_thread, new_message, queue, row, until
 from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
@@ -13,7 +13,7 @@ from crashes.accidents import LATER, PATIENCE_SECONDS, Running, Transport, an_en
 from engagement import EngagementMessageRepository, InDoubt, NotSent, Refused, Sent, process_message_queue
 from engagement._claim import START, clock
 from engagement._delivery import database as claims
-from engagement._delivery import dispatch, run, transaction
+from engagement._delivery import dispatch, run, schedule, transaction
 from engagement._delivery.database import Holder
 from engagement._delivery.schedule import next_step
 from engagement.models import MessageStatus
@@ -100,6 +100,21 @@ def test_a_send_that_hangs_puts_nothing_else_in_doubt(engine, monkeypatch):
         assert (row(engine, waiting).status, row(engine, waiting).attempt) == ("pending", 0)
         may_end.set()
         until(lambda: row(engine, waiting).status == "sent")
+
+
+def test_a_cron_run_ends_though_its_only_place_hangs(engine, monkeypatch):
+    """It leaves the rest to the next run, when the send that it gave up has had time to end."""
+    monkeypatch.setattr(schedule, "PATIENCE_SECONDS", 0.1)
+    hung, waiting = queue(engine, new_message("hung"), new_message("waiting"))
+    may_end = threading.Event()
+
+    def process():
+        timeout = timedelta(seconds=0.1)
+        return process_message_queue(engine, lambda _: may_end.wait(PATIENCE_SECONDS) and None, send_timeout=timeout)
+
+    assert in_thread(process).result(PATIENCE_SECONDS / 2).in_doubt == 1
+    assert (row(engine, hung).status, row(engine, waiting).status) == ("in_doubt", "pending")
+    may_end.set()
 
 
 def test_what_one_holds_oneself_is_not_lost(engine):
