@@ -49,7 +49,7 @@ class EngagementMessageRepository:
     Changes keep `reason` and `by` in the message's history: why, and the name of who decided it (`by="ana"`).
 
     `schema` names the schema of the table if it is not on the connection's search path. A session with several engines
-    sends what is said here where it sends an UPDATE of `EngagementMessage`, and `get_…` where it sends a SELECT of it.
+    sends these statements where it sends an UPDATE of `EngagementMessage`, and `get_…` where it sends a SELECT of it.
     """
 
     def __init__(self, session: Session, *, schema: str | None = None) -> None:
@@ -78,7 +78,7 @@ class EngagementMessageRepository:
 
         Of messages with the same key the first is stored. Concurrent batches never deadlock each other: each takes
         its keys in one order. So nothing is stored before all messages are known: more than 5,000 wait in a temporary
-        file of this process. What `messages` raises passes through, and nothing of the batch is stored then.
+        file of this process. An error of `messages` passes through, and nothing of the batch is stored then.
         """
         queued = observing.queueing(None, partial(batch.queue, self._host, messages))
         logger.debug("engagement.queued_many created=%s duplicates=%s", queued.created, queued.duplicates)
@@ -123,7 +123,7 @@ class EngagementMessageRepository:
     def cancel_pending_messages(
         self, user_id: str | UUID, message_type: str | None = None, reason: str | None = None, *, by: str | None = None
     ) -> int:
-        """Cancel what is pending for the user, of one type or of all, and return how many messages that were."""
+        """Cancel the user's pending messages, of one type or of all, and return their number."""
         statement = changing.cancel_pending_of_user(of_one_type=message_type is not None)
         values = {"of_user": checked_user_id(user_id), **_decision(by, reason)}
         if message_type is not None:
@@ -143,10 +143,11 @@ class EngagementMessageRepository:
         return self._changed(changing.retry_if_ended(), {"message_id": checked_id(message_id), "by": clean_reason(by)})
 
     def resolve_message(self, message_id: int, sent: bool, reason: str | None = None, *, by: str | None = None) -> bool:
-        """Say what became of a message in doubt: `sent`, or not, and then it is due again. False if not in doubt.
+        """Resolve a message in doubt: `sent`, or not, and then it is due again. False if not in doubt.
 
-        Say `sent=False` only if you know it: it sends the message. Anything but True and False is refused. `sent_at`
-        becomes when the doubt was recorded: the send was not later.
+        `sent=False` sends the message again. If the first send had left after all, the person gets it twice. Anything
+        but True and False is refused. `sent_at` becomes the moment at which the doubt was recorded: the send was not
+        later.
         """
         if not isinstance(sent, bool):
             raise InvalidMessage("sent", f"must be True or False, not {type(sent).__name__}")
@@ -154,7 +155,7 @@ class EngagementMessageRepository:
         return self._changed(changing.resolve_if_in_doubt(sent=sent), values)
 
     def forget_user(self, user_id: str | UUID) -> Forgotten:
-        """Cancel what is pending for the user, and blank params, destination, errors and provider ids everywhere.
+        """Cancel the user's pending messages, and blank params, destination, errors and provider ids everywhere.
 
         Keys stay, and still block. A message that is being sent at this moment is blanked too, and not tried again.
         """
@@ -220,7 +221,7 @@ class AsyncEngagementMessageRepository:
     async def cancel_pending_messages(
         self, user_id: str | UUID, message_type: str | None = None, reason: str | None = None, *, by: str | None = None
     ) -> int:
-        """Cancel what is pending for the user, and return how many messages that were."""
+        """Cancel the user's pending messages, and return their number."""
         return await self._run(
             EngagementMessageRepository.cancel_pending_messages, user_id, message_type, reason, by=by
         )
@@ -236,11 +237,11 @@ class AsyncEngagementMessageRepository:
     async def resolve_message(
         self, message_id: int, sent: bool, reason: str | None = None, *, by: str | None = None
     ) -> bool:
-        """Say what became of a message in doubt."""
+        """Resolve a message in doubt."""
         return await self._run(EngagementMessageRepository.resolve_message, message_id, sent, reason, by=by)
 
     async def forget_user(self, user_id: str | UUID) -> Forgotten:
-        """Cancel what is pending for the user, and blank what is personal everywhere."""
+        """Cancel the user's pending messages, and blank personal columns everywhere."""
         return await self._run(EngagementMessageRepository.forget_user, user_id)
 
     async def prune_messages(self, older_than: timedelta, limit: int = 10_000) -> int:

@@ -14,8 +14,8 @@ from itertools import chain
 class SortedTexts:
     """Texts that are given with a key each, in any order and number, and read in the order of their keys.
 
-    Keys are compared as UTF-8; of equal ones, the first given comes first. A few megabytes are held in memory. What is
-    more lies in a file that has no name and is gone when this is closed; OSError says that it could not be written.
+    Keys are compared as UTF-8; of equal ones, the first given comes first. A few megabytes are held in memory. The
+    rest lies in a file that has no name and is gone when this is closed; OSError says that it could not be written.
     """
 
     def __init__(self) -> None:

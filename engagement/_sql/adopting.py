@@ -24,7 +24,7 @@ def is_anothers(connection: Connection, schema: str | None) -> bool:
 
 
 def set_aside(connection: Connection, schema: str | None) -> None:
-    """Move the earlier table out of the way. Whoever uses it at this moment is waited for, but not for long."""
+    """Move the earlier table out of the way. Its users of this moment are waited for, but not for long."""
     connection.exec_driver_sql(f"CREATE SCHEMA {SET_ASIDE}")
     queue = qualified_name(schema).replace("%", "%%")
     before = connection.scalar(text("SELECT current_setting('lock_timeout')"))
@@ -34,14 +34,14 @@ def set_aside(connection: Connection, schema: str | None) -> None:
 
 
 def copy(connection: Connection, schema: str | None) -> int:
-    """Queue in our table what was in the earlier one, and return how many messages that were."""
+    """Queue the messages of the earlier table in ours, and return their number."""
     queue = qualified_name(schema).replace(":", r"\:")
     jid = {f"{destination}_jid": f"^({form.pattern})$" for destination, form in JID_FORMS.items()}
     return connection.execute(text(f"INSERT INTO {queue} {_COPY}"), jid).rowcount
 
 
 def _moment(column: str) -> str:
-    # A time without an offset is in UTC: what JavaScript's toISOString wrote.
+    # A time without an offset is in UTC: JavaScript's toISOString wrote it so.
     offset = f"CASE WHEN old ->> '{column}' ~ '[+-][0-9]{{2}}(:?[0-9]{{2}})?$' THEN '' ELSE 'Z' END"
     return f"CAST((old ->> '{column}') || {offset} AS timestamptz)"
 

@@ -57,7 +57,7 @@ def cancel_if_pending() -> Executable:
             status=unless_in_doubt(CANCELLED, found.c.has_doubt),
             has_doubt=found.c.has_doubt,
             # Of a pending message both are NULL. They are said again because PostgreSQL checks constraints once with
-            # what the row was before we waited for it.
+            # the row as it was before we waited for it.
             lease_expires_at=null(),
             sent_at=null(),
             history=history_with(word("cancelled"), text_of("reason"), by=text_of("by")),
@@ -124,7 +124,7 @@ def retry_if_ended() -> Executable:
 
 @cache
 def resolve_if_in_doubt(*, sent: bool) -> Executable:
-    """Say what became of a message in doubt: it was sent, or it was not and becomes due again with all its retries.
+    """Resolve a message in doubt: it was sent, or it was not and becomes due again with all its retries.
 
     It was sent before the doubt was recorded, and not when somebody found out.
     """
@@ -157,7 +157,7 @@ def forget_user() -> Executable:
         update(QUEUE)
         .where(C.id == locked.c.id)
         .values(
-            # What the lock found, also where it stays: see cancel_if_pending.
+            # As the lock found it, also where it stays: see cancel_if_pending.
             status=case((was_pending, unless_in_doubt(CANCELLED, locked.c.has_doubt)), else_=locked.c.status),
             has_doubt=locked.c.has_doubt,
             lease_expires_at=locked.c.lease_expires_at,

@@ -82,7 +82,7 @@ _MUTE = ("error", "fatal", "panic")
 
 
 def _durably() -> ColumnElement[Any]:
-    """Make this transaction's commit survive a server crash whatever the host's setting: a lost claim is sent again.
+    """Make this transaction's commit survive a server crash under any setting of the host: a lost claim is sent again.
 
     And let the server warn of a commit that a standby does not have.
     """
@@ -142,7 +142,7 @@ def _due(*columns: ColumnElement[Any]) -> Select[Any]:
 
 @cache
 def next_due() -> Executable:
-    """Return the id of what `claim` comes to first, and lock it."""
+    """Return the id of the message that `claim` comes to first, and lock it."""
     return _due(C.id).limit(number(1))
 
 
@@ -170,7 +170,7 @@ def take_over_expired_leases() -> Executable:
 def _lost() -> Select[Any]:
     return (
         select(C.id)
-        # What the caller holds itself is not lost, also when it could not extend its leases in time.
+        # A message that the caller holds is not lost, also if the lease could not be extended in time.
         .where(C.status == SENDING, C.lease_expires_at <= NOW, C.id != each_of("held", BigInteger()))
         .order_by(C.lease_expires_at)
         .with_for_update(**LOCKED_UNLESS_BY_OTHERS)
@@ -179,18 +179,18 @@ def _lost() -> Select[Any]:
 
 @cache
 def next_lost() -> Executable:
-    """Return the id of what `take_over_expired_leases` comes to first, and lock it."""
+    """Return the id of the message that `take_over_expired_leases` comes to first, and lock it."""
     return _lost().limit(number(1))
 
 
 @cache
 def adopt_unacknowledged() -> Executable:
-    """Return what was claimed under `names`, of transactions whose commits were not acknowledged.
+    """Return the messages claimed under `names`, of transactions whose commits were not acknowledged.
 
-    Such a message was never handed to the transport. What was taken over from others has another name on it.
+    Such a message was never handed to the transport. A message that was taken over from others has another name on it.
     """
     unacknowledged = C.claimed_by == any_(bindparam("names", type_=ARRAY(Text)))
-    # Behind this, what is known waits to be committed: what somebody has locked is adopted a round later.
+    # Known verdicts wait behind this to be committed. So a message that somebody has locked is adopted a round later.
     mine = select(C.id).where(C.status == SENDING, unacknowledged).with_for_update(**LOCKED_UNLESS_BY_OTHERS)
     return _leased(mine, bindparam("worker", type_=Text)).returning(*OUTGOING, _durably())
 
@@ -205,8 +205,8 @@ def _leased(locked: Select[Any], name: ColumnElement[str]) -> Update:
 def extend_leases() -> Executable:
     """Extend the leases of the messages `held` under `names` that are still being sent, and return their ids.
 
-    Fenced on the name, since who takes a message over leaves its attempt. What somebody else has locked is left out: to
-    wait for it, the leases of all the others would run out.
+    Fenced on the name, since a take-over leaves the attempt. A message that somebody else has locked is left out: while
+    we waited for it, the leases of all the others would run out.
     """
     held = func.unnest(packed("held", BigInteger()), packed("names"))
     given = held.table_valued(column("id", BigInteger), column("name", Text)).render_derived(name="held")
@@ -227,7 +227,7 @@ def peek() -> Executable:
 
 @cache
 def note_not_ready() -> Executable:
-    """Write why nothing is claimed on the message that has been due for longest, unless that is what it says last."""
+    """Write why nothing is claimed on the message that has been due for longest, unless its last entry says so."""
     oldest = _oldest_due(C.id).with_for_update(**LOCKED_UNLESS_BY_OTHERS).scalar_subquery()
     return (
         update(QUEUE)
@@ -237,7 +237,7 @@ def note_not_ready() -> Executable:
 
 
 def waiting_for() -> Select[Any]:
-    """Return what the message that has been due for longest waits for, if `note_not_ready` was the last to write."""
+    """Return why the message that has been due for longest waits, if `note_not_ready` was the last to write."""
     last = C.history[-1]
     return _oldest_due(case((last["event"].astext == word("not_ready"), last["reason"].astext)))
 

@@ -50,7 +50,7 @@ def with_storable_texts(
 
 
 def _encodings(connection: Connection) -> tuple[str, ...]:
-    """Return what the texts of this connection pass through, in PostgreSQL's words."""
+    """Return the encodings that the texts of this connection pass through, in PostgreSQL's words."""
     if _KEPT not in connection.info:
         settings = (func.pg_catalog.current_setting(f"{side}_encoding") for side in ("server", "client"))
         connection.info[_KEPT] = tuple(dict.fromkeys(connection.execute(select(*settings)).one()))
@@ -59,7 +59,7 @@ def _encodings(connection: Connection) -> tuple[str, ...]:
 
 
 def _can_encode(value: str, encoding: str) -> bool:
-    # SQL_ASCII stores whatever bytes it is given.
+    # SQL_ASCII stores any bytes.
     name = _PYTHON_NAMES.get(encoding) or re.sub("^WIN", "cp", encoding)
     try:
         codecs.encode(value, "utf-8" if encoding == "SQL_ASCII" else name)

@@ -31,10 +31,10 @@ class NotReplicated(SQLAlchemyError):  # noqa: N818 - what happened
 
 
 def sqlstate(error: BaseException) -> str | None:
-    """Return what the server calls the error; None if it did not come from there."""
+    """Return the server's code of the error; None if it did not come from there."""
     original = getattr(error, "orig", None)
     state: str | None = getattr(original, "sqlstate", None) or getattr(original, "pgcode", None)  # psycopg2's
-    # It is logged: what answers in the database's place could write lines of its own there.
+    # It is logged: a stranger in the database's place could write lines of its own there.
     return state and re.sub("[^0-9A-Z]", "?", state)[:5]
 
 
@@ -61,8 +61,8 @@ def is_not_migrated(error: BaseException) -> bool:
     return sqlstate(error) in _NOT_MIGRATED
 
 
-# A row that does not fit (no case, too many rows, data, integrity, WITH CHECK), program limits, what a trigger does
-# wrong (its own words, and those of functions from outside), and what is corrupt.
+# A row that does not fit (no case, too many rows, data, integrity, WITH CHECK), program limits, the faults of
+# a trigger (its own words, and those of functions from outside), and corruption.
 _OF_DATA_CLASSES = frozenset({"20", "21", "22", "23", "38", "39", "44", "54", "P0", "XX"})
 
 
@@ -78,12 +78,12 @@ def is_of_one_message(error: BaseException) -> bool:
 
 
 def is_unreadable(error: BaseException) -> bool:
-    """Whether a row holds what Python has no value for, such as a moment that is infinity. The driver says so."""
+    """Whether a row holds a value that Python lacks, such as a moment that is infinity. The driver says so."""
     return isinstance(error, DataError) and sqlstate(error) is None
 
 
 def describe(error: BaseException) -> str:
-    """Return what a log may say of a database error: no statement, no parameters, no DETAIL with a row in it."""
+    """Return the loggable part of a database error: no statement, no parameters, no DETAIL with a row in it."""
     name = type(error.__cause__ if isinstance(error, CannotConnect | DriverFailed) else error).__name__
     state = sqlstate(error)
     return name if state is None else f"{name} {state}"

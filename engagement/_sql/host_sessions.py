@@ -1,4 +1,4 @@
-"""Statements in a host's session: sent to the engine that has our table, and read whatever the session has set.
+"""Statements in a host's session: sent to the engine that has our table, and read under any of its settings.
 
 Nothing here commits or rolls back, and no setting is left behind.
 """
@@ -26,7 +26,7 @@ _BY_THE_ENGINE_OF_UPDATES: dict[str, Any] = {"mapper": EngagementMessage.__mappe
 
 def in_session(schema: str | None) -> dict[str, Any]:
     """Return the keywords with which a session executes a statement: `in_schema`, and by the engine of our table."""
-    # Whatever the host's engine says: no cursor of the server's inserts or changes what it returns.
+    # Also if the host's engine says otherwise: no cursor of the server's inserts, or changes the rows that it returns.
     options = {"stream_results": False, "yield_per": None} | in_schema(schema)
     return {"execution_options": options, "bind_arguments": _BY_THE_ENGINE_OF_UPDATES}
 

@@ -30,20 +30,20 @@ _TRANSACTION = "ISOLATION LEVEL READ COMMITTED"
 
 _READ_ONLY = "25006"
 _NOT_FOUND = frozenset({"42P01", "3F000"})
-# What a session was given when it began and keeps to its end: time-outs, the search path, the role.
+# The errors of a setting that a session keeps from its begin to its end: time-outs, the search path, the role.
 _MAY_BE_STALE = _NOT_FOUND | {_READ_ONLY, "57014", "55P03", "42703", "42883", "42501"}
 
 
 def for_own_transactions(engine: Engine, schema: str | None = None) -> Engine:
     """Return `engine` for transactions of our own, which find the table in `schema`, or on the search path.
 
-    A connection keeps what the server, the database or the role was set to when it was made: that it is read-only, or
-    a `statement_timeout`. One that such a setting may have failed is not used again, so that the next one is made under
-    what holds now. Raises `ValueError` for an engine that is none of psycopg 3.
+    A connection keeps the settings of its server, database and role as they were when it was made (a
+    `statement_timeout`). One that such a setting may have failed is not used again, so that the next one is made under
+    the present ones. Raises `ValueError` for an engine that is none of psycopg 3.
     """
     check_engine(engine)
     given = schema_in_force(schema, engine)
-    # The statements lock and change what they return, which no cursor of the server's does.
+    # The statements lock and change the rows that they return, which no cursor of the server's does.
     as_a_whole = {"stream_results": False, "yield_per": None}
     ours = engine.execution_options(**as_a_whole, **{OUR_SCHEMA: given, _WAS_GIVEN: given is not None})
     event.listen(ours, "begin", _begin)
@@ -63,15 +63,15 @@ def check_engine(engine: Engine) -> None:
 
 @contextmanager
 def transaction(connection: Connection) -> Iterator[None]:
-    """Commit what the block does. Raises `NotReplicated` for a commit that the server warned of.
+    """Commit the work of the block. Raises `NotReplicated` for a commit that the server warned of.
 
-    What the block raises and is no error of the database becomes a `DriverFailed`, and undoes it as one of those does.
+    An exception that is no error of the database becomes a `DriverFailed`, and undoes the block as one of those does.
     """
     driver: Any = connection.connection.driver_connection
     warned: list[str] = []
 
     def hear(notice: Any) -> None:
-        # By what is the same in every language. A deferred trigger of the host's may warn as well, of what it likes.
+        # By fields that are the same in every language. A deferred trigger of the host's may warn too, of anything.
         if notice.severity_nonlocalized == "WARNING" and notice.source_function != "exec_stmt_raise":
             warned.append(notice.sqlstate)
 
@@ -92,7 +92,7 @@ def transaction(connection: Connection) -> Iterator[None]:
 
 
 def connect(engine: Engine) -> Connection:
-    """Return a connection. Raises `CannotConnect` for what a hook of the host's raises, such as `do_connect`."""
+    """Return a connection. Raises `CannotConnect` for an error of a hook of the host's, such as `do_connect`."""
     try:
         return engine.connect()
     except SQLAlchemyError:
@@ -113,12 +113,12 @@ class MadeInAnotherProcess(RuntimeError):  # noqa: N818 - what happened
 
 @event.listens_for(Pool, "connect")
 def _note_process(_: object, record: ConnectionPoolEntry) -> None:
-    # Of every pool, since what a host has connected by itself is what a fork leaves behind.
+    # Of every pool: a fork leaves behind connections that the host has made by itself.
     record.info[_MADE_IN] = os.getpid()
 
 
 def _begin(connection: Connection) -> None:
-    # What was made before this module was there was made before any fork that matters.
+    # A connection older than this module is older than any fork that matters.
     if connection.info.get(_MADE_IN, _IMPORTED_IN) != os.getpid():
         raise MadeInAnotherProcess
     driver: Any = connection.connection.driver_connection
@@ -147,7 +147,7 @@ def _settings(driver: Any) -> Iterator[str]:
 def _begun_at_once(driver: Any, begin: str) -> bool:
     """Send BEGIN and our settings as one message, which costs no round trip more than BEGIN alone.
 
-    Whatever prevents it is met again by what is executed next, and told as everything is.
+    An obstacle (a lost connection) is met again by the next statement, and told as everything is.
     """
     from psycopg import Error, generators
     from psycopg.pq import ExecStatus, TransactionStatus
@@ -168,7 +168,7 @@ def _name_schema(connection: Connection, _cursor: Any, statement: str, parameter
 
 
 def _distrust(context: ExceptionContext) -> None:
-    # The event is the dialect's, and so also hears of what the host does on this engine.
+    # The event is the dialect's, and so also hears of the host's statements on this engine.
     options = {} if context.connection is None else context.connection.get_execution_options()
     if _WAS_GIVEN not in options:
         return

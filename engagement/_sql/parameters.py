@@ -24,8 +24,8 @@ from sqlalchemy.types import TypeEngine
 from engagement._sql.table import number
 
 SEPARATOR = "\x1f"
-"""Joins the texts of many rows into one parameter, which the server splits: a third of what an array of texts costs
-the client. No text that passed our checks holds it; a missing value is the empty text."""
+"""Joins the texts of many rows into one parameter, which the server splits: a third of the client's
+cost for an array of texts. No text that passed our checks holds it; a missing value is the empty text."""
 
 
 def moment_text(moment: datetime | None) -> str:
@@ -57,8 +57,8 @@ def each_of(name: str, type_: TypeEngine[Any]) -> ColumnElement[Any]:
 def unseen(value: ColumnElement[Any]) -> ColumnElement[Any]:
     """Return `value`, which the planner then does not look at.
 
-    So one plan costs the same for all values, and PostgreSQL keeps it for the connection. Else it plans anew each time
-    for what seems cheaper with few rows, though that is the same plan, and planning takes longer than running.
+    So one plan costs the same for all values, and PostgreSQL keeps it for the connection. Else it plans anew each time,
+    since few rows seem cheaper, though the plan is the same and planning takes longer than running.
     """
     return select(value).scalar_subquery()
 

@@ -96,7 +96,7 @@ def insert_message() -> Executable:
 
 @cache
 def find_key() -> Executable:
-    """Return id and status of the message that holds a key, and whether the caller may read what `differences` reads.
+    """Return id and status of the message that holds a key, and whether the caller may read its content.
 
     A host may be granted no more columns than queueing needs.
     """
@@ -109,7 +109,7 @@ def find_key() -> Executable:
 def differences() -> Executable:
     """Return, for each field that is given, whether the message that holds the key has another value.
 
-    Of a message that was forgotten or pruned, what was blanked is not compared.
+    The blanked columns of a message that was forgotten or pruned are not compared.
     """
     given = {name: _typed(name, text_of(f"given_{name}")) for name in _CONTENT}
     differs = {name: type_coerce(C[name], value.type) != value for name, value in given.items()}

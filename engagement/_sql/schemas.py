@@ -13,7 +13,7 @@ from engagement.models import TABLE_NAME, checked_schema
 OUR_SCHEMA = "engagement_schema"
 """The execution option that says where our own transactions have found the table; None if they have not yet."""
 
-# Every name is PostgreSQL's own, whatever is planted where: no function is called that takes more than one type.
+# Every name is PostgreSQL's own, also if others are planted: no function is called that takes more than one type.
 _FIND_TABLE = text("""
 SELECT nspname FROM pg_catalog.pg_namespace
 JOIN pg_catalog.pg_class ON pg_namespace.oid OPERATOR(pg_catalog.=) relnamespace
@@ -29,7 +29,7 @@ def in_schema(schema: str | None) -> dict[str, Any]:
 
 
 def schema_in_force(schema: str | None, bind: Engine | Connection) -> str | None:
-    """Return where a statement finds the table: in `schema`, or where the host's `bind` sends what names none."""
+    """Return where a statement finds the table: in `schema`, or where the host's `bind` looks without one."""
     options = bind.get_execution_options()
     translated = options.get("schema_translate_map") or {}
     return checked_schema(schema) or options.get(OUR_SCHEMA) or translated.get(None)
@@ -48,5 +48,5 @@ def with_schema(statement: str, schema: str, connection: Connection) -> str:
 
 @lru_cache(maxsize=1_000)
 def _with_schema(statement: str, schema: str) -> str:
-    # SQLAlchemy's translation does so anew for each column, each time: a tenth of what a claim takes.
+    # SQLAlchemy's translation does so anew for each column, each time: a tenth of a claim.
     return _TABLE.sub(lambda name: f"{schema}.{name[0]}", statement)

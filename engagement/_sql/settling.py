@@ -89,7 +89,7 @@ def settle_if_claimed() -> Executable:
     """Record verdicts, one for each message at most, and return (id, status) of those that were recorded.
 
     Fenced on the attempt and on the name of the claim: one that was lost changes nothing. `Sent` is a fact: it also
-    resolves a doubt, stops the next attempt, and corrects what was called unsent. It needs no more than its attempt,
+    resolves a doubt, stops the next attempt, and corrects a status of unsent. It needs no more than its attempt,
     or an earlier one, which says that the claim was lost with a commit. A message that was forgotten meanwhile keeps
     nothing, and is not tried again.
     """
@@ -120,7 +120,7 @@ def settle_if_claimed() -> Executable:
         )
         .where(
             C.id == given.id,
-            # The fence: whoever was recovered and claimed again in the meantime has another attempt, or another name.
+            # The fence: a message that was recovered and claimed again has another attempt, or another name.
             or_(
                 and_(C.status == SENDING, C.attempt == given.attempt, C.claimed_by == given.name),
                 and_(is_late_but_sent, C.attempt <= given.attempt),
@@ -149,7 +149,7 @@ def _next_attempt(given: Any) -> ColumnElement[Any]:
 
 @cache
 def attempts_of() -> Executable:
-    """Return what became of messages whose verdicts were not recorded: (id, attempt, claimed_by, status, event).
+    """Return the state of messages whose verdicts were not recorded: (id, attempt, claimed_by, status, event).
 
     `event` is the last one in the history, if it is one of this attempt. They are locked: to find them recorded by an
     earlier commit would commit nothing, and not wait for a standby that lacks that one.
@@ -168,7 +168,7 @@ _is_of_another_claim = and_(
 
 @cache
 def doubt_if_not_sent() -> Executable:
-    """Note that a claim that was lost may have left, unless that is known: whoever holds the message now goes on.
+    """Note that a claim that was lost may have left, unless that is known: the present holder of the message goes on.
 
     It is not sent again after that, but by an idempotent transport.
     """

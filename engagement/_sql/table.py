@@ -1,4 +1,4 @@
-"""The queue's table, its words and its clock: what more than one statement says.
+"""The queue's table, its words, its conditions and its clock, for all statements.
 
 Statuses are literals, not parameters: PostgreSQL cannot prove that a parameter matches a partial index. Time is
 `statement_timestamp()`: `now()` stands still while a transaction is open, and an index cannot be searched with
