@@ -166,7 +166,9 @@ class Waiter:
             return
         run.connection.running = run
         try:
-            self._watch(run.connection, READ)  # Before it is written to: a child that is forked meanwhile closes it.
+            _watch(
+                self._selector, run.connection, READ
+            )  # Before it is written to: a child that is forked meanwhile closes it.
         except Exception:  # noqa: BLE001 - no room for another
             run.error = ConnectError()
             self._finish(run)
@@ -180,7 +182,7 @@ class Waiter:
     def _go_on(self, run: Run[Any], error: Exception | None = None) -> None:
         try:
             wanted, run.late = next(run.steps) if error is None else run.steps.throw(error)
-            self._watch(run.connection, wanted)
+            _watch(self._selector, run.connection, wanted)
         except StopIteration as end:
             run.value = end.value
             self._finish(run)
@@ -189,24 +191,25 @@ class Waiter:
             self._finish(run)
 
     def _finish(self, run: Run[Any]) -> None:
-        self._watch(run.connection, READ if run.connection.is_free else 0)
+        _watch(self._selector, run.connection, READ if run.connection.is_free else 0)
         run.connection.running = None
         self._over.append(run)
 
-    def _watch(self, connection: Watched, wanted: int) -> None:
-        if wanted == connection.watched_for:
-            return
-        if not wanted:
-            self._selector.unregister(connection.socket)
-        elif connection.watched_for:
-            self._selector.modify(connection.socket, wanted, connection)
-        else:
-            self._selector.register(connection.socket, wanted, connection)
-        connection.watched_for = wanted
-
     def _close(self, connection: Watched) -> None:
-        self._watch(connection, 0)
+        _watch(self._selector, connection, 0)
         connection.socket.close()
+
+
+def _watch(selector: selectors.BaseSelector, connection: Watched, wanted: int) -> None:
+    if wanted == connection.watched_for:
+        return
+    if not wanted:
+        selector.unregister(connection.socket)
+    elif connection.watched_for:
+        selector.modify(connection.socket, wanted, connection)
+    else:
+        selector.register(connection.socket, wanted, connection)
+    connection.watched_for = wanted
 
 
 _waiter: Waiter | None = None
