@@ -43,29 +43,25 @@ _CONTENT: _Row = {
 _TEXTS: _Row = _CONTENT | {"idempotency_key": ("key", Text())}
 _ROW: _Row = _TEXTS | {"scheduled_for": ("scheduled_for", MOMENT), "expires_at": ("expires_at", MOMENT)}
 _texts_of = attrgetter(*(attribute for attribute, _ in _TEXTS.values()))
+_packed = SEPARATOR.join
 # Any other conflict is an error: an id that is there, say, since the sequence was restored from a backup.
 _KEY: dict[str, Any] = {"index_elements": [C.idempotency_key]}
 
 
-def row(message: NewMessage) -> dict[str, str | None]:
-    """Return the parameters of `insert_message`, without the trace."""
-    return {name: value or None for name, value in zip(_ROW, _values(message), strict=True)}
-
-
 def packed_row(message: NewMessage) -> str:
-    """Return a message as one of the texts that `packed_rows` takes."""
-    return SEPARATOR.join(_values(message))
+    """Return a message as one text, of the texts that `_ROW` names; a moment that is missing is empty."""
+    return _packed((*_texts_of(message), moment_text(message.scheduled_for), moment_text(message.expires_at)))
 
 
 def packed_rows(rows: Iterable[str]) -> dict[str, str]:
     """Return the parameters of `insert_packed`, without the trace."""
-    values = SEPARATOR.join(rows).split(SEPARATOR)
-    return {name: SEPARATOR.join(values[place :: len(_ROW)]) for place, name in enumerate(_ROW)}
+    values = _packed(rows).split(SEPARATOR)
+    return {name: _packed(values[place :: len(_ROW)]) for place, name in enumerate(_ROW)}
 
 
-def _values(message: NewMessage) -> tuple[str, ...]:
-    """Return the texts that `_ROW` names; a moment that is missing is empty."""
-    return *_texts_of(message), moment_text(message.scheduled_for), moment_text(message.expires_at)
+def row(message: NewMessage) -> dict[str, str | None]:
+    """Return the parameters of `insert_message`, without the trace."""
+    return {name: value or None for name, value in packed_rows([packed_row(message)]).items()}
 
 
 def _typed(name: str, text: ColumnElement[Any]) -> ColumnElement[Any]:
