@@ -58,7 +58,6 @@ class Connection:
         self.is_free = False
         self.watched_for = 0
         self.running: Run[Answer] | None = None
-        self._tls = connected if isinstance(connected, ssl.SSLSocket) else None
         self._wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=LARGEST_HEAD)
         self._idle_seconds = idle_seconds
         self._distrust = distrust
@@ -163,8 +162,7 @@ class Connection:
 
     def _receive(self) -> Steps[bytes]:
         while True:
-            if self._tls is None or not self._tls.pending():
-                yield READ, ReadTimeout
+            yield READ, ReadTimeout
             try:
                 return self.socket.recv(65_536)
             except (BlockingIOError, ssl.SSLWantReadError):

@@ -119,12 +119,10 @@ class Waiter:
                 connection.running.error = ReadError()
                 self._over.append(connection.running)
             connection.socket.close()
-        for job, given in self._jobs:
+        for job, run in self._jobs:
             if job == self._begin:
-                given.error = ConnectError()
-                self._over.append(given)
-            elif job == self._close:
-                given.socket.close()
+                run.error = ConnectError()
+                self._over.append(run)
         self._tell()
         self._bell.close()
         self._heard.close()

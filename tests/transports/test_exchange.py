@@ -42,6 +42,7 @@ def test_no_cookie_is_kept():
         {"ключ": "a"},
         {"Content-Length": "1"},
         {"transfer-encoding": "chunked"},
+        {"Connection": "keep-alive"},
         {"Host": "other.example"},
     ],
 )

@@ -107,6 +107,23 @@ def test_usual_answers_are_read_without_h11(data):
     assert usual_answer(data + b"x") is None
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"Transfer-Encoding: chunked",
+        b"Connection: close",
+        b"Content-Length: 7",
+        b"ETag: again",
+        b" continued",
+        b"X:y",
+        b"X: \xe9",
+    ],
+)
+def test_an_answer_with_one_unusual_line_is_read_by_h11(line):
+    """Whatever else it says: h11 knows what that means."""
+    assert usual_answer(NODE.replace(b"\r\n\r\n", b"\r\n" + line + b"\r\n\r\n")) is None
+
+
 @pytest.mark.parametrize("data", [b"HTTP/1.1 200 " + b" " * 60_000, b"HTTP/1.1 200 A\r\n" + b"A: b c \r\n" * 8_000])
 def test_an_unusual_answer_is_seen_in_no_time(data):
     """The time grows with the length, and no faster."""

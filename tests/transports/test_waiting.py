@@ -14,7 +14,8 @@ from loopback import Reply, serving
 
 from engagement import InDoubt, NotSent, Sent
 from engagement.transports.client import Prepared
-from engagement.transports.waiting import STUCK_SECONDS, Waiter, the_waiter
+from engagement.transports.connection import Connection
+from engagement.transports.waiting import READ, STUCK_SECONDS, Waiter, the_waiter
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # what is tested here
@@ -95,6 +96,21 @@ def test_a_child_process_keeps_nothing_of_its_parent_open(is_idle):
         os.close(lives)
         os.close(ends)
         assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_connection_is_watched_before_it_is_written_to(monkeypatch):
+    """A child that is forked while the request is being written closes its copy too."""
+    seen = []
+    is_clean = Connection.is_clean
+
+    def look(self):
+        seen.append(self.watched_for)
+        return is_clean(self)
+
+    monkeypatch.setattr(Connection, "is_clean", look)
+    with serving(lambda _: Reply(201, "1")) as server:
+        deliver(client(server.url))
+    assert seen[0] == READ
 
 
 def test_all_clients_of_a_process_share_one_thread():
