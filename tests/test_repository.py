@@ -50,6 +50,16 @@ def test_a_message_is_found_by_id_and_by_key(session, repository):
     assert repository.get_message_by_key("another") is None
 
 
+def test_a_message_is_due_from_its_statement_on(engine):
+    """The begin of the host's transaction, which may be an hour ago, is no part of its waiting time."""
+    with Session(engine) as session:
+        begun = session.connection().exec_driver_sql("SELECT now()").scalar_one()
+        repository = EngagementMessageRepository(session)
+        found = repository.get_message(repository.queue_message(new_message()).message_id)
+
+    assert found.scheduled_for == found.next_attempt_at > begun
+
+
 def test_a_message_is_shown_as_it_is_now(engine):
     """What the session loaded earlier does not hide what a worker has done since."""
     (message_id,) = queue(engine, new_message())
