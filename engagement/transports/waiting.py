@@ -164,9 +164,8 @@ class Waiter:
             return
         run.connection.running = run
         try:
-            _watch(
-                self._selector, run.connection, READ
-            )  # Before it is written to: a child that is forked meanwhile closes it.
+            # Before it is written to: a child that is forked meanwhile closes its copy.
+            _watch(self._selector, run.connection, READ)
         except Exception:  # noqa: BLE001 - no room for another
             run.error = ConnectError()
             self._finish(run)
