@@ -3,7 +3,6 @@
 With `--pgbouncer` the tests reach it through a PgBouncer in transaction mode, but for making databases and migrating.
 """
 
-import gc
 import os
 import signal
 import sys
@@ -56,12 +55,6 @@ def pytest_configure(config) -> None:
 def pytest_xdist_make_scheduler(config, log) -> WorkStealingScheduling:
     """Give each worker half of the files: what a file sets up for all its tests is then set up once, but for few."""
     return WorkStealingScheduling(config, log)
-
-
-def pytest_collection_finish() -> None:
-    """Spare the garbage collector what all modules hold: a full collection took 0.4 s, and many tests ask for one."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_runtest_setup(item) -> None:

@@ -34,16 +34,24 @@ COMMANDS = {
 }
 
 
+@pytest.fixture(name="collect")
+def _collect():
+    """Hand out a collection of what the test leaves. To go through the modules of all tests takes 0.4 s."""
+    gc.freeze()
+    yield gc.collect
+    gc.unfreeze()
+
+
 # SQLAlchemy 2.0 leaves a connection to the collector if its first statement fails.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_answers_at_the_database_s_address_does_not_steer_the_terminal(run, tmp_path, command, way):
+def test_what_answers_at_the_database_s_address_does_not_steer_the_terminal(run, collect, tmp_path, command, way):
     """Whatever a far side says instead of being a database (refusals, notices, versions, states) is shown as text."""
     (tmp_path / "messages.jsonl").write_text("")
     with hostile_database(way) as url:
         ran = run(command, *COMMANDS[command], "--database-url", url)
-        gc.collect()
+        collect()
 
     assert ran.status in {1, 3}
     assert ran.err
