@@ -17,6 +17,9 @@ from engagement._delivery.readiness import Readiness
 from engagement._delivery.steps import Peek, Taken, Transact
 from engagement.outcomes import Outcome, Refused, Sent, Verdict, Withdraw
 
+# A tuple: to make a union of them takes longer than to look.
+_FINAL = (Sent, Refused, Withdraw)
+
 
 class State:
     """The state of one run. Each method folds in an event; `now` is the time by `clock`."""
@@ -69,10 +72,10 @@ class State:
 
     def answered(self, claim: Claim, outcome: Outcome, verdict: Verdict) -> None:
         """Note that a call is over."""
-        if not isinstance(outcome, Sent | Refused | Withdraw):
+        if not isinstance(outcome, _FINAL):
             self.readiness.doubt()
         self.pace.answered(claim)
-        if claim in self.hand.overdue:
+        if self.hand.overdue and claim in self.hand.overdue:
             self.hand.overdue.remove(claim)
             self.cursor.go_back([claim.place])
             self.look_at = 0.0
