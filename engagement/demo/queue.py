@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, Select, select
+from sqlalchemy import ColumnElement, Engine, Select, func, select
 from sqlalchemy.orm import Session
 
 from engagement.models import EngagementMessage
@@ -38,6 +38,16 @@ class Queue:
         """Return the one message that fits."""
         with Session(self._engine) as session:
             return session.scalars(select(M).where(which)).one()
+
+    def count_due(self) -> int:
+        """Return how many messages would be sent now: those that are due, and not too late."""
+        is_due = (
+            M.status == "pending",
+            M.next_attempt_at <= func.now(),
+            func.coalesce(M.expires_at > func.now(), True),
+        )
+        with Session(self._engine) as session:
+            return session.scalars(select(func.count()).where(*is_due)).one()
 
     def sleep(self, wait: Select[Any]) -> None:
         """Wait by the database's clock, which due times and leases go by."""
