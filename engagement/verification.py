@@ -35,7 +35,8 @@ from sqlalchemy import (
 )
 
 from engagement._sql.host_sessions import in_session, schema_in_session
-from engagement._sql.table import NOW, PENDING, QUEUE, SENDING, C
+from engagement._sql.parameters import text_of
+from engagement._sql.table import NOW, PENDING, QUEUE, SENDING, C, word
 from engagement.messages.checks import JID_FORMS
 from engagement.models import EARLIEST, LATEST, TABLE_NAME, MessageStatus, qualified_name
 
@@ -153,7 +154,7 @@ def _unguarded() -> tuple[_Promise, ...]:
         _Promise(
             "claim_counts",
             "was claimed, but has no attempt",
-            and_(C.status.in_([_word(status) for status in claimed]), C.attempt < 1),
+            and_(C.status.in_([word(status) for status in claimed]), C.attempt < 1),
         ),
         _Promise("failure_is_attempt", "failed more often than it was claimed", C.retry_count > C.attempt),
         _Promise(
@@ -170,9 +171,9 @@ _BAD_ENTRY = '$[*] ? (!(@.at.type() == "string" && @.attempt.type() == "number" 
 
 def _history_has(path: str) -> ColumnElement[bool]:
     # A JSON path raises no error in the caller's transaction, even over a hand-written history.
-    attempt = func.jsonb_build_object(_word("attempt"), C.attempt)
-    has: ColumnElement[bool] = func.jsonb_path_exists(C.history, literal_column(f"'{path}'"), attempt)
-    return and_(func.jsonb_typeof(C.history) == _word("array"), has)
+    attempt = func.jsonb_build_object(word("attempt"), C.attempt)
+    has: ColumnElement[bool] = func.jsonb_path_exists(C.history, word(path), attempt)
+    return and_(func.jsonb_typeof(C.history) == word("array"), has)
 
 
 def _has_key_of_an_earlier_message() -> ColumnElement[bool]:
@@ -185,11 +186,11 @@ def _key_reads_as_anothers() -> ColumnElement[bool]:
 
     If neither is, it is more likely a key of the host's own that happens to have three parts and end in a date.
     """
-    form = literal_column(r"'^(.+):([a-z][a-z0-9_]*):[0-9]{4}-[0-9]{2}-[0-9]{2}$'", Text)
+    form = word(r"^(.+):([a-z][a-z0-9_]*):[0-9]{4}-[0-9]{2}-[0-9]{2}$")
     reading: ColumnElement[Any] = func.regexp_match(C.idempotency_key, form, type_=ARRAY(Text))
     one_fits = (reading[1] == C.user_id) != (reading[2] == C.message_type)
     # Compared first, since the expression is a hundred times slower and most keys are the message's own.
-    own = C.user_id + _word(":") + C.message_type
+    own = C.user_id + word(":") + C.message_type
     return and_(func.left(C.idempotency_key, -len(":YYYY-MM-DD")) != own, one_fits)
 
 
@@ -228,25 +229,21 @@ def _guards() -> list[tuple[str, str]]:
 @cache
 def _guards_in_force() -> Executable:
     """Return (kind, name) of the constraints and indexes that hold, and of the columns that are NOT NULL."""
-    queue = func.to_regclass(bindparam("queue", type_=Text))
+    queue = func.to_regclass(text_of("queue"))
     constraints = _catalog("pg_constraint", "conname", "conrelid", "conindid", "convalidated")
     indexes = _catalog("pg_index", "indexrelid", "indrelid", "indisvalid")
     relations = _catalog("pg_class", "oid", "relname")
     columns = _catalog("pg_attribute", "attname", "attrelid", "attnotnull")
     return union_all(
-        select(_word(_CONSTRAINT), constraints.c.conname)
+        select(word(_CONSTRAINT), constraints.c.conname)
         .outerjoin_from(constraints, indexes, indexes.c.indexrelid == constraints.c.conindid)
         .where(constraints.c.conrelid == queue, constraints.c.convalidated, func.coalesce(indexes.c.indisvalid, True)),
-        select(_word(_INDEX), relations.c.relname)
+        select(word(_INDEX), relations.c.relname)
         .join_from(relations, indexes, indexes.c.indexrelid == relations.c.oid)
         .where(indexes.c.indrelid == queue, indexes.c.indisvalid),
-        select(_word(_NOT_NULL), columns.c.attname).where(columns.c.attrelid == queue, columns.c.attnotnull),
+        select(word(_NOT_NULL), columns.c.attname).where(columns.c.attrelid == queue, columns.c.attnotnull),
     )
 
 
 def _catalog(name: str, *columns: str) -> FromClause:
     return table(name, *(column(each) for each in columns), schema="pg_catalog")
-
-
-def _word(word: str) -> ColumnElement[str]:
-    return literal_column(f"'{word}'", Text)

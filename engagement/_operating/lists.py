@@ -7,10 +7,10 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, TypedDict, Unpack
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Text, func, literal_column, select
+from sqlalchemy import ColumnElement, func, select
 
 from engagement._sql.host_sessions import in_session, readable
-from engagement._sql.table import QUEUE, C, is_older, is_prunable
+from engagement._sql.table import QUEUE, C, is_older, is_prunable, word
 from engagement.messages.checks import checked_id, checked_moment, checked_text, checked_user_id
 from engagement.models import EngagementMessage, MessageStatus
 
@@ -90,7 +90,7 @@ LONGEST_PAGE = 10_000
 def _conditions(filters: Filters) -> Iterator[ColumnElement[bool]]:
     if statuses := filters.get("status"):
         # Literals: PostgreSQL cannot prove that a parameter matches a partial index.
-        words = [literal_column(f"'{MessageStatus(status)}'", Text) for status in statuses]
+        words = [word(MessageStatus(status)) for status in statuses]
         yield words[0] == C.status if len(words) == 1 else C.status.in_(words)
     if (user_id := filters.get("user_id")) is not None:
         yield C.user_id == checked_user_id(user_id)

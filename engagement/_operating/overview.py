@@ -22,19 +22,21 @@ from sqlalchemy import (
     column,
     extract,
     func,
-    literal_column,
     select,
     table,
     true,
     union_all,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
+from sqlalchemy.dialects.postgresql import ARRAY
 
+from engagement._operating.masking import masked
 from engagement._sql import claiming, looking
 from engagement._sql.host_sessions import in_session, readable, schema_in_session
+from engagement._sql.parameters import text_of
 from engagement._sql.table import (
     FAILED,
     IN_DOUBT,
+    MOMENT,
     NOW,
     PENDING,
     QUEUE,
@@ -42,7 +44,9 @@ from engagement._sql.table import (
     SENT,
     C,
     is_due,
+    is_lost,
     is_prunable,
+    number,
     time_since,
 )
 from engagement.messages.checks import checked_moment
@@ -50,8 +54,6 @@ from engagement.models import MessageStatus, qualified_name
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
-
-from engagement._operating.masking import masked
 
 RATE_OVER = timedelta(hours=1)
 RATE_ROWS = 10_000
@@ -154,7 +156,7 @@ def _estimates() -> Executable:
         )
         .join(common, true())
         .where(
-            relation.c.oid == func.to_regclass(bindparam("queue", type_=Text)),
+            relation.c.oid == func.to_regclass(text_of("queue")),
             relation.c.reltuples > bindparam("most", type_=BigInteger),
             statistics.c.attname == "status",
         )
@@ -170,7 +172,7 @@ def _counts_of_unfinished() -> Executable:
 
 def _count_up_to_most(condition: ColumnElement[bool]) -> Select[Any]:
     """Return how many rows fit, counted to `most`; to the end if that is NULL."""
-    some: Select[Any] = select(literal_column("1")).select_from(QUEUE).where(condition)
+    some: Select[Any] = select(number(1)).select_from(QUEUE).where(condition)
     return select(func.count()).select_from(some.limit(bindparam("most", type_=BigInteger)).subquery())
 
 
@@ -200,7 +202,7 @@ def _queue_facts() -> Executable:
         "due": _count_up_to_most(is_due),
         "oldest_due": select(time_since(func.min(C.next_attempt_at))).where(is_due),
         "waiting_for": claiming.waiting_for(),
-        "leases_expired": select(func.count()).where(C.status == SENDING, C.lease_expires_at <= NOW),
+        "leases_expired": select(func.count()).where(is_lost),
         "pending_in_doubt": select(func.count()).select_from(pending).where(pending.c.has_doubt),
         "oldest_in_doubt": select(time_since(func.min(C.next_attempt_at))).where(C.status == IN_DOUBT),
     }
@@ -212,7 +214,7 @@ def _queue_facts() -> Executable:
 
 @cache
 def _table_facts() -> Executable:
-    queue = func.to_regclass(bindparam("queue", type_=Text))
+    queue = func.to_regclass(text_of("queue"))
     statistics = table(
         "pg_stat_all_tables",
         *(column(name) for name in ("relid", "n_dead_tup", "last_vacuum", "last_autovacuum")),
@@ -254,21 +256,21 @@ def activity(session: Session, since: datetime, bucket: timedelta, *, schema: st
     if (buckets := past // bucket + 1) > MOST_BUCKETS:
         raise ValueError(f"bucket: makes {buckets} buckets, more than {MOST_BUCKETS}")
     rows = session.execute(_activity(), values, **keywords)
-    counts = {number: (due, sent) for number, due, sent in rows}
-    return [Activity(since + number * bucket, *counts.get(number, (0, 0))) for number in range(buckets)]
+    counts = {place: (due, sent) for place, due, sent in rows}
+    return [Activity(since + place * bucket, *counts.get(place, (0, 0))) for place in range(buckets)]
 
 
 @cache
 def _time_since() -> Executable:
-    return select(time_since(bindparam("since", type_=TIMESTAMP(timezone=True))))
+    return select(time_since(bindparam("since", type_=MOMENT)))
 
 
 @cache
 def _activity() -> Executable:
-    since = bindparam("since", type_=TIMESTAMP(timezone=True))
+    since = bindparam("since", type_=MOMENT)
     is_recent = and_(since <= C.next_attempt_at, C.next_attempt_at <= NOW)
-    was_due = select(C.next_attempt_at.label("at"), literal_column("1").label("due"), literal_column("0").label("sent"))
-    was_sent = select(C.sent_at, literal_column("0"), literal_column("1"))
+    was_due = select(C.next_attempt_at.label("at"), number(1).label("due"), number(0).label("sent"))
+    was_sent = select(C.sent_at, number(0), number(1))
     latest = bindparam("latest", type_=Interval)
     seen = union_all(
         # One for each index: with OR, the planner reads the whole table.
@@ -284,5 +286,5 @@ def _activity() -> Executable:
         ),
     ).subquery("seen")
     bucket = bindparam("bucket", type_=Interval)
-    number = func.floor(extract("epoch", seen.c.at - since) / extract("epoch", bucket)).cast(Integer)
-    return select(number, func.sum(seen.c.due), func.sum(seen.c.sent)).group_by(number)
+    place = func.floor(extract("epoch", seen.c.at - since) / extract("epoch", bucket)).cast(Integer)
+    return select(place, func.sum(seen.c.due), func.sum(seen.c.sent)).group_by(place)

@@ -24,7 +24,6 @@ from sqlalchemy import (
     cast,
     column,
     func,
-    literal_column,
     null,
     or_,
     select,
@@ -47,6 +46,7 @@ from engagement._sql.table import (
     C,
     ctid,
     is_due,
+    is_lost,
     number,
     unless_in_doubt,
     word,
@@ -124,7 +124,7 @@ def claim(*, one_per_destination: bool) -> Executable:
             status=case((ends, unless_in_doubt(EXPIRED, C.has_doubt)), else_=SENDING),
             attempt=C.attempt + case((ends, number(0)), else_=number(1)),
             lease_expires_at=case((ends, null()), else_=_LEASE),
-            claimed_by=case((ends, C.claimed_by), else_=bindparam("worker", type_=Text)),
+            claimed_by=case((ends, C.claimed_by), else_=text_of("worker")),
             history=case((ends, history_with(event, reason)), else_=C.history),
         )
         .returning(*OUTGOING, _durably())
@@ -161,9 +161,9 @@ def take_over_expired_leases() -> Executable:
     """
     lost = _lost().limit(unseen(limit))
     # Cut, so that no number of a hand-written name is too large.
-    so_far = cast(func.substring(C.claimed_by, literal_column(f"'{LOST_WORKERS}'")), Integer)
+    so_far = cast(func.substring(C.claimed_by, word(LOST_WORKERS)), Integer)
     lost_workers = func.least(func.coalesce(so_far, number(0)), number(MOST_LOST_WORKERS - 1)) + number(1)
-    name = func.concat(bindparam("recoverer", type_=Text), literal_column(f"'{RECOVERY}'"), lost_workers)
+    name = func.concat(text_of("recoverer"), word(RECOVERY), lost_workers)
     return _leased(lost, name).returning(*OUTGOING, _durably(), C.claimed_by)
 
 
@@ -171,7 +171,7 @@ def _lost() -> Select[Any]:
     return (
         select(C.id)
         # A message that the caller holds is not lost, also if the lease could not be extended in time.
-        .where(C.status == SENDING, C.lease_expires_at <= NOW, C.id != each_of("held", BigInteger()))
+        .where(is_lost, C.id != each_of("held", BigInteger()))
         .order_by(C.lease_expires_at)
         .with_for_update(**LOCKED_UNLESS_BY_OTHERS)
     )
@@ -192,7 +192,7 @@ def adopt_unacknowledged() -> Executable:
     unacknowledged = C.claimed_by == any_(bindparam("names", type_=ARRAY(Text)))
     # Known verdicts wait behind this to be committed. So a message that somebody has locked is adopted a round later.
     mine = select(C.id).where(C.status == SENDING, unacknowledged).with_for_update(**LOCKED_UNLESS_BY_OTHERS)
-    return _leased(mine, bindparam("worker", type_=Text)).returning(*OUTGOING, _durably())
+    return _leased(mine, text_of("worker")).returning(*OUTGOING, _durably())
 
 
 def _leased(locked: Select[Any], name: ColumnElement[str]) -> Update:
@@ -221,8 +221,7 @@ def extend_leases() -> Executable:
 @cache
 def peek() -> Executable:
     """Return whether there is anything to do: a message is due after (`after_at`, `after_id`), or a lease ran out."""
-    lost = select(C.id).where(C.status == SENDING, C.lease_expires_at <= NOW)
-    return select(or_(select(C.id).where(is_due, _after()).exists(), lost.exists()))
+    return select(or_(select(C.id).where(is_due, _after()).exists(), select(C.id).where(is_lost).exists()))
 
 
 @cache

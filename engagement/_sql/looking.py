@@ -16,6 +16,7 @@ from sqlalchemy import (
     any_,
     bindparam,
     case,
+    false,
     func,
     literal_column,
     or_,
@@ -23,6 +24,7 @@ from sqlalchemy import (
 )
 
 from engagement._sql.history import doubted_at
+from engagement._sql.parameters import text_of
 from engagement._sql.table import IN_DOUBT, MOMENT, NOW, PENDING, SENDING, SENT, C, is_due, time_since
 from engagement.models import EngagementMessage
 
@@ -45,11 +47,11 @@ def count_others_of_user(*, of_types: bool) -> Executable:
     doubt_at = func.coalesce(doubted_at(), literal_column("'infinity'::timestamptz"))
     left = case(
         (C.status == SENT, C.sent_at >= since),
-        (C.status == SENDING, literal_column("false")),
+        (C.status == SENDING, false()),
         # Pending too: an idempotent transport is asked again after a doubt.
         else_=and_(or_(C.status == IN_DOUBT, C.has_doubt), doubt_at >= since),
     )
-    wanted = [C.user_id == bindparam("of_user", type_=Text)]  # The message itself is neither ahead nor behind.
+    wanted = [C.user_id == text_of("of_user")]  # The message itself is neither ahead nor behind.
     if of_types:
         wanted.append(C.message_type == any_(bindparam("types", type_=ARRAY(Text))))
     return select(

@@ -122,7 +122,7 @@ def insert_packed(*, most_are_there: bool = False) -> Executable:
     unnested = func.unnest(*map(packed, _ROW)).table_valued(*texts, with_ordinality="ordinal")
     rows = unnested.render_derived(name="given").c
     columns = _inserted(rows.__getitem__)
-    # Keys are taken in the order in which they are given, or concurrent batches would deadlock: the repository sorts.
+    # Keys are taken in the order in which they are given, or two batches would deadlock: `_queueing.batch` sorts.
     ordered = select(*(value.label(name) for name, value in columns.items())).order_by(rows.ordinal)
     if most_are_there:
         # Without this, each would be numbered and checked before it is turned down.

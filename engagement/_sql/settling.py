@@ -191,7 +191,7 @@ def doubt_if_not_sent() -> Executable:
 @cache
 def tell_sent_twice() -> Executable:
     """Note that two claims of a message were sent, and return its id; nothing if the other one only found that out."""
-    found_out = C.claimed_by.regexp_match(literal_column(f"'{LOST_WORKERS}'"))
+    found_out = C.claimed_by.regexp_match(word(LOST_WORKERS))
     return (
         update(QUEUE)
         .where(is_wanted, C.status == SENT, _is_of_another_claim, not_(found_out))

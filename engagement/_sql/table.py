@@ -71,6 +71,7 @@ PENDING, SENDING, SENT = (word(status) for status in ("pending", "sending", "sen
 FAILED, EXPIRED, CANCELLED, IN_DOUBT = (word(status) for status in ("failed", "expired", "cancelled", "in_doubt"))
 
 is_due = and_(C.status == PENDING, C.next_attempt_at <= NOW)
+is_lost = and_(C.status == SENDING, C.lease_expires_at <= NOW)
 # In the words of the partial index, or it would not serve.
 is_prunable = and_(C.status.in_([word(status) for status in FINISHED]), C.destination_jid.is_not(None))
 is_older = C.next_attempt_at < NOW - bindparam("older_than", type_=Interval)

@@ -34,7 +34,7 @@ from engagement._logging import logger
 from engagement._sql.errors import describe
 from engagement._sql.own_transactions import SAFE_PATH, check_engine
 from engagement._sql.schemas import find_schema, schema_in_force, with_schema
-from engagement._sql.table import FAILED, IN_DOUBT, NOW, PENDING, SENDING, C, is_due
+from engagement._sql.table import FAILED, IN_DOUBT, NOW, PENDING, SENDING, C, is_due, is_lost, number, word
 from engagement._watching.observers import QueueEnd, Round
 from engagement.messages import Queued, QueuedMany
 from engagement.models import MessageStatus
@@ -210,7 +210,7 @@ def _queue_as_samples() -> CompoundSelect[Any]:
         _count(DUE, is_due),
         _count(SCHEDULED, C.status == PENDING, is_scheduled),
         _count(CLAIMED, C.status == SENDING, by=C.lease_expires_at),
-        _count(EXPIRED_LEASES, C.status == SENDING, C.lease_expires_at <= NOW, by=C.lease_expires_at),
+        _count(EXPIRED_LEASES, is_lost, by=C.lease_expires_at),
         _count_by_type(DOUBTS, C.status == IN_DOUBT),
         _count_by_type(FAILURES, C.status == FAILED, is_recent),
     )
@@ -218,7 +218,7 @@ def _queue_as_samples() -> CompoundSelect[Any]:
 
 def _value(metric: Metric, value: ColumnElement[Any], message_type: ColumnElement[Any] | None = None) -> Select[Any]:
     of_type = null() if message_type is None else message_type
-    return select(literal_column(f"'{metric.name}'", Text), cast(of_type, Text), cast(value, Float))
+    return select(word(metric.name), cast(of_type, Text), cast(value, Float))
 
 
 def _count(metric: Metric, *wanted: ColumnElement[bool], by: ColumnElement[Any] = C.next_attempt_at) -> Select[Any]:
@@ -232,4 +232,4 @@ def _count_by_type(metric: Metric, *wanted: ColumnElement[bool]) -> Select[Any]:
 
 def _first(what: ColumnElement[Any], *wanted: ColumnElement[bool], by: ColumnElement[Any], limit: int) -> Subquery:
     # In the order of an index, which ends the count early.
-    return select(what).where(*wanted).order_by(by).limit(literal_column(str(limit))).subquery()
+    return select(what).where(*wanted).order_by(by).limit(number(limit)).subquery()
