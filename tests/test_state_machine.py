@@ -437,7 +437,7 @@ class Histories(RuleBasedStateMachine):
         message = self.model[given.idempotency_key]
         is_its_attempt, is_its_own = message.attempt == given.attempt, message.holder is claim
         is_late_but_sent = isinstance(outcome, Sent) and message.status != "sent"
-        if is_its_attempt and ((message.status == "sending" and is_its_own) or is_late_but_sent):
+        if is_late_but_sent or (is_its_attempt and message.status == "sending" and is_its_own):
             message.settle(outcome, given.attempt, self.now(), delay)
             message.holder = claim
             assert recorded == {claim: message.status}

@@ -166,7 +166,7 @@ def _not_recorded(
             # A worker that took a message over did not send it: it found out that somebody had.
             if not claim.lost_workers and connection.execute(settling.tell_sent_twice(), lost).first():
                 logger.error("engagement.sent_twice message_id=%s attempt=%s", row.id, attempt)
-            if (row.attempt, row.status) == (attempt, MessageStatus.SENT):
+            if row.status == MessageStatus.SENT and (row.attempt == attempt or row.claimed_by == name):
                 yield claim, row.status
         elif verdict.has_doubt and not claim.lost_workers:
             connection.execute(settling.doubt_if_not_sent(), lost | {"reason": clean_reason(verdict.reason)})

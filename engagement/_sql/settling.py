@@ -91,9 +91,9 @@ def settle_if_claimed() -> Executable:
     """Record verdicts, one for each message at most, and return (id, status) of those that were recorded.
 
     Fenced on the attempt and on the name of the claim: one that was lost changes nothing. `Sent` is a fact: it also
-    resolves a doubt, stops the next attempt, and corrects a status of unsent. It needs no more than its attempt,
-    or an earlier one, which says that the claim was lost with a commit. A message that was forgotten meanwhile keeps
-    nothing, and is not tried again.
+    resolves a doubt, stops the next attempt, and corrects a status of unsent, whatever attempt the row has: an earlier
+    one, whose claim was lost with a commit, or a later one, since a person called this one unsent. A message that was
+    forgotten meanwhile keeps nothing, and is not tried again.
     """
     given = _given().c
     has_doubt = func.coalesce(given.has_doubt, C.has_doubt)
@@ -105,7 +105,7 @@ def settle_if_claimed() -> Executable:
         update(QUEUE)
         .values(
             status=unless_in_doubt(wanted, has_doubt),
-            attempt=given.attempt,
+            attempt=func.greatest(C.attempt, given.attempt),
             claimed_by=given.name,
             has_doubt=has_doubt,
             lease_expires_at=null(),
@@ -125,7 +125,7 @@ def settle_if_claimed() -> Executable:
             # The fence: a message that was recovered and claimed again has another attempt, or another name.
             or_(
                 and_(C.status == SENDING, C.attempt == given.attempt, C.claimed_by == given.name),
-                and_(is_late_but_sent, C.attempt <= given.attempt),
+                is_late_but_sent,
             ),
         )
         .returning(C.id, C.status)
@@ -163,9 +163,8 @@ def attempts_of() -> Executable:
     return select(*columns).where(these).order_by(C.id).with_for_update(**LOCKED)
 
 
-_is_of_another_claim = and_(
-    C.attempt <= bindparam("of_attempt", type_=Integer), C.claimed_by.is_distinct_from(text_of("of_name"))
-)
+_is_of_another_claim = C.claimed_by.is_distinct_from(text_of("of_name"))
+_of_attempt = bindparam("of_attempt", type_=Integer)
 
 
 @cache
@@ -177,11 +176,13 @@ def doubt_if_not_sent() -> Executable:
     ends = C.status.not_in([PENDING, SENDING])
     return (
         update(QUEUE)
-        .where(is_wanted, _is_of_another_claim, ~C.has_doubt, C.status.not_in([SENT, IN_DOUBT]))
+        .where(
+            is_wanted, _is_of_another_claim, C.attempt <= _of_attempt, ~C.has_doubt, C.status.not_in([SENT, IN_DOUBT])
+        )
         .values(
             status=case((ends, IN_DOUBT), else_=C.status),
             # Who is sending it settles the attempt that it has claimed.
-            attempt=case((C.status == SENDING, C.attempt), else_=bindparam("of_attempt", type_=Integer)),
+            attempt=case((C.status == SENDING, C.attempt), else_=_of_attempt),
             has_doubt=True,
             history=history_with(IN_DOUBT, case((is_forgotten, null()), else_=text_of("reason"))),
         )

@@ -41,9 +41,9 @@ class Running:
             self.result = self.run.result(PATIENCE_SECONDS)
 
 
-def lose(engine, *ids) -> list[Claim]:
+def lose(engine, *ids, name="dead worker") -> list[Claim]:
     """Claim what is due as a worker that is never heard of again; return the claims when their lease has run out."""
-    dead = Holder("dead worker", timedelta(milliseconds=1))
+    dead = Holder(name, timedelta(milliseconds=1))
     with engine.begin() as connection:
         claimed = claims.claim(
             connection,

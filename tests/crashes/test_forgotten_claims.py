@@ -6,13 +6,23 @@ from datetime import timedelta
 
 import pytest
 from conftest import execute, new_message, queue, row, until
+from sqlalchemy.orm import Session
 
-from crashes.accidents import LATER, PATIENCE_SECONDS, Running, events_of, lose
-from engagement import InDoubt, NotSent, Postpone, Refused, Sent, Withdraw, process_message_queue
+from crashes.accidents import LATER, PATIENCE_SECONDS, Running, Transport, events_of, lose
+from engagement import (
+    EngagementMessageRepository,
+    InDoubt,
+    NotSent,
+    Postpone,
+    Refused,
+    Sent,
+    Withdraw,
+    process_message_queue,
+)
 from engagement._claim import START
 from engagement._delivery import database as claims
 from engagement._delivery.database import Holder
-from engagement.models import EARLIEST
+from engagement.models import EARLIEST, MessageStatus
 from engagement.outcomes import Verdict
 
 
@@ -154,3 +164,68 @@ def test_two_verdicts_of_one_message_are_recorded_one_after_the_other(engine):
 
     assert recorded == {second: "failed", first: "sent"}
     assert row(engine, message_id).status == "sent"
+
+
+SENT = Verdict(status=MessageStatus.SENT, event=Sent.event, has_doubt=False)
+
+
+def called_unsent(engine, message_id):
+    """Return the claim of a worker that may have sent; a person has called it unsent since."""
+    (first,) = lose(engine, message_id)
+    process_message_queue(engine, Transport())
+    with Session(engine) as session, session.begin():
+        assert EngagementMessageRepository(session).resolve_message(message_id, sent=False)
+    return first
+
+
+def settle(engine, claim, verdict=SENT):
+    with engine.begin() as connection:
+        return claims.settle(connection, [(claim, verdict)]).get(claim)
+
+
+@pytest.mark.parametrize(
+    ("later", "status"), [(NotSent("no"), "pending"), (Refused("no"), "failed"), (InDoubt("?"), "in_doubt")]
+)
+def test_a_late_sent_counts_after_a_later_attempt(engine, later, status):
+    """A fact is no less true since the message was claimed again: nobody sends it a third time."""
+    (message_id,) = queue(engine, new_message())
+    first = called_unsent(engine, message_id)
+    process_message_queue(engine, lambda _: later, limit=1, backoff=lambda _: timedelta(0))
+    assert (row(engine, message_id).status, row(engine, message_id).attempt) == (status, 2)
+
+    assert [settle(engine, first) for _ in range(2)] == ["sent", "sent"]
+
+    assert process_message_queue(engine, Transport()).processed == 0
+    assert (row(engine, message_id).status, row(engine, message_id).attempt) == ("sent", 2)
+    assert events_of(engine, message_id)[-1] == "resolved"
+    assert "sent_twice" not in events_of(engine, message_id)
+
+
+@pytest.mark.parametrize(("later", "events"), [(NotSent("no"), []), (Sent(), ["sent_twice"])])
+def test_a_late_sent_stops_what_follows_a_later_attempt(engine, later, events):
+    """The later attempt goes on, and its failure makes nothing due; its own `Sent` is told."""
+    (message_id,) = queue(engine, new_message())
+    first = called_unsent(engine, message_id)
+    (second,) = lose(engine, message_id, name="another one")
+    assert settle(engine, first) == "sent"
+    before = events_of(engine, message_id)
+
+    is_sent = isinstance(later, Sent)
+    verdict = SENT if is_sent else Verdict(status=MessageStatus.PENDING, event=later.event, delay=timedelta(0))
+    assert settle(engine, second, verdict) == ("sent" if is_sent else None)
+
+    assert events_of(engine, message_id) == before + events
+    assert process_message_queue(engine, Transport()).processed == 0
+
+
+def test_a_late_sent_of_an_attempt_before_the_one_that_was_sent_is_told(engine, caplog):
+    """Two attempts have left: a person was wrong, and should learn of it."""
+    (message_id,) = queue(engine, new_message())
+    first = called_unsent(engine, message_id)
+    process_message_queue(engine, Transport())
+    assert (row(engine, message_id).status, row(engine, message_id).attempt) == ("sent", 2)
+
+    settle(engine, first)
+
+    assert events_of(engine, message_id)[-1] == "sent_twice"
+    assert f"engagement.sent_twice message_id={message_id} attempt=1" in caplog.messages

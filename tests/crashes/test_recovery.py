@@ -9,7 +9,7 @@ from conftest import execute, in_thread, new_message, queue, row, until
 from sqlalchemy.orm import Session
 
 from crashes.accidents import LATER, PATIENCE_SECONDS, Running, Transport, events_of, is_true, lose
-from engagement import EngagementMessageRepository, NotSent, Refused, Sent, Withdraw, process_message_queue
+from engagement import EngagementMessageRepository, InDoubt, NotSent, Refused, Sent, Withdraw, process_message_queue
 from engagement._claim import START
 from engagement._delivery import database as claims
 from engagement._delivery.database import Holder
@@ -190,9 +190,9 @@ def test_a_late_sent_corrects_who_said_that_nothing_was_sent(engine):
     assert events_of(engine, message_id) == ["in_doubt", "resolved", "cancelled", "resolved"]
 
 
-@pytest.mark.parametrize("outcome", [Sent("late"), NotSent("busy")])
+@pytest.mark.parametrize("outcome", [NotSent("busy"), Refused("no"), Withdraw("opted out"), InDoubt("?")])
 def test_a_late_answer_does_not_settle_the_next_attempt(engine, outcome):
-    """While the next attempt is in hand, what became of the one before is no answer to it."""
+    """While the next attempt is in hand, an answer to the one before is none to it; of `Sent` see forgotten claims."""
     (message_id,) = queue(engine, new_message())
     with engine.begin() as connection:
         claimed = claims.claim(
