@@ -58,16 +58,24 @@ def test_what_only_refers_to_a_message_is_in_nobodys_way_who_changes_it(engine):
         assert repository.forget_user("forgotten").cancelled == 1
 
 
-def test_an_adoption_waits_for_nobody(engine):
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda connection, holder, held: claims.adopt(connection, holder, names=[held[0].claimed_by]),
+        lambda connection, holder, _: claims.take_over(connection, holder, limit=2, held=[]),
+    ],
+    ids=["adopt", "take over"],
+)
+def test_who_takes_what_was_lost_waits_for_nobody(engine, take):
     """What is known is committed with it, and must not wait for a lock on another message."""
     first, second = queue(engine, new_message("first"), new_message("second"))
     held = lose(engine, first, second)
     with Session(engine) as host, engine.begin() as connection:
         assert not EngagementMessageRepository(host).cancel_message(first).is_cancelled
         connection.execute(text("SET LOCAL lock_timeout = '10s'"))  # Else a failure would hang.
-        adopted = claims.adopt(connection, Holder("again", LATER), names=[held[0].claimed_by])
+        taken = take(connection, Holder("again", LATER), held)
 
-    assert [claim.message.id for claim in adopted] == [second]
+    assert [claim.message.id for claim in taken] == [second]
 
 
 @pytest.mark.parametrize(
