@@ -8,7 +8,7 @@ import pytest
 from conftest import new_message, queue
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy import Delete, Text, Update, select
+from sqlalchemy import Delete, Text, Update, create_engine, select
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
@@ -145,6 +145,20 @@ def test_a_duplicate_is_found_where_the_insert_met_it(engine, replica, status):
 
     assert (queued.created, queued.message_id, queued.status) == (False, there, MessageStatus.PENDING)
     assert (many.created, many.duplicates) == (0, 1)
+
+
+def test_a_list_is_read_from_a_follower_of_any_date_style(engine, replica):
+    """`list_messages` goes where a SELECT goes, as `get_message` does, and makes the moments readable there."""
+    (there,) = queue(replica, new_message())
+    german = create_engine(replica.url, poolclass=NullPool, connect_args={"options": "-c datestyle=German"})
+
+    with routing_session(engine, german)() as session:
+        listed = list_messages(session)
+        got = EngagementMessageRepository(session).get_message(there)
+        style = session.connection().exec_driver_sql("SHOW datestyle").scalar()
+
+    assert listed == [got]
+    assert style == "German, DMY"
 
 
 def test_changes_are_made_by_the_leader(engine, replica):

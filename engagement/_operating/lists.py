@@ -9,7 +9,7 @@ from uuid import UUID
 
 from sqlalchemy import ColumnElement, func, select
 
-from engagement._sql.host_sessions import in_session, readable
+from engagement._sql.host_sessions import HostSession, in_session
 from engagement._sql.table import QUEUE, C, is_older, is_prunable, word
 from engagement.messages.checks import checked_id, checked_moment, checked_text, checked_user_id
 from engagement.models import EngagementMessage, MessageStatus
@@ -56,11 +56,8 @@ def list_messages(
         chosen = chosen.where(C.id > checked_id(after))
     is_upwards = after is not None and before is None
     page = chosen.order_by(C.id if is_upwards else C.id.desc()).limit(limit)
-    # A worker may have changed a message since the session loaded it.
-    keywords = in_session(schema)
-    with readable(session):
-        found = session.scalars(page.execution_options(populate_existing=True), **keywords).all()
-    return list(reversed(found)) if is_upwards else list(found)
+    found = HostSession(session, schema).entities(page)
+    return found[::-1] if is_upwards else found
 
 
 def count_messages(session: Session, *, schema: str | None = None, **filters: Unpack[Filters]) -> int:

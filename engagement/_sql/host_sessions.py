@@ -80,11 +80,11 @@ class HostSession:
             _hide_values(error)
             raise
 
-    def entities(self, statement: Select[Any], values: Mapping[str, Any]) -> list[EngagementMessage]:
+    def entities(self, statement: Select[Any], values: Mapping[str, Any] | None = None) -> list[EngagementMessage]:
         """Return the entities, as they are in the database now."""
         # The session may have loaded them before a worker changed them.
         statement = statement.execution_options(populate_existing=True)
-        with readable(self._session, {"mapper": EngagementMessage, "clause": statement}):
+        with readable(self._session, {"mapper": EngagementMessage.__mapper__, "clause": statement}):
             found: list[EngagementMessage] = self.execute(statement, values).scalars().all()
         return found
 
