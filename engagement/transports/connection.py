@@ -81,8 +81,10 @@ class Connection:
 
     def is_clean(self) -> bool:
         """Whether the connection is open, and no byte has come that nobody asked for."""
+        # OpenSSL shows nothing of an answer until its TLS record is whole. On a new connection it is a session ticket.
+        is_in_part = not self._is_new and isinstance(self.socket, ssl.SSLSocket) and _ends_within_a_record(self.socket)
         try:
-            came = self.socket.recv(1)
+            came = is_in_part or self.socket.recv(1)
         except (BlockingIOError, ssl.SSLWantReadError):
             return True  # TLS may have had bytes of its own (session tickets).
         except OSError:
@@ -192,6 +194,18 @@ class Connection:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         self._free_since = monotonic()
         self.is_free = True
+
+
+def _ends_within_a_record(connected: ssl.SSLSocket) -> bool:
+    """Whether the last TLS record has come only in part."""
+    try:
+        came = socket.socket.recv(connected, 65_536, socket.MSG_PEEK)
+    except OSError:
+        return False
+    end = 0
+    while end < len(came):
+        end += 5 + int.from_bytes(came[end + 3 : end + 5])  # type, version, length
+    return end > len(came)
 
 
 _USUAL = re.compile(

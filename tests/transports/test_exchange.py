@@ -77,6 +77,29 @@ def test_a_connection_on_which_something_came_is_not_used_again(scheme):
         assert (len(server.received), server.connections) == (6, 6)
 
 
+@pytest.mark.parametrize("part", [b"\x17", b"\x17\x03\x03\x00\x40", b"\x17\x03\x03\x00\x40" + b"x" * 63])
+def test_half_a_record_of_tls_is_something_that_came(part):
+    """The rest of a second answer would come after the next request, and pass for its answer."""
+    is_written, has_ended = threading.Event(), threading.Event()
+
+    def answer_and_begin_another(connection):
+        connection.sendall(Reply(201, "own").encode())
+        time.sleep(0.05)
+        socket.socket.sendall(connection, part)  # past TLS
+        is_written.set()
+        assert connection.recv(1) == b""
+        has_ended.set()
+
+    with serving(lambda _: answer_and_begin_another, tls=True) as server:
+        one = client(server.url)
+        assert deliver(one) == Sent("own")
+        assert is_written.wait(5)
+        server.behave = lambda _: Reply(201, "own")
+        assert [deliver(one) for _ in range(3)] == [Sent("own")] * 3
+        assert has_ended.wait(5)
+        assert server.connections == 4  # All are distrusted.
+
+
 @pytest.mark.parametrize("greeting", [Reply(201, "forged").encode(), b"SSH-2.0-OpenSSH_9.9\r\n", b"\0"])
 def test_what_speaks_first_is_not_written_to(greeting, monkeypatch):
     """An answer that comes before the question is none: nothing is sent to who gives it."""
