@@ -145,6 +145,20 @@ def test_what_a_lost_worker_left_is_taken_over_whatever_its_name(unguarded, name
     assert [row(unguarded, message_id).status for message_id in ids] == ["in_doubt", "in_doubt"]
 
 
+def test_lost_workers_are_counted_no_further_than_the_table_allows(engine):
+    """A message that has lost as many workers as a name can tell is recovered like another."""
+    ids = queue(engine, new_message("a"))
+    execute(
+        engine,
+        "UPDATE engagement_message_queue SET status = 'sending', attempt = 1, lease_expires_at = now(),"
+        " claimed_by = 'w/recovery/999999'",
+    )
+
+    process_message_queue(engine, lambda _: None)
+
+    assert [row(engine, message_id).status for message_id in ids] == ["in_doubt"]
+
+
 def test_what_cannot_be_taken_over_holds_up_no_other(unguarded, caplog):
     """A lost message that Python cannot read is told; the next one is recovered."""
     broken, other = queue(unguarded, new_message("a"), new_message("b"))

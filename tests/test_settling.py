@@ -240,6 +240,23 @@ def test_a_postponement_into_the_past_does_not_spin(engine):
     assert len(asked) == 1
 
 
+def test_a_history_keeps_its_first_entry_and_the_latest(engine):
+    """It may be postponed for years: of a hundred entries, the second makes room for the next one."""
+    (message_id,) = queue(engine, new_message())
+    execute(
+        engine,
+        "UPDATE engagement_message_queue SET history = (SELECT jsonb_agg(jsonb_build_object("
+        "'at', now(), 'attempt', 0, 'event', 'postponed', 'reason', CAST(n AS text)) ORDER BY n)"
+        " FROM generate_series(1, 99) AS n)",
+    )
+
+    for number in (100, 101, 102):
+        process_message_queue(engine, lambda _, reason=str(number): NotSent(reason), limit=1, backoff=at_once)
+
+    reasons = [int(entry["reason"]) for entry in row(engine, message_id).history]
+    assert reasons == [1, *range(4, 103)]
+
+
 def test_a_withdrawn_message_is_cancelled(engine):
     """A person who opted out gets nothing, and the reason is kept."""
     (message_id,) = queue(engine, new_message())
