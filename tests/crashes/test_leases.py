@@ -213,6 +213,43 @@ def test_a_worker_does_not_extend_what_was_taken_over(engine):
     assert row(engine, message_id).lease_expires_at > before.lease_expires_at
 
 
+@pytest.mark.parametrize(("late", "attempts"), [(Sent(), 1), (NotSent("busy"), 2)])
+def test_a_late_answer_does_not_drop_the_next_attempt(engine, monkeypatch, late, attempts):
+    """A send that was given up ends right before its message is claimed again: `Sent` makes that needless."""
+    (message_id,) = queue(engine, new_message())
+    may_end = {1: threading.Event(), 2: threading.Event()}
+    is_sending = threading.Event()
+
+    def send(message):
+        if message.attempt == 2:
+            is_sending.set()
+        assert may_end[message.attempt].wait(PATIENCE_SECONDS)
+        return late if message.attempt == 1 else Sent()
+
+    hear = dispatch.Dispatch.hear
+
+    def hear_too_early(self, seconds=0.0):
+        hear(self, seconds)
+        found = row(engine, message_id)
+        if not may_end[1].is_set() and (found.status, found.attempt) == ("pending", 1):
+            may_end[1].set()
+            until(lambda: not self._sender.news.empty())
+
+    monkeypatch.setattr(dispatch.Dispatch, "hear", hear_too_early)
+    transport = Transport(send, idempotent=True)
+    options = {"send_timeout": timedelta(seconds=1), "lease": timedelta(seconds=1.5), "concurrency": 2}
+    with Running(engine, transport, backoff=lambda _: timedelta(0), **options) as worker:
+        if attempts == 2:
+            assert is_sending.wait(PATIENCE_SECONDS)
+            worker.stop.set()
+            lease = row(engine, message_id).lease_expires_at
+            until(lambda: row(engine, message_id).lease_expires_at != lease)  # It is still in hand.
+            may_end[2].set()
+        until(lambda: row(engine, message_id).status == "sent")
+
+    assert row(engine, message_id).attempt == len(transport.sends) == attempts
+
+
 def test_a_late_answer_makes_no_room_for_two(engine):
     """The place of a send that was given up is free once when it ends."""
     first, _, third = queue(engine, *(new_message(user) for user in "abc"))

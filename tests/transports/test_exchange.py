@@ -279,7 +279,7 @@ def test_a_204_keeps_its_connection(length):
 def test_what_answers_nothing_to_tls_is_given_up_in_time():
     """The handshake is part of the time for a connection: nothing was written."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        one = client(f"https://127.0.0.1:{silent.getsockname()[1]}", connect_within=SOON)
+        one = client(f"https://127.0.0.1:{silent.getsockname()[1]}", answer_within=A_MINUTE, connect_within=SOON)
         started = time.monotonic()
 
         assert deliver(one) == NotSent("test: ConnectTimeout")
@@ -334,9 +334,10 @@ def test_a_silent_name_server_is_given_up_in_time(monkeypatch):
         return look_up(host, *arguments, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
+    one = client("http://gateway.example", answer_within=A_MINUTE, connect_within=SOON)
     started = time.monotonic()
 
-    assert deliver(client("http://gateway.example", connect_within=SOON)) == NotSent("test: ConnectTimeout")
+    assert deliver(one) == NotSent("test: ConnectTimeout")
     assert time.monotonic() - started < IN_TIME
     is_over.set()
 
