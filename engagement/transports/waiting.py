@@ -71,8 +71,6 @@ class Waiter:
 
     def run(self, connection: Watched, steps: Steps[T], deadline: float) -> T:
         """Run the steps and return their result. `ConnectTimeout` or `ConnectError` if they were not begun."""
-        if self.has_ended:
-            raise ConnectError
         run = Run(connection, steps)
         is_over = False
         try:
@@ -94,10 +92,7 @@ class Waiter:
 
     def close(self, connection: Watched) -> None:
         """Close a connection once its steps are over."""
-        if self.has_ended:
-            connection.socket.close()
-        else:
-            self.soon(self._close, connection)
+        self.soon(self._close, connection)
 
     def soon(self, job: Callable[[Any], None], given: object) -> None:
         """Give the thread a job. It is woken once, for all jobs that come before it is awake."""
@@ -105,28 +100,39 @@ class Waiter:
         try:
             if self._is_asleep:
                 self._is_asleep = False
-                with suppress(OSError):
+                with suppress(BlockingIOError):
                     self._bell.send(b"\0")
+        except OSError:
+            self.has_ended = True  # The host has closed all descriptors: nothing wakes the thread any more.
         except BaseException:  # Interrupted before the thread was woken: let the next job wake it.
             self._is_asleep = True
             raise
+        if self.has_ended:
+            self._refuse_jobs()
 
     def end(self) -> None:
         """Close everything, and fail the runs. Call it in the thread, or in a child process, which has no thread."""
         self.has_ended = True
+        self._refuse_jobs()
         for connection in [key.data for key in self._selector.get_map().values() if key.data is not None]:
             if connection.running is not None:
                 connection.running.error = ReadError()
                 self._over.append(connection.running)
-            connection.socket.close()
-        for job, run in self._jobs:
-            if job == self._begin:
-                run.error = ConnectError()
-                self._over.append(run)
+            _close_descriptor(connection.socket)
         self._tell()
-        self._bell.close()
-        self._heard.close()
-        self._selector.close()
+        for ours in (self._bell, self._heard, self._selector):
+            _close_descriptor(ours)
+
+    def _refuse_jobs(self) -> None:
+        """Do what jobs need when there is no thread for them. Any thread may: each job is taken once."""
+        with suppress(IndexError):
+            while True:
+                job, given = self._jobs.popleft()
+                if job == self._begin:
+                    given.error = ConnectError()
+                    given.is_over.release()
+                elif job == self._close:
+                    _close_descriptor(given.socket)
 
     def _work(self) -> None:
         try:
@@ -195,6 +201,11 @@ class Waiter:
     def _close(self, connection: Watched) -> None:
         _watch(self._selector, connection, 0)
         connection.socket.close()
+
+
+def _close_descriptor(of: socket.socket | selectors.BaseSelector) -> None:
+    with suppress(OSError):  # The host has closed it.
+        of.close()
 
 
 def _watch(selector: selectors.BaseSelector, connection: Watched, wanted: int) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -221,6 +223,63 @@ def test_a_thread_that_fails_takes_no_exchange_with_it_for_ever(monkeypatch):
         assert outcomes == [InDoubt("test: ReadError")]
         two = client(server.url)
         assert [deliver(two), deliver(two)] == [Sent("1")] * 2
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_a_host_that_closes_all_descriptors_puts_no_later_message_in_doubt(is_busy):
+    """A daemon may do so. The thread fails, or sleeps for ever: what is sent afterwards has a new one."""
+    program = """
+import os, sys, threading, time
+from datetime import timedelta
+from exchanges import client, deliver
+from engagement.transports.client import Prepared
+from engagement.transports import waiting
+from engagement.transports.waiting import the_waiter
+
+waiting.STUCK_SECONDS = 0.1
+outcomes = []
+one = client(sys.argv[1], answer_within=timedelta(seconds=3))
+threads = [threading.Thread(target=lambda: outcomes.append(deliver(one, Prepared("/hang", b"{}")))) for _ in range(2)]
+for thread in threads:
+    thread.start()
+deliver(one, Prepared("/held", b"{}"))
+if sys.argv[2] == "True":
+    goes_on = threading.Event()
+    the_waiter().soon(lambda _: goes_on.wait(10), None)
+    while the_waiter()._jobs:
+        time.sleep(0.01)
+else:
+    time.sleep(0.3)  # Until it sleeps.
+os.closerange(3, 100)
+started = time.monotonic()
+if sys.argv[2] == "True":
+    goes_on.set()
+    threads.pop().join()
+first = deliver(client(sys.argv[1]))
+print(first, deliver(client(sys.argv[1])), time.monotonic() - started < 2)
+for thread in threads:
+    thread.join()
+print(*outcomes)
+"""
+    are_there = threading.Barrier(3)
+
+    def answer(request):
+        if request.path != "/messages":
+            are_there.wait(10)
+        return loopback.hang if request.path == "/hang" else Reply(201, "1")
+
+    with serving(answer) as server:
+        ran = subprocess.run(
+            [sys.executable, "-c", program, server.url, str(is_busy)],
+            env={"PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        first = NotSent("test: ConnectError")
+        doubt = InDoubt("test: ReadError" if is_busy else "test: ReadTimeout")
+        assert (ran.stdout.splitlines(), ran.stderr) == ([f"{first} {Sent('1')} True", f"{doubt} {doubt}"], "")
 
 
 def test_what_waited_for_a_thread_that_fails_was_not_sent():
