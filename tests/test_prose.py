@@ -15,21 +15,15 @@ MOST_IN_A_THOUSAND = 0.8
 
 
 def prose(file: Path) -> Iterator[str]:
-    """Yield the comments and docstrings of a file, but not the help of a command, which its users read."""
+    """Yield the comments and docstrings of a file, the help of a command among them."""
     source = file.read_text()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.string
     tree = ast.parse(source)
-    helps = [node.body[0] for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and is_command(node)]
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and node not in helps:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             yield str(node.value.value)
-
-
-def is_command(function: ast.FunctionDef) -> bool:
-    calls = [node.func for node in function.decorator_list if isinstance(node, ast.Call)]
-    return any(ast.unparse(call) in {"command", "click.command", "click.group"} for call in calls)
 
 
 def package() -> list[Path]:

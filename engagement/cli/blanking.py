@@ -30,8 +30,8 @@ BATCH = 2_000
 def forget_user(database: Database, user_id: str, *, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Cancel and blank all messages of a user.
 
-    What is pending is cancelled; params, destination, errors and provider ids are blanked in all messages. In one
-    transaction. It cannot be undone. The user id and the keys stay, and a key still blocks.
+    Pending ones are cancelled; params, destination, errors and provider ids are blanked in all. It is one transaction,
+    and cannot be undone. The user id and the keys stay, and a key still blocks.
     """
     with database.session() as session:
         found = count_messages(session, schema=database.schema, user_id=user_id)
@@ -64,10 +64,10 @@ def forget_user(database: Database, user_id: str, *, dry_run: bool, yes: bool, a
 @json_option
 @on_database
 def prune(database: Database, older_than: timedelta, *, dry_run: bool, yes: bool, as_json: bool) -> None:
-    """Blank what is personal in old finished messages.
+    """Blank the personal data of old finished messages.
 
-    Params, destination, errors, provider ids and history. It cannot be undone, and what is pruned cannot be retried.
-    Each batch is a transaction of its own: what was pruned before it is interrupted stays so.
+    Params, destination, errors, provider ids and history. It cannot be undone, and a pruned message cannot be retried.
+    Each batch is a transaction of its own: batches before an interruption stay pruned.
     """
     pruned = 0
     with database.engine() as engine:

@@ -51,8 +51,8 @@ reason_option = click.option("--reason", metavar="TEXT", help="Kept in the messa
 def cancel(database: Database, request: Request, reason: str | None, by: str) -> None:
     """Cancel pending messages.
 
-    Those named, or all that fit the filters. It never says cancelled of a message that is or may have been sent;
-    such a one is told, and the exit status is 1.
+    Those named, or all that fit the filters. A message that was sent, or may have been, is never called
+    cancelled: it is named, and the exit status is 1.
     """
     act = Act(
         "cancel",
@@ -133,8 +133,8 @@ def retry(database: Database, request: Request, by: str) -> None:
 def resolve(database: Database, request: Request, reason: str | None, by: str, *, sent: bool, not_sent: bool) -> None:
     """Say what became of messages in doubt.
 
-    They were sent, or they were not, and then they are due again. Look at the provider (its log, the chat) with the
-    delivery id that `engagement show` tells. Say --not-sent only if you know it: it sends the message.
+    They were sent; or they were not, and are due again. Look for the delivery id, which `engagement show` has, in the
+    provider's log, or look into the chat. Say --not-sent only if you know it: it sends the message.
     """
     if sent == not_sent:
         raise click.UsageError("Say what became of them: --sent, or --not-sent.")

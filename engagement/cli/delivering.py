@@ -35,7 +35,7 @@ def delivers(command: F) -> F:
             required=True,
             type=transport_named,
             metavar="MODULE:NAME",
-            help="What sends: a function, an object with send, or a class that makes one.",
+            help="The sender: a function, an object with send, or a class that makes one.",
         ),
         click.option("--concurrency", default=1, type=click.IntRange(1, 10_000), metavar="N", help="Sends at once."),
         click.option(
@@ -62,7 +62,7 @@ def delivers(command: F) -> F:
             help="A send without an answer for so long is in doubt.",
         ),
         click.option("--strict", is_flag=True, help="In doubt, unless an exception proves that nothing was sent."),
-        click.option("--reveal", is_flag=True, help="Do not mask what looks personal in the reasons."),
+        click.option("--reveal", is_flag=True, help="Do not mask numbers and addresses in the reasons."),
         click.option("--verbose", is_flag=True, help="Log every event to standard error, not only warnings."),
         json_option,
     )
@@ -91,10 +91,10 @@ def process(
     verbose: bool,
     **options: Any,
 ) -> None:
-    """Send what is due, until nothing is: for a scheduled job.
+    """Send the due messages until none is left: for a scheduled job.
 
     Any number of these, and of `engagement work`, may run at once. The first SIGTERM or Ctrl-C lets the sends in hand
-    finish; the second leaves at once, and what was being sent is recovered when its lease has run out.
+    finish; the second leaves at once, and unfinished sends are recovered when their lease has run out.
     """
     with database.engine() as engine, _delivering(verbose=verbose, as_json=as_json) as stop:
         result = process_message_queue(engine, transport, limit=limit, stop=stop, schema=database.schema, **options)
@@ -142,10 +142,10 @@ def work(
     verbose: bool,
     **options: Any,
 ) -> None:
-    """Send what is due, until told to stop: for a service.
+    """Send messages as they become due, until told to stop: for a service.
 
     A lost database is waited for. The first SIGTERM or Ctrl-C lets the sends in hand finish, and the exit status is 0;
-    the second leaves at once, and what was being sent is recovered when its lease has run out.
+    the second leaves at once, and unfinished sends are recovered when their lease has run out.
     """
     with database.engine() as engine, _delivering(verbose=verbose, as_json=as_json) as stop:
         worker = Worker(engine, transport, poll_interval=poll_interval, schema=database.schema, **options)

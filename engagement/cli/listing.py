@@ -111,10 +111,10 @@ def list_(
 @json_option
 @on_database
 def show_one(database: Database, which: str, *, reveal: bool, as_json: bool) -> None:
-    """Show one message, and what happened to it when.
+    """Show all that is known of one message, with its history.
 
-    Everything that is known of it. A number is an id, anything else an idempotency key (key:4711 for a key that is a
-    number). What was not recorded is said to be unknown.
+    A number is an id, anything else an idempotency key (key:4711 for a key that is a number). A fact that was not
+    recorded is called unknown.
     """
     with database.session() as session:
         message = find_message(database.repository_on(session), which)

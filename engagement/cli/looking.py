@@ -21,9 +21,9 @@ from engagement.cli.showing import examples, json_of, json_option, show
 def status(database: Database, *, as_json: bool) -> None:
     """Show how the queue stands: counts, rates, leases, sizes.
 
-    The oldest due message has been waiting for more than a few minutes: nobody sends, or too few do. In doubt, failed
-    and leases that expired: look at them with `engagement list`. What is queued and sent per minute, and dead rows,
-    are estimates.
+    If the oldest due message has been waiting for more than a few minutes, nobody sends, or too few do. Look at
+    messages in doubt, failed ones and expired leases with `engagement list`. The rates per minute and the dead rows are
+    estimates.
     """
     with database.session() as session:
         found = overview(session, schema=database.schema)
@@ -66,8 +66,8 @@ NAMED = 100
 def verify(database: Database, overdue: timedelta, *, as_json: bool) -> None:
     """Look for broken promises in the queue, and name them. The exit status is 1 if there are any.
 
-    Of each up to 100 messages are named, and that there are more is said. It only reads, but most of
-    the table: for every night, not for every minute.
+    Up to 100 messages are named for each promise; a line says if there are more. It only reads, but most of the table:
+    for every night, not for every minute.
     """
     from engagement.verification import verify as broken_promises
 

@@ -65,7 +65,7 @@ def adopt(database: Database) -> None:
 def downgrade(database: Database, revision: str, *, yes: bool) -> None:
     """Take the table back to REVISION.
 
-    The default, base, drops it with all messages and their keys; what was sent can then be queued, and sent, again.
+    The default, base, drops it with all messages and their keys: all of them can then be queued, and sent, again.
     Asks first if there are any messages.
     """
     with _migration_problems(), database.engine(to_migrate=True) as engine:

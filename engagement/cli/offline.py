@@ -24,7 +24,7 @@ def fallback(text: str) -> tuple[str, list[str]]:
     ),
 )
 @click.argument("folder", type=click.Path(exists=True, file_okay=False))
-@click.option("--default", default="en", show_default=True, metavar="LOCALE", help="Is asked for what others lack.")
+@click.option("--default", default="en", show_default=True, metavar="LOCALE", help="Asked for keys that others lack.")
 @click.option(
     "--fallback", type=fallback, multiple=True, metavar="LOCALE=LOCALE,...", help="Are asked after that locale."
 )

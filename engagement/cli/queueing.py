@@ -29,8 +29,8 @@ def queue(database: Database, source: IO[bytes], *, as_json: bool) -> None:
     (individual or group) and destination_jid, and optionally message_params, scheduled_for and expires_at (ISO 8601
     with an offset), tz (such as America/Sao_Paulo: whose date the idempotency key has) and idempotency_key.
 
-    All good lines are queued in one transaction. What was queued before is a duplicate, and is left alone; so the same
-    file can be given again. Each bad line is told on standard error, and makes the exit status 1.
+    All good lines are queued in one transaction. A message that was queued before is a duplicate, and is left alone; so
+    the same file can be given again. Each bad line is told on standard error, and makes the exit status 1.
     """
     bad = 0
     screen = Console(stderr=True)

@@ -31,7 +31,7 @@ def zone(name: str) -> ZoneInfo:
 @click.option("--host", default="127.0.0.1", metavar="HOST", help="Where to listen.")
 @click.option("--port", default=8025, type=click.IntRange(0, 65_535), metavar="N", help="0 takes any that is free.")
 @click.option("--public", is_flag=True, help="Allow a --host that other machines can reach, over plain HTTP.")
-@click.option("--reveal", is_flag=True, help="Allow personal data to be shown to who asks for it.")
+@click.option("--reveal", is_flag=True, help="Let the page reveal personal data on demand.")
 @click.option("--read-only", is_flag=True, help="Only to look: nothing can be changed.")
 @click.option("--tz", default="UTC", type=zone, metavar="ZONE", help="Times are shown and read in this zone.")
 @on_database
@@ -41,8 +41,7 @@ def admin(
     """Serve a page to look at the queue, and to act on it.
 
     It prints an address to open in a browser. The token in it lets you in for eight hours, and others on this machine
-    out. What is done and what is revealed is logged to standard error. SIGTERM or Ctrl-C ends it, and the exit status
-    is 0.
+    out. Actions and revealed data are logged to standard error. SIGTERM or Ctrl-C ends it, and the exit status is 0.
     """
     try:
         from engagement.admin.serving import is_loopback, serve

@@ -20,7 +20,7 @@ from rich.text import Text
 from engagement.cli.cleaning import printable
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-reveal_option = click.option("--reveal", is_flag=True, help="Show what is personal: users, addresses, params, errors.")
+reveal_option = click.option("--reveal", is_flag=True, help="Show personal data: users, addresses, params, errors.")
 
 NEED_ATTENTION = frozenset({"bad", "failed", "in_doubt", "leases_expired", "unchanged"})
 

@@ -42,7 +42,7 @@ def _watch_signals(reader: int, signals: frozenset[int], stop: threading.Event) 
             continue
         name = signal.Signals(number).name
         if stop.is_set():
-            _tell(f"{name} again: leaving at once; what was being sent is recovered when its lease has run out")
+            _tell(f"{name} again: leaving at once; unfinished sends are recovered when their lease has run out")
             os._exit(128 + number)
         stop.set()
         _tell(f"{name}: stopping when the sends in hand are settled; once more to leave at once")
