@@ -8,7 +8,7 @@ from itertools import pairwise
 from queue import SimpleQueue
 
 import pytest
-from conftest import PATIENCE, execute, new_message, queue, row, until
+from conftest import PATIENCE, execute, in_thread, new_message, queue, row, until
 from sqlalchemy.orm import Session
 
 from engagement import NotSent, Sent, Worker, process_message_queue
@@ -429,6 +429,22 @@ def test_what_keeps_a_queue_waiting_is_told_in_log_and_status(engine, caplog):
 
     assert process_message_queue(engine, _Waiting(True)).succeeded == 1
     assert waits_for(engine) is None
+
+
+def test_a_run_ends_though_its_transport_does_not_say_whether_it_is_ready(engine, monkeypatch, caplog):
+    """It says so, in the log and on the message, and leaves the queue to the next run."""
+    monkeypatch.setattr(readiness, "TELL_SECONDS", 0.1)
+    (message_id,) = queue(engine, new_message())
+    may_answer, transport = threading.Event(), _Waiting()
+    transport.ready = lambda: may_answer.wait(PATIENCE)
+
+    done = in_thread(lambda: process_message_queue(engine, transport)).result(PATIENCE / 2)
+
+    may_answer.set()
+    assert done.processed == 0
+    assert waits_for(engine) == readiness.SILENT
+    assert f"engagement.not_ready reason={readiness.SILENT}" in caplog.messages
+    assert (row(engine, message_id).status, row(engine, message_id).attempt) == ("pending", 0)
 
 
 def test_a_worker_tells_it_when_it_has_waited_for_a_while(engine, monkeypatch):

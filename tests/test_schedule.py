@@ -150,6 +150,7 @@ class World:
     until_empty: bool
     limit: int | None
     is_ready_in_the_end: bool = True
+    ready_hangs: bool = False
     now: float = 1_000_000.0
 
     def __post_init__(self):
@@ -200,7 +201,7 @@ class World:
                 assert self.can_be_asked
                 assert not self.is_asked
                 self.is_asked = True
-                self.state.asked()
+                self.state.asked(self.now)
             case Tell():
                 self.state.told(self.now)
             case Collect(until) | Nap(until):
@@ -319,7 +320,7 @@ class World:
 
     def hear(self):
         """Let calls begin and end, as the tape says; in the end all of them do."""
-        if self.is_asked and self.choose(2) == 0:
+        if self.is_asked and not self.ready_hangs and self.choose(2) == 0:
             self.is_asked = False
             self.is_ready = self.choose(4) != 1 and (bool(self.tape) or self.is_ready_in_the_end)
             self.state.ready_said(None if self.is_ready else "busy", self.now)
@@ -412,7 +413,8 @@ class World:
         assert not [row for row in self.table.rows.values() if row.name in self.lost_names and row.status == "sending"]
         if self.now > self.unknown_at + self.lease + 2 * self.options.poll_interval.total_seconds():
             assert not self.state.names.unacknowledged
-        if self.is_ready and not self.state.failure and self.limit is None and not any(c.hangs for c in self.calls):
+        is_ready = self.is_ready and not (self.can_be_asked and self.ready_hangs)
+        if is_ready and not self.state.failure and self.limit is None and not any(c.hangs for c in self.calls):
             assert not self.table.due()
             assert not self.table.expired()
 
@@ -423,10 +425,11 @@ class World:
             assert self.fatal_errors > 1 or self.until_empty or hand.is_empty
         else:
             assert hand.is_empty, "it is over with something in hand"
-            assert not self.is_asked or self.is_stopped or step.error or self.limit is not None
+            is_answered = not self.is_asked or self.state.readiness.is_silent(self.now)
+            assert is_answered or self.is_stopped or step.error or self.limit is not None
         if not step.error and not self.is_stopped and self.limit is None:
             assert self.until_empty
-            has_hung = any(call.hangs for call in self.calls)
+            has_hung = any(call.hangs for call in self.calls) or self.ready_hangs
             assert self.calm < 3 or has_hung or not self.is_ready or not self.table.due(), "something due was left"
         for _, rows in self.late_commits:
             self.table.rows |= {row.id: row for row in rows}
@@ -456,6 +459,7 @@ SECONDS = st.sampled_from([timedelta(seconds=1), timedelta(seconds=5), timedelta
     sends_many=st.booleans(),
     can_be_asked=st.booleans(),
     is_ready_in_the_end=st.booleans(),
+    ready_hangs=st.sampled_from([False, False, False, True]),
     until_empty=st.booleans(),
     limit=st.none() | st.none() | st.integers(0, 9),
 )

@@ -42,7 +42,7 @@ class Dispatch:
     def ask(self) -> None:
         """Ask the transport whether it is ready."""
         self._sender.ask_ready()
-        self._state.asked()
+        self._state.asked(clock())
 
     def give_up(self, claim: Claim) -> None:
         """Wait no longer for an answer, and take the call back if it has not begun."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from math import inf
+
 READY_SECONDS = 1.0
 """How long an answer of the transport is believed."""
 TELL_SECONDS = 10.0
-"""How long a transport is not ready before a worker writes that on the oldest due message, and then how often."""
+"""How long a transport is not ready, or does not answer, before that is written on the oldest due message; then how
+often."""
+SILENT = "the transport does not say whether it is ready"
 
 
 class Readiness:
@@ -19,6 +23,7 @@ class Readiness:
         self._is_ready = not can_be_asked
         self.ask_at = 0.0
         """Until when the last answer is believed."""
+        self._silent_at = inf
         self._tell_at = 0.0
         self._was_told = False
 
@@ -36,13 +41,20 @@ class Readiness:
         """Whether the last answer is too old to be believed."""
         return self._can_be_asked and not self.is_asked and now >= self.ask_at
 
+    def is_silent(self, now: float) -> bool:
+        """Whether the transport has owed an answer for too long: its `ready` may hang for ever."""
+        return now >= self._silent_at
+
     def is_to_be_told(self, now: float, *, at_once: bool) -> bool:
         """Whether a person should read why nothing is sent: `at_once`, or when the no has lasted."""
+        if self.is_asked:
+            return self.is_silent(now) and now >= self._tell_at
         return self.is_refused and (now >= self._tell_at or (at_once and not self._was_told))
 
-    def asked(self) -> None:
+    def asked(self, now: float) -> None:
         """Note that the transport is being asked."""
         self.is_asked = True
+        self._silent_at = now + TELL_SECONDS
 
     def said(self, why_not: str | None, now: float) -> None:
         """Note its answer: None is a yes, a text the reason of a no."""
@@ -50,6 +62,7 @@ class Readiness:
             self._tell_at = now + TELL_SECONDS
             self._was_told = False
         self.is_asked = False
+        self._silent_at = inf
         self._is_ready = why_not is None
         self.why_not = why_not
         self.ask_at = now + READY_SECONDS

@@ -21,6 +21,7 @@ from engagement._claim import Claim, clock
 from engagement._delivery import database, one_by_one
 from engagement._delivery.dispatch import Dispatch
 from engagement._delivery.options import Options
+from engagement._delivery.readiness import SILENT
 from engagement._delivery.schedule import next_step
 from engagement._delivery.state import State
 from engagement._delivery.steps import Ask, Collect, Extend, GiveUp, Nap, Over, Peek, Step, Taken, Tell, Transact
@@ -199,6 +200,8 @@ class Delivery:
         self._state.extended(claims, extended, now)
 
     def _tell(self, why: str) -> None:
+        if why == SILENT:
+            logger.warning("engagement.not_ready reason=%s", why)
         try:
             self._in_transaction(partial(database.note_not_ready, reason=why))
         except Exception as error:  # noqa: BLE001 - it is for people only, also if the encoding lacks a character of it

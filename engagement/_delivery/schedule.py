@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from math import inf
 
+from engagement._delivery.readiness import SILENT
 from engagement._delivery.state import State
 from engagement._delivery.steps import Ask, Collect, Extend, GiveUp, Nap, Over, Peek, Step, Tell, Transact
 
@@ -35,10 +36,10 @@ def _last_step(state: State, now: float) -> Tell | Over | None:
     if state.is_stopped or state.failure is not None or state.left <= 0:
         return Over(state.failure)
     if state.readiness.is_to_be_told(now, at_once=state.until_empty) and not state.outage.is_on:
-        return Tell(state.readiness.why_not or "the transport is not ready")
-    if state.until_empty and not state.readiness.is_asked and (state.is_idle or _all_hang(state, now)):
-        return Over()
-    return None
+        why = SILENT if state.readiness.is_asked else state.readiness.why_not
+        return Tell(why or "the transport is not ready")
+    has_finished = not state.readiness.is_asked and (state.is_idle or _all_hang(state, now))
+    return Over() if state.until_empty and (has_finished or state.readiness.is_silent(now)) else None
 
 
 def _all_hang(state: State, now: float) -> bool:

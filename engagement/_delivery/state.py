@@ -91,9 +91,9 @@ class State:
             claim.is_overdue = True
             self.hand.overdue.add(claim)
 
-    def asked(self) -> None:
+    def asked(self, now: float) -> None:
         """Note that the transport is being asked whether it is ready."""
-        self.readiness.asked()
+        self.readiness.asked(now)
 
     def ready_said(self, why_not: str | None, now: float) -> None:
         """Note that the transport is ready, or why not."""
