@@ -191,6 +191,27 @@ def test_what_could_not_begin_in_time_does_not_begin(stuck, outcome, monkeypatch
         assert len(server.received) == 1
 
 
+def test_a_large_answer_is_read_in_turns(monkeypatch):
+    """An answer in chunks of one byte takes h11 half a second, for which no other exchange waits."""
+    turns = []
+    turn = Waiter._turn  # noqa: SLF001
+    monkeypatch.setattr(Waiter, "_turn", lambda self: (turns.append(1), turn(self))[1])
+    large = Reply(201, b"x" * 240_000).encode()
+
+    def answer(connection):
+        is_written = threading.Event()
+        the_waiter().soon(lambda _: is_written.wait(2), None)
+        threading.Timer(0.3, is_written.set).start()
+        connection.sendall(large)
+        connection.recv(1)
+
+    with serving(lambda _: answer) as server:
+        one = client(server.url)
+        turns.clear()
+        deliver(one)
+        assert len(turns) > len(large) / 16_384
+
+
 def test_a_thread_that_fails_takes_no_exchange_with_it_for_ever(monkeypatch):
     """What it was waiting for is in doubt at once, and the next exchange has a new one."""
     is_there, fails = threading.Event(), threading.Event()
