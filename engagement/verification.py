@@ -17,26 +17,23 @@ from sqlalchemy import (
     CheckConstraint,
     ColumnElement,
     Executable,
-    FromClause,
     Interval,
     Select,
     Text,
     and_,
     bindparam,
-    column,
     exists,
     func,
     literal_column,
     not_,
     or_,
     select,
-    table,
     union_all,
 )
 
 from engagement._sql.host_sessions import in_session, schema_in_session
 from engagement._sql.parameters import text_of
-from engagement._sql.table import NOW, PENDING, QUEUE, SENDING, C, word
+from engagement._sql.table import NOW, PENDING, QUEUE, SENDING, C, catalog, word
 from engagement.messages.checks import JID_FORMS
 from engagement.models import EARLIEST, LATEST, TABLE_NAME, MessageStatus, qualified_name
 
@@ -230,10 +227,10 @@ def _guards() -> list[tuple[str, str]]:
 def _guards_in_force() -> Executable:
     """Return (kind, name) of the constraints and indexes that hold, and of the columns that are NOT NULL."""
     queue = func.to_regclass(text_of("queue"))
-    constraints = _catalog("pg_constraint", "conname", "conrelid", "conindid", "convalidated")
-    indexes = _catalog("pg_index", "indexrelid", "indrelid", "indisvalid")
-    relations = _catalog("pg_class", "oid", "relname")
-    columns = _catalog("pg_attribute", "attname", "attrelid", "attnotnull")
+    constraints = catalog("pg_constraint", "conname", "conrelid", "conindid", "convalidated")
+    indexes = catalog("pg_index", "indexrelid", "indrelid", "indisvalid")
+    relations = catalog("pg_class", "oid", "relname")
+    columns = catalog("pg_attribute", "attname", "attrelid", "attnotnull")
     return union_all(
         select(word(_CONSTRAINT), constraints.c.conname)
         .outerjoin_from(constraints, indexes, indexes.c.indexrelid == constraints.c.conindid)
@@ -243,7 +240,3 @@ def _guards_in_force() -> Executable:
         .where(indexes.c.indrelid == queue, indexes.c.indisvalid),
         select(word(_NOT_NULL), columns.c.attname).where(columns.c.attrelid == queue, columns.c.attnotnull),
     )
-
-
-def _catalog(name: str, *columns: str) -> FromClause:
-    return table(name, *(column(each) for each in columns), schema="pg_catalog")

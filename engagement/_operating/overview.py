@@ -19,11 +19,9 @@ from sqlalchemy import (
     and_,
     bindparam,
     cast,
-    column,
     extract,
     func,
     select,
-    table,
     true,
     union_all,
 )
@@ -43,6 +41,7 @@ from engagement._sql.table import (
     SENDING,
     SENT,
     C,
+    catalog,
     is_due,
     is_lost,
     is_prunable,
@@ -139,11 +138,10 @@ def _count_roughly(session: Session, values: Mapping[str, Any], keywords: Mappin
 @cache
 def _estimates() -> Executable:
     """Return (status, count) as the planner believes, if the table has more than `most` rows; else nothing."""
-    of_relation = ("oid", "reltuples", "relname", "relnamespace")
     of_statistics = ("schemaname", "tablename", "attname", "most_common_vals", "most_common_freqs")
-    relation = table("pg_class", *map(column, of_relation), schema="pg_catalog")
-    namespace = table("pg_namespace", *map(column, ("oid", "nspname")), schema="pg_catalog")
-    statistics = table("pg_stats", *map(column, of_statistics), schema="pg_catalog")
+    statistics = catalog("pg_stats", *of_statistics)
+    relation = catalog("pg_class", "oid", "reltuples", "relname", "relnamespace")
+    namespace = catalog("pg_namespace", "oid", "nspname")
     words = cast(cast(statistics.c.most_common_vals, Text), ARRAY(Text))
     common = func.unnest(words, statistics.c.most_common_freqs).table_valued("word", "share").render_derived("common")
     return (
@@ -215,11 +213,7 @@ def _queue_facts() -> Executable:
 @cache
 def _table_facts() -> Executable:
     queue = func.to_regclass(text_of("queue"))
-    statistics = table(
-        "pg_stat_all_tables",
-        *(column(name) for name in ("relid", "n_dead_tup", "last_vacuum", "last_autovacuum")),
-        schema="pg_catalog",
-    )
+    statistics = catalog("pg_stat_all_tables", "relid", "n_dead_tup", "last_vacuum", "last_autovacuum")
     return select(
         func.pg_table_size(queue, type_=BigInteger).label("table_bytes"),
         func.pg_indexes_size(queue, type_=BigInteger).label("index_bytes"),

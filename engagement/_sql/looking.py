@@ -25,14 +25,14 @@ from sqlalchemy import (
 
 from engagement._sql.history import doubted_at
 from engagement._sql.parameters import text_of
-from engagement._sql.table import IN_DOUBT, MOMENT, NOW, PENDING, SENDING, SENT, C, is_due, time_since
+from engagement._sql.table import IN_DOUBT, MOMENT, NOW, PENDING, SENDING, SENT, C, is_due, is_wanted, time_since
 from engagement.models import EngagementMessage
 
 
 @cache
 def claim_of_message() -> Executable:
     """Return (now, status, attempt) of a message, by the database's clock."""
-    return select(NOW.label("now"), C.status, C.attempt).where(C.id == bindparam("message_id", type_=BigInteger))
+    return select(NOW.label("now"), C.status, C.attempt).where(is_wanted)
 
 
 @cache

@@ -18,6 +18,7 @@ from sqlalchemy import (
     Interval,
     Numeric,
     Table,
+    TableClause,
     Text,
     and_,
     bindparam,
@@ -25,6 +26,7 @@ from sqlalchemy import (
     column,
     func,
     literal_column,
+    table,
     type_coerce,
 )
 from sqlalchemy.dialects.postgresql import TIMESTAMP
@@ -65,6 +67,11 @@ def word(text: str) -> ColumnElement[Any]:
 def number(value: int) -> ColumnElement[Any]:
     """Return a literal of a number of ours."""
     return literal_column(str(value), Integer)
+
+
+def catalog(name: str, *columns: str) -> TableClause:
+    """Return a table of PostgreSQL's own, with the columns that are asked for."""
+    return table(name, *map(column, columns), schema="pg_catalog")
 
 
 PENDING, SENDING, SENT = (word(status) for status in ("pending", "sending", "sent"))

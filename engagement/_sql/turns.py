@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, Select, cast, column, func, select, table
+from sqlalchemy import BigInteger, Select, cast, func, select
 
-from engagement._sql.table import number, word
+from engagement._sql.table import catalog, number, word
 
 
 def take_turn(name: str) -> Select[Any]:
@@ -17,8 +17,7 @@ def take_turn(name: str) -> Select[Any]:
 def who_has_turn(name: str) -> Select[Any]:
     """Return process id and transaction of the sessions that hold the lock: any role that may connect can."""
     columns = ("pid", "virtualtransaction", "locktype", "database", "classid", "objid", "objsubid", "granted")
-    lock = table("pg_locks", *map(column, columns), schema="pg_catalog").c
-    database = table("pg_database", column("oid"), column("datname"), schema="pg_catalog").c
+    lock, database = catalog("pg_locks", *columns).c, catalog("pg_database", "oid", "datname").c
     key = cast(lock.classid, BigInteger).op("<<")(number(32)).op("|")(cast(lock.objid, BigInteger))
     return (
         select(lock.pid, lock.virtualtransaction)

@@ -37,7 +37,7 @@ JID_FORMS = {
     Destination.GROUP: re.compile(r"[1-9][0-9]{14,19}@g\.us|[1-9][0-9]{4,14}-[0-9]{10}@g\.us"),
 }
 DESTINATIONS = {destination.value: destination for destination in Destination}
-_JID_FORM = {
+_JID_PROBLEMS = {
     Destination.INDIVIDUAL: (
         "must be <number>@s.whatsapp.net, <number>@lid or Meta's id (BR.<letters or digits>) for an individual"
     ),
@@ -163,7 +163,7 @@ def checked_jid(value: object, destination: Destination) -> str:
         return value
     jid = checked_text("destination_jid", value)
     if not JID_FORMS[destination].fullmatch(jid):
-        raise InvalidMessage("destination_jid", _JID_FORM[destination])
+        raise InvalidMessage("destination_jid", _JID_PROBLEMS[destination])
     return jid
 
 
