@@ -27,7 +27,8 @@ def process_message_queue(
 
     Any number of these and of `Worker.run` may run at once. `stop` ends it early: nothing is claimed any more, and
     sends in hand finish. Raises what the database raises if it cannot be reached at first, or for longer than a
-    lease; sends in hand are settled before anything is raised, if that is possible.
+    lease; sends in hand are settled before anything is raised, if that is possible. If sends that outlasted
+    `send_timeout` hang in every place, it ends within seconds, and leaves the other messages to the next run.
     """
     if limit is not None and limit < 0:
         raise ValueError("limit: must not be negative")
