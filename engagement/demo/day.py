@@ -11,7 +11,6 @@ from rich.text import Text
 from sqlalchemy import Engine, func, select, text
 
 from engagement import migrations
-from engagement._delivery.tally import ProcessResult
 from engagement._operating.jsonl import read_messages
 from engagement.demo.lost_worker import LEASE, kill_a_worker_in_a_send
 from engagement.demo.queue import M, Queue
@@ -95,9 +94,9 @@ class Day:
             self._delivery_job(limit=self._queue.count_due())
         self._show_history_of("gita")
 
-    def _delivery_job(self, limit: int | None = None) -> ProcessResult:
+    def _delivery_job(self, limit: int | None = None) -> None:
         known = {message.id: len(message.history) for message in self._queue.all()}
-        result = process_message_queue(self._engine, self._transport, limit=limit, lease=LEASE, backoff=BACKOFF)
+        process_message_queue(self._engine, self._transport, limit=limit, lease=LEASE, backoff=BACKOFF)
         table = table_of("who", "message", "what happened", "and now")
         for message in self._queue.all():
             if len(message.history) > known[message.id]:
@@ -110,7 +109,6 @@ class Day:
                 )
         if table.row_count:
             self._screen.print(table)
-        return result
 
     def _wait_until_due(self) -> None:
         soon = M.next_attempt_at < func.now() + timedelta(minutes=1)
