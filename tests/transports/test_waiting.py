@@ -275,7 +275,10 @@ os.closerange(3, 100)
 started = time.monotonic()
 if sys.argv[2] == "True":
     goes_on.set()
-    threads.pop().join()
+    # What fails closes numbers that the next connections may have: a host that does this has stopped its sends.
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread():
+            thread.join()
 first = deliver(client(sys.argv[1]))
 print(first, deliver(client(sys.argv[1])), time.monotonic() - started < 2)
 for thread in threads:
@@ -298,7 +301,7 @@ print(*outcomes)
             timeout=60,
             check=False,
         )
-        first = NotSent("test: ConnectError")
+        first = Sent("1") if is_busy else NotSent("test: ConnectError")
         doubt = InDoubt("test: ReadError" if is_busy else "test: ReadTimeout")
         assert (ran.stdout.splitlines(), ran.stderr) == ([f"{first} {Sent('1')} True", f"{doubt} {doubt}"], "")
 
