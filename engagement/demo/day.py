@@ -101,12 +101,8 @@ class Day:
         for message in self._queue.all():
             if len(message.history) > known[message.id]:
                 last = message.history[-1]
-                table.add_row(
-                    self._name(message),
-                    message.message_type,
-                    reason_of(last),
-                    state_of(message, self._people[message.user_id].tz),
-                )
+                state = state_of(message, self._people[message.user_id].tz)
+                table.add_row(self._name(message), message.message_type, reason_of(last), state)
         if table.row_count:
             self._screen.print(table)
 
