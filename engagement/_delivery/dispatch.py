@@ -7,6 +7,7 @@ from queue import Empty
 
 from engagement._claim import Claim, clock
 from engagement._delivery.options import Options
+from engagement._delivery.readiness import SILENT
 from engagement._delivery.state import State
 from engagement._delivery.verdicts import Verdicts
 from engagement._logging import logger
@@ -52,6 +53,11 @@ class Dispatch:
         if not goes_on and not claim.lost_workers:
             outcome = Postpone(EARLIEST, f"it could not begin within {waited}")
         self._state.given_up(claim, outcome, self._verdicts.of(claim, outcome), goes_on=goes_on)
+
+    def note_silence(self, why: str) -> None:
+        """Log that there is no answer. A reason that came with one is logged when it comes."""
+        if why == SILENT:
+            logger.warning("engagement.not_ready reason=%s", why)
 
     def _note(self, news: News) -> None:
         # Not by `match`, whose class patterns take as long as the rest.

@@ -21,7 +21,6 @@ from engagement._claim import Claim, clock
 from engagement._delivery import database, one_by_one
 from engagement._delivery.dispatch import Dispatch
 from engagement._delivery.options import Options
-from engagement._delivery.readiness import SILENT
 from engagement._delivery.schedule import next_step
 from engagement._delivery.state import State
 from engagement._delivery.steps import Ask, Collect, Extend, GiveUp, Nap, Over, Peek, Step, Taken, Tell, Transact
@@ -109,8 +108,7 @@ class Delivery:
                 break
             self._do(step)
         if step.error is not None:
-            # The driver's own error says more than ours around it.
-            raise (step.error.__cause__ if isinstance(step.error, DriverFailed) else None) or step.error
+            raise _plainer(step.error)
 
     def _do(self, step: Step) -> None:
         match step:
@@ -200,8 +198,7 @@ class Delivery:
         self._state.extended(claims, extended, now)
 
     def _tell(self, why: str) -> None:
-        if why == SILENT:
-            logger.warning("engagement.not_ready reason=%s", why)
+        self._dispatch.note_silence(why)
         try:
             self._in_transaction(partial(database.note_not_ready, reason=why))
         except Exception as error:  # noqa: BLE001 - it is for people only, also if the encoding lacks a character of it
@@ -226,3 +223,8 @@ class Delivery:
             raise
         with connection, transaction(connection):
             return work(connection)
+
+
+def _plainer(error: Exception) -> BaseException:
+    """Return the driver's own error, which says more than ours around it."""
+    return (error.__cause__ if isinstance(error, DriverFailed) else None) or error
