@@ -229,3 +229,16 @@ def test_a_late_sent_of_an_attempt_before_the_one_that_was_sent_is_told(engine, 
 
     assert events_of(engine, message_id)[-1] == "sent_twice"
     assert f"engagement.sent_twice message_id={message_id} attempt=1" in caplog.messages
+
+
+def test_a_late_sent_of_what_a_look_up_found_sent_is_one_send(engine, caplog):
+    """Worker and look-up speak of the same attempt: nobody is told that the message went out twice."""
+    (message_id,) = queue(engine, new_message())
+    (first,) = lose(engine, message_id)
+
+    process_message_queue(engine, Transport(look_up=lambda _: Sent("found")))
+    assert row(engine, message_id).status == "sent"
+
+    settle(engine, first)
+
+    assert "sent_twice" not in caplog.text + str(events_of(engine, message_id))
