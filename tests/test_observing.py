@@ -144,6 +144,7 @@ def test_an_observer_is_told_of_a_lost_claim(engine, observe):
 
     def send(_message):
         execute(engine, f"UPDATE {TABLE_NAME} SET attempt = attempt + 1")
+        return Refused("no such number")
 
     process_message_queue(engine, send)
 

@@ -364,12 +364,13 @@ def test_a_lost_claim_is_counted_as_that(engine):
 
     def send(_message):
         execute(engine, f"UPDATE {TABLE_NAME} SET attempt = attempt + 1")
+        return Refused("no such number")
 
     with scraping() as scrape:
         process_message_queue(engine, send)
         found = scrape()
 
-    labels = (("message_type", "goodbye"), ("outcome", "sent"), ("status", "claim_lost"))
+    labels = (("message_type", "goodbye"), ("outcome", "refused"), ("status", "claim_lost"))
     assert found["engagement_outcomes_total", labels] == 1
     assert ("engagement_due_to_sent_seconds_count", GOODBYE) not in found
 
