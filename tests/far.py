@@ -1,5 +1,6 @@
-"""A transport with everything optional, a question that fails, and places whose clocks change."""
+"""Transports (with everything optional, of the event loop), a question that fails, and places whose clocks change."""
 
+import asyncio
 from datetime import UTC, datetime, time
 from zoneinfo import ZoneInfo
 
@@ -37,6 +38,16 @@ class Far:
     def ready(self):
         """Never be ready."""
         return False
+
+
+def awaited(transport):
+    """Return a transport of the event loop that does what a plain one does."""
+
+    async def send(message):
+        await asyncio.sleep(0)
+        return transport(message)
+
+    return send
 
 
 def at(tz, *wall, fold=0):

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from commands import scalar
 from conftest import in_thread, new_message, queue, row, until
 from crashes.accidents import Running
 from sqlalchemy import event, func, select, text
@@ -31,11 +32,6 @@ from engagement.verification import Violation
 DAY = timedelta(days=1)
 OFTEN = timedelta(milliseconds=100)
 PRUNED = "SELECT count(*) FROM engagement_message_queue WHERE destination_jid IS NULL"
-
-
-def one(engine, sql):
-    with engine.connect() as connection:
-        return connection.scalar(text(sql))
 
 
 @pytest.fixture(name="often", autouse=True)
@@ -79,7 +75,7 @@ def test_a_worker_keeps_no_house_unless_it_is_asked(engine):
         until(lambda: row(engine, sent[0]).status == "sent")
         assert housekeepers() == []
 
-    assert one(engine, PRUNED) == 0
+    assert scalar(engine, PRUNED) == 0
 
 
 @pytest.mark.parametrize("schema", [None, "guest"])
@@ -109,7 +105,7 @@ def test_each_batch_is_a_transaction_of_its_own(engine, monkeypatch, caplog):
     queue_finished(engine, days_ago=40, how_many=25)
 
     with Running(engine, lambda _: Sent(), prune_older_than=30 * DAY):
-        until(lambda: one(engine, PRUNED) == 25)
+        until(lambda: scalar(engine, PRUNED) == 25)
         until(lambda: "engagement.pruned messages=25" in caplog.messages)
 
     with engine.connect() as connection:
@@ -133,7 +129,7 @@ def test_what_another_worker_is_at_is_left_to_it(engine):
                 stack.enter_context(Running(engine, lambda _: Sent(), prune_older_than=30 * DAY))
                 until(lambda: asked["lock"] >= 3)
                 assert asked["prune"] == 0
-            until(lambda: one(engine, PRUNED) == 1)
+            until(lambda: scalar(engine, PRUNED) == 1)
     finally:
         event.remove(engine, "after_cursor_execute", count)
 
@@ -207,9 +203,9 @@ def test_a_verification_keeps_its_turn_for_a_moment(engine, monkeypatch):
 
     with Running(engine, lambda _: Sent(), verify_every=timedelta(seconds=4)):
         assert verified.wait(20)
-        assert [one(engine, locks) for _ in range(20)] == [1] * 20
+        assert [scalar(engine, locks) for _ in range(20)] == [1] * 20
 
-    assert one(engine, locks) == 0
+    assert scalar(engine, locks) == 0
 
 
 def test_each_violation_is_one_event_with_ids_only(engine, caplog):
@@ -283,7 +279,7 @@ def test_an_error_is_logged_and_survived(engine, monkeypatch, caplog):
         with Running(engine, lambda _: Sent(), prune_older_than=30 * DAY):
             (message_id,) = queue(engine, new_message())
             until(lambda: row(engine, message_id).status == "sent")
-            until(lambda: one(engine, PRUNED) == 1)
+            until(lambda: scalar(engine, PRUNED) == 1)
     finally:
         event.remove(engine, "before_cursor_execute", refuse)
 
@@ -325,7 +321,7 @@ def test_the_command_takes_both(engine, monkeypatch):
 
     def stop_when_done() -> None:
         try:
-            until(lambda: one(engine, PRUNED) == 1 and verified.is_set())
+            until(lambda: scalar(engine, PRUNED) == 1 and verified.is_set())
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import PATIENCE, execute, in_thread, new_message, queue, row
+from far import awaited
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
@@ -183,15 +184,7 @@ def test_the_work_runs_in_the_context_that_an_observer_leaves(engine, observe):
     assert STEP.get() is None
 
 
-def _awaited(transport):
-    async def send(message):
-        await asyncio.sleep(0)
-        return transport(message)
-
-    return send
-
-
-@pytest.mark.parametrize("kind", [lambda transport: transport, _awaited], ids=["function", "async_function"])
+@pytest.mark.parametrize("kind", [lambda transport: transport, awaited], ids=["function", "async_function"])
 def test_each_send_runs_in_its_own_context(engine, observe, kind):
     """Two sends at once, in threads or in the event loop, are each within a step of their own."""
     observe(Recorder())
@@ -276,7 +269,7 @@ def test_a_blanked_message_keeps_no_trace_context(engine, observe, blank):
 
 KINDS = {
     "function": lambda send: send,
-    "async_function": _awaited,
+    "async_function": awaited,
     "batch": lambda send: SimpleNamespace(send_many=lambda messages: [send(message) for message in messages]),
 }
 

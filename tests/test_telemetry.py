@@ -15,6 +15,7 @@ from typing import get_args
 
 import pytest
 from conftest import execute, new_message, queue, row
+from far import awaited
 from opentelemetry import trace
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.semconv._incubating.attributes import messaging_attributes
@@ -209,20 +210,12 @@ def _plainly(transport):
     return transport
 
 
-def _awaited(transport):
-    async def send(message):
-        await asyncio.sleep(0)
-        return transport(message)
-
-    return send
-
-
 def _returning_a_coroutine(transport):
-    send = _awaited(transport)
+    send = awaited(transport)
     return lambda message: send(message)  # noqa: PLW0108 - a plain function, whose coroutine comes as a surprise
 
 
-@pytest.mark.parametrize("kind", [_plainly, _awaited, _returning_a_coroutine])
+@pytest.mark.parametrize("kind", [_plainly, awaited, _returning_a_coroutine])
 def test_what_the_transport_records_is_within_the_send(engine, watched, kind):
     """A span that the transport's HTTP client makes is a child of the send, in a thread as in the event loop."""
     queue(engine, new_message("a"), new_message("b"))

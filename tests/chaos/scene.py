@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
+import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
@@ -131,3 +132,10 @@ class Scene:
 def is_stopped(process: subprocess.Popen) -> bool:
     """Whether a child of ours is frozen. Tells nothing to those who wait for its end."""
     return os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+@pytest.fixture(name="scene")
+def _scene(request, empty_engine, tmp_path):
+    url, prepares = empty_engine.url.render_as_string(hide_password=False), not request.config.getoption("--pgbouncer")
+    with Scene(url, tmp_path, prepares=prepares) as scene:
+        yield scene

@@ -13,14 +13,7 @@ from engagement import NewMessage
 from .evidence import Attempt, Death, wrong_if_sent_at_most_once, wrong_in_any_run
 from .ledger import Entry
 from .orders import Point
-from .scene import Scene
-
-
-@pytest.fixture(name="scene")
-def _scene(request, empty_engine, tmp_path):
-    url, prepares = empty_engine.url.render_as_string(hide_password=False), not request.config.getoption("--pgbouncer")
-    with Scene(url, tmp_path, prepares=prepares) as scene:
-        yield scene
+from .scene import _scene  # noqa: F401 - the fixture
 
 
 def message(**params) -> NewMessage:

@@ -2,18 +2,11 @@
 
 import pytest
 from chaos.proxy import proxied
-from chaos.scene import Scene
+from chaos.scene import _scene  # noqa: F401 - the fixture
 from sqlalchemy.orm import Session
 
 from crashes.accidents import an_engine
 from engagement.verification import verify
-
-
-@pytest.fixture(name="scene")
-def _scene(request, empty_engine, tmp_path):
-    url, prepares = empty_engine.url.render_as_string(hide_password=False), not request.config.getoption("--pgbouncer")
-    with Scene(url, tmp_path, prepares=prepares) as scene:
-        yield scene
 
 
 @pytest.fixture(name="proxy")
