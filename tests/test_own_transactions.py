@@ -11,7 +11,7 @@ from sqlalchemy.exc import InternalError
 from sqlalchemy.pool import NullPool
 
 from engagement import Sent, Worker, migrations, process_message_queue
-from engagement._sql.own_transactions import for_own_transactions
+from engagement._sql.own_transactions import connect, for_own_transactions, transaction
 
 
 @pytest.fixture(name="database")
@@ -108,3 +108,9 @@ def test_a_setting_that_failed_a_statement_is_not_met_again(database, pooled, se
 
     with ours.begin() as connection:
         assert begun_with(connection, setting) == default
+
+
+def test_a_warning_before_the_commit_says_nothing_of_the_commit(engine):
+    """The server warns of a statement: `NotReplicated`, which is for a commit, would have its work looked for again."""
+    with connect(for_own_transactions(engine)) as connection, transaction(connection):
+        connection.exec_driver_sql("BEGIN")  # There is already a transaction in progress.
