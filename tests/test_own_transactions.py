@@ -6,7 +6,8 @@ from contextlib import ExitStack
 
 import pytest
 from conftest import in_thread, new_message, queue, row, until
-from sqlalchemy import create_engine
+from psycopg import generators
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import InternalError
 from sqlalchemy.pool import NullPool
 
@@ -47,6 +48,32 @@ def _pooled(database):
 
 
 # A connection is as its database was when it was made
+
+
+@pytest.mark.direct("the pooler's connections to the server are its own")
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_within_begin_gives_the_connection_up(pooled, interrupt, caplog, monkeypatch):
+    """The answer to BEGIN is still to come: the pool neither asks this connection anything nor hands it out again."""
+    engine = for_own_transactions(pooled)
+    with connect(engine) as connection, transaction(connection):
+        pass  # The schema is looked up once.
+
+    def interrupted(_: object):
+        monkeypatch.undo()
+        raise interrupt
+
+    monkeypatch.setattr(generators, "execute", interrupted)
+    with (
+        caplog.at_level(logging.WARNING, "sqlalchemy.pool"),
+        pytest.raises(interrupt),
+        connect(engine) as connection,
+        transaction(connection),
+    ):
+        pytest.fail("the transaction was never begun")
+
+    assert caplog.messages == []
+    with connect(engine) as connection, transaction(connection):
+        assert connection.scalar(text("SELECT 1")) == 1
 
 
 @pytest.mark.direct("the pooler's connections to the server are its own")

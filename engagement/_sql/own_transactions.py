@@ -130,7 +130,12 @@ def _begin(connection: Connection) -> None:
         connection.engine.update_execution_options(**{OUR_SCHEMA: found})
         connection.execution_options(**{OUR_SCHEMA: found})
     settings = "; ".join((_TRANSACTION, *_settings(driver)))
-    if not _begun_at_once(driver, f"BEGIN {settings}"):
+    try:
+        begun = _begun_at_once(driver, f"BEGIN {settings}")
+    except BaseException as interrupt:
+        connection.invalidate(interrupt)  # Its answer may be still to come, to the pool's ROLLBACK.
+        raise
+    if not begun:
         for setting in f"SET TRANSACTION {settings}".split("; "):
             connection.exec_driver_sql(setting)
 
