@@ -205,7 +205,8 @@ def _on_a_safe_path(connection: Connection, schema: str | None) -> Iterator[str 
     try:
         yield place
     except BaseException as error:
-        if sqlstate(error) is None:  # Else the transaction is over, or back at a savepoint, and the setting with it.
+        # Else the transaction is over, or back at a savepoint, and the setting with it.
+        if sqlstate(error) is None and not connection.invalidated:
             connection.execute(set_path, {"path": before})
         raise
     connection.execute(set_path, {"path": before})

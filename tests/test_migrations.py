@@ -4,6 +4,7 @@ import ast
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from conftest import new_message, queue
+from shell import killed_at_the_end, program
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
@@ -454,6 +456,19 @@ def test_the_command_says_whom_it_waits_for(run, empty_engine, held_by_a_strange
     assert ran.status == 2
     assert f"engagement.migration_waits pids=[{held_by_a_stranger}]" in waits
     assert f"process [{held_by_a_stranger}]" in gives_up
+
+
+def test_an_interrupted_upgrade_says_so(empty_engine):
+    """Ctrl-C while a statement waits costs the connection, on which nothing can be set back: one line, no traceback."""
+    migrations.upgrade(empty_engine)
+    with empty_engine.connect() as connection:
+        connection.execute(text(f"LOCK {migrations.VERSION_TABLE} IN ACCESS EXCLUSIVE MODE"))
+        with killed_at_the_end(program("upgrade", on=empty_engine)) as process:
+            wait_until_waiting(empty_engine, 1)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=PATIENCE)
+
+    assert (process.returncode, err.strip()) == (130, b"engagement: interrupted")
 
 
 # As SQL, and by Alembic's own command

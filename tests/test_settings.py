@@ -12,6 +12,7 @@ from sqlalchemy.pool import NullPool
 
 from engagement import migrations
 from engagement._operating import housekeeping
+from engagement._sql.host_sessions import readable
 
 pytestmark = pytest.mark.direct("the pooler's connections to the server are its own")
 
@@ -105,3 +106,17 @@ def test_main_calls_do_the_same_whatever_is_set(database, run, setting, value):
         migrations.upgrade(database, schema="elsewhere")
         assert migrations.current(database, schema="elsewhere") == migrations.head()
         migrations.downgrade(database, schema="elsewhere")
+
+
+@pytest.mark.parametrize("isolation", ["READ COMMITTED", "AUTOCOMMIT"])
+def test_an_error_that_cost_the_connection_is_the_one_that_is_told(database, isolation):
+    """The setting cannot be set back on a connection that is lost, and needs not be."""
+    host = create_engine(database.url, poolclass=NullPool, isolation_level=isolation)
+
+    def interrupted(session):
+        with readable(session):
+            session.connection().invalidate()
+            raise SystemExit
+
+    with set_to(database, "DateStyle", "German"), Session(host) as session, pytest.raises(SystemExit):
+        interrupted(session)

@@ -56,7 +56,7 @@ def readable(session: Session, bind_arguments: dict[str, Any] = _BY_THE_ENGINE_O
         yield
     except BaseException as error:
         # Else the transaction is over, or back at a savepoint, and the setting with it.
-        if scope == "" or sqlstate(error) is None:
+        if (scope == "" or sqlstate(error) is None) and not connection.invalidated:
             connection.exec_driver_sql(f"SET {scope}datestyle = '{style}'")
         raise
     connection.exec_driver_sql(f"SET {scope}datestyle = '{style}'")
