@@ -225,19 +225,26 @@ def _claim(row: Sequence[Any], claimed_by: str, held_until: float, *, lost_worke
 
 
 def _settlement(claim: Claim, verdict: Verdict) -> settling.Settlement:
-    return {
+    settlement: settling.Settlement = {
         "id": claim.message.id,
         "attempt": claim.message.attempt,
         "name": claim.claimed_by,
         "status": verdict.status,
         "event": verdict.event,
         "failures": int(verdict.counts_as_failure),
-        "has_doubt": verdict.has_doubt,
-        "delay": None if verdict.delay is None else verdict.delay.total_seconds(),
-        "until": None if verdict.until is None else parameters.moment_text(verdict.until),
-        "reason": clean_reason(verdict.reason),
-        "provider_message_id": clean_reason(verdict.provider_message_id),
     }
+    # A missing member costs nothing to write and to read: most have none but the last.
+    if verdict.has_doubt is not None:
+        settlement["has_doubt"] = verdict.has_doubt
+    if verdict.delay is not None:
+        settlement["delay"] = verdict.delay.total_seconds()
+    if verdict.until is not None:
+        settlement["until"] = parameters.moment_text(verdict.until)
+    if verdict.reason is not None:
+        settlement["reason"] = clean_reason(verdict.reason)
+    if verdict.provider_message_id is not None:
+        settlement["provider_message_id"] = clean_reason(verdict.provider_message_id)
+    return settlement
 
 
 _pack = parameters.SEPARATOR.join

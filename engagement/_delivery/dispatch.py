@@ -34,9 +34,9 @@ class Dispatch:
         """Wait for news, then take all that are there."""
         news = self._sender.news
         try:
-            self._note(news.get(timeout=seconds) if seconds > 0 else news.get(block=False))
+            self._note(news.get(timeout=seconds) if seconds > 0 else news.get_nowait())
             while True:
-                self._note(news.get(block=False))
+                self._note(news.get_nowait())
         except Empty:
             pass
 

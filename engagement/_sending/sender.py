@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from dataclasses import dataclass
-from functools import partial
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -61,7 +60,7 @@ class Sender:
         self.tells_begun = tells_begun
         self.idempotent = checked_flag("idempotent", getattr(transport, "idempotent", False))
         self.sends_many = send_many is not None
-        self.outcomes = partial(outcomes, classify=classify)
+        self.classify = classify
         self._loop = EventLoop()
         self._threads = Threads(concurrency, self._loop)
         self._send = self._placed(send_many or send)
@@ -148,14 +147,15 @@ class _Sending(Call):
                 self._sender.news.put(Begun(claim))
 
     def arrive(self, result: Result) -> None:
-        answered = self._sender.outcomes(result, len(self._claims), self._read)
+        sender = self._sender
+        answered = outcomes(result, len(self._claims), self._read, sender.classify)
         try:
             self._tell(answered)
         finally:
             # They lead back here, and a circle would have to wait for the garbage collector.
             claims, self._claims = self._claims, []
             for claim, outcome in zip(claims, answered, strict=True):
-                self._sender.news.put(Answer(claim, outcome))
+                sender.news.put(Answer(claim, outcome))
 
 
 class _Asking(Call):

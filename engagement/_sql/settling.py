@@ -57,19 +57,24 @@ from engagement._sql.table import (
 from engagement.models import MOST_COUNTED
 
 
-class Settlement(TypedDict):
-    """A verdict on its way to SQL: its columns, and the type of each here and there."""
+class Fence(TypedDict):
+    """The claim that a verdict is of."""
 
     id: Annotated[int, BigInteger()]
     attempt: Annotated[int, Integer()]
     name: Annotated[str, Text()]
+
+
+class Settlement(Fence, total=False):
+    """A verdict on its way to SQL: its columns, and the type of each here and there. A missing one is NULL there."""
+
     status: Annotated[str, Text()]
     event: Annotated[str, Text()]
     failures: Annotated[int, Integer()]
-    has_doubt: Annotated[bool | None, Boolean()]
-    delay: Annotated[float | None, Float()]
+    has_doubt: Annotated[bool, Boolean()]
+    delay: Annotated[float, Float()]
     """In seconds."""
-    until: Annotated[str | None, MOMENT]
+    until: Annotated[str, MOMENT]
     reason: Annotated[str | None, Text()]
     provider_message_id: Annotated[str | None, Text()]
 
@@ -81,9 +86,7 @@ _in_json = JSONEncoder(ensure_ascii=False, check_circular=False, separators=(","
 
 def settlements(given: Iterable[Settlement]) -> dict[str, str]:
     """Return the parameter of `settle_if_claimed`."""
-    # A missing member is NULL there, and costs nothing to write and to read.
-    rows = [{name: value for name, value in one.items() if value is not None} for one in given]
-    return {"settlements": _in_json(rows)}
+    return {"settlements": _in_json(list(given))}
 
 
 @cache
