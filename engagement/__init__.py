@@ -19,6 +19,8 @@ from engagement.repository import AsyncEngagementMessageRepository, EngagementMe
 from engagement.verification import Violation, verify
 from engagement.worker import Worker, process_message_queue
 
+# Packages whose names begin with an underscore are no doors for a host (`engagement._sql`).
+# docs/decisions.md#2026-11-29--private-packages-begin-with-an-underscore
 __all__ = [
     "AsyncEngagementMessageRepository",
     "Cancellation",

@@ -18,6 +18,7 @@ def _boot_clock() -> float:
 
 
 # Unlike the monotonic clock of Linux, this one goes on while the machine sleeps, as the database's does.
+# docs/decisions.md#2026-11-24--leases-are-believed-by-the-clock-that-does-not-stop
 clock: Callable[[], float] = _boot_clock if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
 
 Position = tuple[datetime, int]

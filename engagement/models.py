@@ -172,6 +172,8 @@ def _index(name: str, *columns: str, where: str | None = None) -> Index:
 
 
 def _alter(how: str) -> DDL:
+    # `create_all` executes it, and Alembic's autogenerate renders none.
+    # docs/decisions.md#2026-11-24--what-alembic-does-not-see-of-the-table-a-host-with-its-own-base-writes-by-hand
     return DDL(f"ALTER TABLE %(fullname)s {how}")  # type: ignore[no-untyped-call]
 
 

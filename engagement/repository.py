@@ -1,6 +1,7 @@
 """The repository: a host's door to the queue, within the host's own transaction.
 
 It executes statements and shapes their answers. It never commits, rolls back or leaves a setting behind.
+See docs/decisions.md#2026-11-29--the-repository-is-a-page-of-promises-and-_queueing-keeps-two-of-them.
 """
 
 from __future__ import annotations

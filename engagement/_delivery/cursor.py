@@ -11,7 +11,9 @@ RESTART_SECONDS = 1.0
 back-dated, or committed late, lies before that place. So one claim starts from the beginning this often."""
 RESTART_SHARE = 0.1
 """The most of its time that a worker spends on that: while another session holds an old snapshot, no dead entry can be
-removed, and to step over all of them takes ever longer."""
+removed, and to step over all of them takes ever longer.
+
+See docs/decisions.md#2026-11-24--a-claim-starts-from-the-beginning-for-a-tenth-of-the-time-at-most."""
 LONGEST_RESTART_SECONDS = 60.0
 """No start is put off for longer: the last one may have waited for a lock, or the machine may have slept."""
 

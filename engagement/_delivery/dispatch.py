@@ -46,7 +46,10 @@ class Dispatch:
         self._state.asked(clock())
 
     def give_up(self, claim: Claim) -> None:
-        """Wait no longer for an answer, and take the call back if it has not begun."""
+        """Wait no longer for an answer, and take the call back if it has not begun.
+
+        See docs/decisions.md#2026-11-27--a-send-that-was-given-up-does-not-begin-and-one-in-the-loop-has-the-last-word.
+        """
         waited = f"{self._send_timeout.total_seconds():g} s"
         goes_on = claim.handle is not None and not claim.handle.cancel()
         outcome: Outcome = InDoubt(f"no answer within {waited}")

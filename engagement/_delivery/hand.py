@@ -17,7 +17,9 @@ class Hand:
         self.verdicts: list[tuple[Claim, Verdict]] = []
         """The verdicts that are not settled yet, in the order of the answers."""
         self.overdue: set[Claim] = set()
-        """Calls that outlasted `send_timeout`. Each still occupies a thread and its destination."""
+        """Calls that outlasted `send_timeout`. Each still occupies a thread and its destination.
+
+        See docs/decisions.md#2026-11-24--send_timeout-is-an-option-of-the-worker."""
 
     @property
     def is_empty(self) -> bool:

@@ -13,6 +13,7 @@ class Names:
 
     A commit that is not acknowledged may have happened. The name tells then: a message that carries it was claimed and
     never started, so its worker adopts it (connection lost in COMMIT, three rows under `host:7#4fe1/12`: send them).
+    See docs/decisions.md#2026-11-24--a-name-for-each-claim-what-may-be-adopted.
     """
 
     def __init__(self, worker_name: str) -> None:

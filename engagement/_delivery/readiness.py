@@ -42,7 +42,10 @@ class Readiness:
         return self._can_be_asked and not self.is_asked and now >= self.ask_at
 
     def is_silent(self, now: float) -> bool:
-        """Whether the transport has owed an answer for too long: its `ready` may hang for ever."""
+        """Whether the transport has owed an answer for too long: its `ready` may hang for ever.
+
+        See docs/decisions.md#2026-11-29--a-transport-that-does-not-say-whether-it-is-ready-has-said-no.
+        """
         return now >= self._silent_at
 
     def is_to_be_told(self, now: float, *, at_once: bool) -> bool:

@@ -1,6 +1,7 @@
 """The next step of a worker: a pure function of its state and the time, without a database, a clock or a thread.
 
 `run` does the step and reports its result to `State`. tests/test_schedule.py plays thousands of histories against both.
+See docs/decisions.md#2026-11-29--the-next-step-of-a-worker-is-a-pure-function.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from engagement._delivery.steps import Ask, Collect, Extend, GiveUp, Nap, Over, 
 STOP_SECONDS = 1.0
 """How soon a stop is heard while nothing is in hand, and an answer of the transport is waited for."""
 PATIENCE_SECONDS = 5.0
-"""How long a call that was given up may take to end, before a cron job's run ends without it."""
+"""How long a call that was given up may take to end, before a cron job's run ends without it.
+
+See docs/decisions.md#2026-11-29--a-cron-job-ends-though-a-send-hangs."""
 
 
 def next_step(state: State, now: float) -> Step | Over:
@@ -74,7 +77,9 @@ def _wanted(state: State, now: float) -> int:
     if state.is_stopped or state.failure is not None or now < state.pace.next_at:
         return 0
     if state.outage.is_on and state.hand.verdicts:
-        return 0  # The verdicts first: a claim that fails would undo them too.
+        # The verdicts first: a claim that fails would undo them too.
+        # docs/decisions.md#2026-11-27--what-is-known-is-settled-before-anything-is-claimed-again
+        return 0
     in_use = state.hand.in_use
     if state.sends_many and in_use:
         return 0

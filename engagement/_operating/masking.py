@@ -26,6 +26,7 @@ def masked(text: str, message: EngagementMessage | None = None) -> str:
     """Return a provider's text without its addresses and telephone numbers, or any text of their form.
 
     With a `message`, also without that message's user, address and key. The time is in proportion to the text.
+    See docs/decisions.md#2026-11-29--each-reader-of-outside-text-was-measured-at-twice-the-size.
     """
     user = None if message is None else message.user_id
     # A key or an address may hold a number; a user may be no more than a part of one.

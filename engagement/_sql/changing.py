@@ -58,6 +58,7 @@ def cancel_if_pending() -> Executable:
             has_doubt=found.c.has_doubt,
             # Of a pending message both are NULL. They are said again because PostgreSQL checks constraints once with
             # the row as it was before we waited for it.
+            # docs/decisions.md#2026-11-24--a-statement-that-locks-and-changes-says-again-what-the-constraints-look-at
             lease_expires_at=null(),
             sent_at=null(),
             history=history_with(word("cancelled"), text_of("reason"), by=text_of("by")),
@@ -127,6 +128,7 @@ def resolve_if_in_doubt(*, sent: bool) -> Executable:
     """Resolve a message in doubt: it was sent, or it was not and becomes due again with all its retries.
 
     It was sent before the doubt was recorded, and not when somebody found out.
+    See docs/decisions.md#2026-11-24--a-resolved-doubt-was-sent-when-it-was-recorded.
     """
     resolved = update(QUEUE).where(is_wanted, C.status == IN_DOUBT).returning(C.id)
     history = history_with(word("resolved"), text_of("reason"), sent=true() if sent else false(), by=text_of("by"))

@@ -73,7 +73,9 @@ _LEASE = NOW + bindparam("lease", type_=Interval)
 
 
 RECOVERY = "/recovery/"
-"""Comes after the name of who took a message over, and before how many workers were lost with it."""
+"""Stands between the name of the worker that took a message over and the number of those lost with it (`…/recovery/2`).
+
+See docs/decisions.md#2026-11-27--claimed_by-counts-the-workers-that-were-lost."""
 MOST_LOST_WORKERS = 999_999
 """As far as they are counted."""
 LOST_WORKERS = f"{RECOVERY}([0-9]{{1,6}})$"
@@ -108,6 +110,7 @@ def claim(*, one_per_destination: bool) -> Executable:
     Returns them with the new attempt. Those that have expired end here, and are returned too; so are those that may
     have left, unless the transport is `idempotent`: only under one delivery id with one effect may they be sent again.
     With `one_per_destination` only the first to each destination is claimed, so that one worker keeps their order.
+    See docs/decisions.md#2026-11-24--a-claim-takes-one-message-for-each-destination.
     """
     due = _due(ctid, C.id, C.destination_jid, C.next_attempt_at).limit(unseen(limit)).subquery("due")
     chosen = _first_of_each_destination(due) if one_per_destination else select(due.c.ctid)
@@ -158,6 +161,7 @@ def take_over_expired_leases() -> Executable:
 
     So a late worker can still settle its attempt, and two processors do not recover the same message at once. Returns
     the name that each is held by, which ends in how many workers were lost with it.
+    See docs/decisions.md#2026-11-24--recovery-takes-over-then-decides-like-everything-else.
     """
     lost = _lost().limit(unseen(limit))
     # Cut, so that no number of a hand-written name is too large.
@@ -207,6 +211,8 @@ def extend_leases() -> Executable:
 
     Fenced on the name, since a take-over leaves the attempt. A message that somebody else has locked is left out: while
     we waited for it, the leases of all the others would run out.
+    See
+    docs/decisions.md#2026-11-27--a-lease-is-extended-under-the-name-that-it-is-held-by-and-believed-once-that-is-committed.
     """
     held = func.unnest(packed("held", BigInteger()), packed("names"))
     given = held.table_valued(column("id", BigInteger), column("name", Text)).render_derived(name="held")

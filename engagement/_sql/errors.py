@@ -27,6 +27,7 @@ class NotReplicated(SQLAlchemyError):  # noqa: N818 - what happened
     """The server has committed, but warned that it did less than was asked for.
 
     A synchronous standby that it did not wait for, say: if that one is promoted, nothing of the transaction happened.
+    See docs/decisions.md#2026-11-29--a-commit-that-the-server-warned-of-was-not-acknowledged.
     """
 
 

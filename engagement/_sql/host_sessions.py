@@ -21,6 +21,7 @@ from engagement.models import EngagementMessage, checked_schema, qualified_name
 
 # A statement of tables has no mapper, by which a session with several engines chooses (`Session.binds`). Of one that
 # reads from a replica, all go where an UPDATE goes: a replica may lack the row that an INSERT has just met.
+# docs/decisions.md#2026-11-29--a-session-with-several-engines-is-asked-for-the-one-of-updates
 _BY_THE_ENGINE_OF_UPDATES: dict[str, Any] = {"mapper": EngagementMessage.__mapper__, "clause": update(QUEUE)}
 
 

@@ -40,6 +40,7 @@ def for_own_transactions(engine: Engine, schema: str | None = None) -> Engine:
     A connection keeps the settings of its server, database and role as they were when it was made (a
     `statement_timeout`). One that such a setting may have failed is not used again, so that the next one is made under
     the present ones. Raises `ValueError` for an engine that is none of psycopg 3.
+    See docs/decisions.md#2026-11-29--a-connection-that-a-setting-may-have-failed-is-not-used-again.
     """
     check_engine(engine)
     given = schema_in_force(schema, engine)
@@ -53,7 +54,10 @@ def for_own_transactions(engine: Engine, schema: str | None = None) -> Engine:
 
 
 def check_engine(engine: Engine) -> None:
-    """Raise `ValueError` if the engine is none that we can have transactions of our own on, and say which one is."""
+    """Raise `ValueError` if the engine is none that we can have transactions of our own on, and say which one is.
+
+    See docs/decisions.md#2026-11-29--the-hosts-side-takes-three-drivers-ours-takes-one.
+    """
     is_one = isinstance(engine, Engine)
     if not is_one or engine.dialect.is_async or engine.dialect.driver != "psycopg":
         found = f"one of {engine.dialect.driver}" if is_one else type(engine).__name__
@@ -114,6 +118,7 @@ class MadeInAnotherProcess(RuntimeError):  # noqa: N818 - what happened
 @event.listens_for(Pool, "connect")
 def _note_process(_: object, record: ConnectionPoolEntry) -> None:
     # Of every pool: a fork leaves behind connections that the host has made by itself.
+    # docs/decisions.md#2026-11-29--each-connection-knows-the-process-that-made-it
     record.info[_MADE_IN] = os.getpid()
 
 

@@ -25,7 +25,9 @@ from engagement._sql.table import number
 
 SEPARATOR = "\x1f"
 """Joins the texts of many rows into one parameter, which the server splits: a third of the client's
-cost for an array of texts. No text that passed our checks holds it; a missing value is the empty text."""
+cost for an array of texts. No text that passed our checks holds it; a missing value is the empty text.
+
+See docs/decisions.md#2026-11-24--texts-of-a-batch-travel-joined-by-u001f."""
 
 
 def moment_text(moment: datetime | None) -> str:
@@ -39,7 +41,10 @@ def text_of(name: str) -> ColumnElement[Any]:
 
 
 def packed(name: str, type_: TypeEngine[Any] | None = None) -> ColumnElement[Any]:
-    """Return the array that a parameter holds, packed as one text."""
+    """Return the array that a parameter holds, packed as one text.
+
+    See docs/decisions.md#2026-11-27--arrays-travel-packed-numbers-too.
+    """
     texts = _split(text_of(name))
     return unseen(texts if type_ is None else cast(texts, ARRAY(type_)))
 
@@ -59,6 +64,7 @@ def unseen(value: ColumnElement[Any]) -> ColumnElement[Any]:
 
     So one plan costs the same for all values, and PostgreSQL keeps it for the connection. Else it plans anew each time,
     since few rows seem cheaper, though the plan is the same and planning takes longer than running.
+    See docs/decisions.md#2026-11-24--a-workers-statements-are-planned-for-any-values.
     """
     return select(value).scalar_subquery()
 

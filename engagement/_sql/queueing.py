@@ -45,6 +45,7 @@ _ROW: _Row = _TEXTS | {"scheduled_for": ("scheduled_for", MOMENT), "expires_at":
 _texts_of = attrgetter(*(attribute for attribute, _ in _TEXTS.values()))
 _packed = SEPARATOR.join
 # Any other conflict is an error: an id that is there, say, since the sequence was restored from a backup.
+# docs/decisions.md#2026-11-27--only-the-key-may-conflict
 _KEY: dict[str, Any] = {"index_elements": [C.idempotency_key]}
 
 
@@ -95,6 +96,7 @@ def find_key() -> Executable:
     """Return id and status of the message that holds a key, and whether the caller may read its content.
 
     A host may be granted no more columns than queueing needs.
+    See docs/decisions.md#2026-11-29--the-grants-are-a-page-that-the-tests-read.
     """
     queue = text_of("queue")
     may_compare = and_(*(func.has_column_privilege(queue, word(name), word("SELECT")) for name in _CONTENT))
@@ -126,6 +128,7 @@ def insert_packed(*, most_are_there: bool = False) -> Executable:
     ordered = select(*(value.label(name) for name, value in columns.items())).order_by(rows.ordinal)
     if most_are_there:
         # Without this, each would be numbered and checked before it is turned down.
+        # docs/decisions.md#2026-11-27--a-large-batch-waits-as-it-came-and-what-is-there-is-left-out-first
         is_new = ~select(C.id).where(C.idempotency_key == rows.idempotency_key).exists()
         ordered = ordered.where(is_new, planned_anew())
     created = postgresql_insert(QUEUE).from_select(list(columns), ordered).on_conflict_do_nothing(**_KEY)

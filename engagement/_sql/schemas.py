@@ -24,7 +24,10 @@ _TABLE = re.compile(rf"(?<![.\w])(?<!OF ){TABLE_NAME}\b")
 
 
 def in_schema(schema: str | None) -> dict[str, Any]:
-    """Return the execution options with which a statement finds the table there; None is the search path."""
+    """Return the execution options with which a statement finds the table there; None is the search path.
+
+    See docs/decisions.md#2026-11-24--the-repository-takes-a-schema-and-statements-are-translated-one-by-one.
+    """
     return {} if checked_schema(schema) is None else {"schema_translate_map": {None: schema}}
 
 

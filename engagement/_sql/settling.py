@@ -66,7 +66,10 @@ class Fence(TypedDict):
 
 
 class Settlement(Fence, total=False):
-    """A verdict on its way to SQL: its columns, and the type of each here and there. A missing one is NULL there."""
+    """A verdict on its way to SQL: its columns, and the type of each here and there. A missing one is NULL there.
+
+    See docs/decisions.md#2026-11-29--a-row-that-crosses-to-sql-is-described-once.
+    """
 
     status: Annotated[str, Text()]
     event: Annotated[str, Text()]
@@ -103,11 +106,13 @@ def settle_if_claimed() -> Executable:
     wanted = case((and_(given.status == PENDING, is_forgotten), CANCELLED), else_=given.status)
     resolves = and_(given.status == SENT, or_(C.status != SENDING, C.claimed_by != given.name))
     reason = case((is_forgotten, null()), else_=given.reason)
+    # docs/decisions.md#2026-11-27--a-late-sent-also-corrects-a-mistake
     is_late_but_sent = and_(given.status == SENT, C.status != SENT)
     return (
         update(QUEUE)
         .values(
             status=unless_in_doubt(wanted, has_doubt),
+            # docs/decisions.md#2026-11-29--a-late-sent-counts-whatever-attempt-the-row-has-come-to
             attempt=func.greatest(C.attempt, given.attempt),
             claimed_by=given.name,
             has_doubt=has_doubt,
@@ -126,6 +131,7 @@ def settle_if_claimed() -> Executable:
         .where(
             C.id == given.id,
             # The fence: a message that was recovered and claimed again has another attempt, or another name.
+            # docs/decisions.md#2026-11-29--a-verdict-settles-the-claim-that-it-was-made-under
             or_(
                 and_(C.status == SENDING, C.attempt == given.attempt, C.claimed_by == given.name),
                 is_late_but_sent,

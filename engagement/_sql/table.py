@@ -37,7 +37,9 @@ from engagement.models import FINISHED, EngagementMessage
 QUEUE: Table = EngagementMessage.__table__  # type: ignore[assignment]  # declared as FromClause
 C = QUEUE.c
 ctid: ColumnElement[Any] = column("ctid")
-"""Where a row lies in the table: found without an index, and right as long as the row is locked."""
+"""Where a row lies in the table: found without an index, and right as long as the row is locked.
+
+See docs/decisions.md#2026-11-27--a-claim-changes-its-rows-where-they-lie."""
 
 MOMENT = TIMESTAMP(timezone=True)
 NOW: ColumnElement[Any] = func.statement_timestamp(type_=MOMENT)

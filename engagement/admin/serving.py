@@ -51,6 +51,7 @@ class TokenInAddress:
 
     def __call__(self, request: Request) -> str | Response:
         """Return "operator" for a request with a session. The token begins a session, the sign-out ends it."""
+        # docs/decisions.md#2026-11-24--engagement-admin-has-a-token-in-its-address
         if secrets.compare_digest(request.query_params.get("token", "").encode(), self.token.encode()):
             return self._begin(request)
         session = request.cookies.get(COOKIE, "")

@@ -17,7 +17,11 @@ _numbers = count(1)
 
 
 class FarSide:
-    """The hooks of a host: they make its transport, and set the behaviour of the far side."""
+    """The hooks of a host: they make its transport, and set the behaviour of the far side.
+
+    The promises are in its one child, `TransportContract`: a single class for both had 240 lines.
+    See docs/decisions.md#2026-11-29--a-file-has-one-question-350-lines-at-most-and-its-room-in-the-wheel.
+    """
 
     answers_within: timedelta = timedelta(seconds=10)
     secrets: Collection[str] = ()

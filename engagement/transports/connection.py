@@ -219,7 +219,8 @@ _USUAL = re.compile(
 def usual_answer(data: bytes) -> Answer | None:
     """Return an answer to a POST that came whole, alone, and in the most usual form. All else, None, is h11's to read.
 
-    It is what h11 would return, in a tenth of the time. See docs/decisions.md, "One HTTP exchange".
+    It is what h11 would return, in a tenth of the time. See
+    docs/decisions.md#2026-11-29--one-http-exchange-on-h11-and-a-socket.
     """
     found = _USUAL.match(data)
     if found is None or found[1] in {b"204", b"304"}:
