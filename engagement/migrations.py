@@ -83,7 +83,10 @@ def adopt(bind: Engine | Connection, *, schema: str | None = None) -> int:
 
 
 def downgrade(bind: Engine | Connection, revision: str = "base", *, schema: str | None = None) -> None:
-    """Take the table back to `revision`. `base` drops it, with all messages and their keys."""
+    """Take the table back to `revision`. `base` drops it, with all messages and their keys.
+
+    A message that was sent can then be queued, and sent, again (`user123:goodbye:2025-11-21`).
+    """
     from alembic import command
 
     with _connected(bind, schema) as (connection, place):
@@ -91,7 +94,7 @@ def downgrade(bind: Engine | Connection, revision: str = "base", *, schema: str 
 
 
 def current(bind: Engine | Connection, *, schema: str | None = None) -> str | None:
-    """Return the revision that the database is at, or None if it has none of our migrations."""
+    """Return the revision that the database is at (`eng_0001`), or None if it has none of our migrations."""
     from alembic.migration import MigrationContext
 
     with _connected(bind, schema) as (connection, place):
@@ -124,12 +127,18 @@ def includes_ours(name: str | None, type_: str, parent_names: Mapping[Any, Any])
 
 
 def includes_all_but_ours(name: str | None, type_: str, parent_names: Mapping[Any, Any]) -> bool:
-    """Be the `include_name` of a host's autogenerate, which would otherwise propose to drop our tables."""
+    """Be the `include_name` of a host's autogenerate, which would otherwise propose to drop our tables.
+
+    In its `env.py`: `context.configure(include_name=includes_all_but_ours)`.
+    """
     return type_ == "schema" or not _is_ours(name, type_, parent_names)
 
 
 def render_plain_types(type_: str, item: Any, autogen_context: AutogenContext) -> str | Literal[False]:
-    """Be the `render_item` of a host that maps our mixin, so that its migrations hold SQLAlchemy's types only."""
+    """Be the `render_item` of a host that maps our mixin, so that its migrations hold SQLAlchemy's types only.
+
+    A status is `sa.Text()` there.
+    """
     if type_ == "type" and isinstance(item, TextOf):
         return f"{autogen_context.opts['sqlalchemy_module_prefix']}Text()"
     if type_ == "type" and isinstance(item, ReadableJson):

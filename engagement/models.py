@@ -191,7 +191,8 @@ _MOMENT = TIMESTAMP(timezone=True)
 class EngagementMessageMixin:
     """The columns, constraints and indexes of a message, for hosts that map them on a `Base` of their own.
 
-    Every type and name is given, so that no `type_annotation_map` and no naming convention of the host changes them.
+    Map it with `class Message(EngagementMessageMixin, Base): ...`. Every type and name is given, so that no
+    `type_annotation_map` and no naming convention of the host changes them.
     """
 
     __tablename__ = TABLE_NAME

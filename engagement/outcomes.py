@@ -23,7 +23,7 @@ MAX_REASON = 1000
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """The transport's far side accepted the message."""
+    """The transport's far side accepted the message (a gateway took it, and the person's phone may be off)."""
 
     event: ClassVar[str] = "sent"
     """Its name in history, logs and metrics."""
@@ -34,7 +34,8 @@ class Sent:
 class NotSent:
     """It provably did not leave (a refused connection), and is tried again after `retry_after` at the earliest.
 
-    If it had left after all, the person gets it twice.
+    The longer of that and the backoff counts (10 s and a minute: a minute). If the message had left after all, the
+    person gets it twice.
     """
 
     event: ClassVar[str] = "not_sent"
@@ -123,7 +124,8 @@ def exponential_backoff(
 ) -> Backoff:
     """Return a backoff of about 1, 5, 25 … minutes. `jitter` spreads each wait by that share both ways.
 
-    Jitter keeps the messages that failed together from coming back together. `longest` bounds the wait before jitter.
+    Jitter keeps the messages that failed together from coming back together (0.2 makes 4 to 6 minutes of 5). `longest`
+    bounds the wait before jitter.
     """
     if first <= timedelta(0) or longest < first or factor < 1 or not 0 <= jitter < 1:
         raise ValueError("exponential_backoff: needs 0 < first <= longest, factor >= 1 and 0 <= jitter < 1")

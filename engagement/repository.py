@@ -62,9 +62,10 @@ class EngagementMessageRepository:
         """Store a message as pending, or find that its key exists: `created` tells. Takes the fields as keywords too.
 
         A duplicate is no error, and the message that was there stays untouched. That it has other content, or is
-        another user's, is a mistake in the key: `differs_in` and a warning in the log name the fields. If another
-        transaction has queued the same key and is still open, this waits for its end. Under REPEATABLE READ and
-        SERIALIZABLE, a duplicate that was committed after the snapshot raises the database's serialization error.
+        another user's, is a mistake in the key (two offers on one day under `user123:offer:2026-11-24`): `differs_in`
+        and a warning in the log name the fields. If another transaction has queued the same key and is still open, this
+        waits for its end. Under REPEATABLE READ and SERIALIZABLE, a duplicate that was committed after the snapshot
+        raises the database's serialization error.
         """
         if message is None:
             message = NewMessage(**fields)
@@ -88,7 +89,7 @@ class EngagementMessageRepository:
     # Looking
 
     def get_message(self, message_id: int) -> EngagementMessage | None:
-        """Return the message as it is in the database now, or None."""
+        """Return the message as it is in the database now (`sent`, where the session had `pending`), or None."""
         return self._found("id", checked_id(message_id))
 
     def get_message_by_key(self, idempotency_key: str) -> EngagementMessage | None:
@@ -124,7 +125,10 @@ class EngagementMessageRepository:
     def cancel_pending_messages(
         self, user_id: str | UUID, message_type: str | None = None, reason: str | None = None, *, by: str | None = None
     ) -> int:
-        """Cancel the user's pending messages, of one type or of all, and return their number."""
+        """Cancel the user's pending messages, of one type or of all, and return their number.
+
+        One that an idempotent transport may have sent before becomes in doubt, and does not count.
+        """
         statement = changing.cancel_pending_of_user(of_one_type=message_type is not None)
         values = {"of_user": checked_user_id(user_id), **_decision(by, reason)}
         if message_type is not None:
@@ -132,7 +136,10 @@ class EngagementMessageRepository:
         return sum(status == MessageStatus.CANCELLED for status in self._host.execute(statement, values).scalars())
 
     def reschedule_message(self, message_id: int, scheduled_for: datetime) -> bool:
-        """Move a pending message to another time; its key stays. False if it is not pending or expires before then."""
+        """Move a pending message to another time. False if it is not pending or expires before then.
+
+        Its key stays (`user123:goodbye:2025-11-21` for a goodbye that is moved to the 22nd).
+        """
         values = {"message_id": checked_id(message_id), "moment": checked_moment("scheduled_for", scheduled_for)}
         return self._changed(changing.reschedule_if_pending(), values)
 
@@ -158,7 +165,8 @@ class EngagementMessageRepository:
     def forget_user(self, user_id: str | UUID) -> Forgotten:
         """Cancel the user's pending messages, and blank params, destination, errors and provider ids everywhere.
 
-        Keys stay, and still block. A message that is being sent at this moment is blanked too, and not tried again.
+        The user id stays, and so do the keys, which still block (`user123:goodbye:2025-11-21`). A message that is being
+        sent at this moment is blanked too, and not tried again.
         """
         were_cancelled = (
             self._host.execute(changing.forget_user(), {"of_user": checked_user_id(user_id)}).scalars().all()
@@ -168,7 +176,8 @@ class EngagementMessageRepository:
     def prune_messages(self, older_than: timedelta, limit: int = 10_000) -> int:
         """Blank finished messages that were last due longer than `older_than` ago; return how many, at most `limit`.
 
-        Keys stay, and still block. Messages in doubt are not finished. Call it until it returns less than `limit`.
+        Keys stay, and still block. Messages in doubt are not finished. Call it until it returns less than `limit`
+        (`while queue.prune_messages(age) == 10_000: session.commit()`).
         """
         older_than = checked_age("older_than", older_than)
         if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= LARGEST_LIMIT:

@@ -69,7 +69,7 @@ class EngagementInstrumentor:
         meter_provider: MeterProvider | None = None,
         **_: object,
     ) -> None:
-        """Switch it on, in place of an earlier call.
+        """Switch it on, in place of an earlier call (after two calls, a message is still counted once).
 
         With an `engine`, also measure the queue, by one short query a collection: one process is enough.
         The providers are the global ones unless given.

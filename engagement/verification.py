@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 class Violation:
     """A broken promise: its name, the message that breaks it (None: the table does), and the fault.
 
-    Holds nothing personal. A promise that a CHECK guards is named as the constraint is, without the table's name.
+    Holds nothing personal. A promise that a CHECK guards is named as the constraint is, without the table's name
+    (`sent_iff_sent_at`).
     """
 
     promise: str
@@ -69,9 +70,9 @@ def verify(
     It only reads, in the session's transaction. It reads the whole table, so run it nightly, not every minute. See
     docs/decisions.md#2026-11-29--more-of-the-last-violation-says-that-verify-stopped.
 
-    Any key of the host's own is fine, unless it reads as the daily key of another user's message of this type, or of
-    this user's message of another type: it would block that message. The key's date is not compared: the message may
-    have been rescheduled.
+    Any key of the host's own is fine, unless it reads as the daily key of another user's message of this type
+    (`user7:goodbye:2025-11-21` on a goodbye to user8), or of this user's message of another type: it would block that
+    message. The key's date is not compared: the message may have been rescheduled.
     """
     if overdue < timedelta(0):
         raise ValueError("overdue: must not be negative")

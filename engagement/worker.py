@@ -43,13 +43,14 @@ class Worker:
     - `concurrency`: how many messages are in hand at once, and the largest batch of a transport with `send_many`.
       Plain functions are called in that many threads.
     - `lease`: how long a claim holds if its worker dies. A living worker extends it.
-    - `max_retries`: after so many failures a message is `failed`.
-    - `min_interval`: the time between the starts of two sends of this worker.
+    - `max_retries`: after so many failures a message is `failed` (3: at its third; a postponed send is none).
+    - `min_interval`: the time between the starts of two sends of this worker (2 s: 30 a minute, of two workers 60).
     - `send_timeout`: a send without an answer for so long is in doubt. Should it still answer `Sent`, that resolves
       the doubt. None leaves time-outs to the transport.
     - `backoff(n)`: how long to wait after the n-th failure.
     - `classify(exception)`: which outcome an exception of the transport means; see `classify_exception`, the default.
-    - `strict`: the default rule calls every exception in doubt that does not prove that nothing was sent.
+    - `strict`: the default rule calls every exception in doubt that does not prove that nothing was sent (a
+      `KeyError`).
     - `worker_name`: what `claimed_by` begins with; default: host and process.
     - `poll_interval`: how soon a message that becomes due is noticed by an idle worker.
     - `schema`: where the table is, if not on the search path.

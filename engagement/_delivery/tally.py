@@ -21,10 +21,11 @@ from engagement.outcomes import InDoubt, NotSent, Postpone, Refused, Verdict, cl
 class ProcessResult:
     """The work of a run, in numbers.
 
-    `processed` is how many outcomes there were; the counts from `succeeded` to `cancelled` add up to it, but for claims
-    that were lost. Besides are counted, since they were not tried: `expired` messages, and those `in_doubt` of an
-    attempt of an idempotent transport that this one must not repeat. `errors` are (message_id, reason) pairs, and not
-    shown by `print`: a provider's words may hold an address, which the command masks.
+    `processed` is how many outcomes there were (3: two `succeeded`, one `retried`); the counts from `succeeded` to
+    `cancelled` add up to it, but for claims that were lost. Besides are counted, since they were not tried: `expired`
+    messages, and those `in_doubt` of an attempt of an idempotent transport that this one must not repeat. `errors` are
+    (message_id, reason) pairs, and not shown by `print`: a provider's words may hold an address, which the command
+    masks.
     """
 
     processed: int = 0

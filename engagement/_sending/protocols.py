@@ -24,7 +24,8 @@ class BatchTransport(Protocol):
     def send_many(self, messages: Sequence[OutgoingMessage], /) -> Any:
         """Send all, and return an outcome for each, in their order, or one for all.
 
-        An exception speaks of all; but a generator's only of those that it had not come to.
+        An exception speaks of all; but a generator's only of those that it had not come to (of the last three of five,
+        if it had yielded two outcomes).
         """
 
 

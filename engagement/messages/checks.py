@@ -46,7 +46,10 @@ _JID_PROBLEMS = {
 
 
 class InvalidMessage(ValueError):  # noqa: N818 - the contract's name
-    """A message that cannot be queued. Names the `field` and its `problem`, never its content."""
+    """A message that cannot be queued. Names the `field` and its `problem`, never its content.
+
+    Its text: `expires_at: is naive: give it a time zone`.
+    """
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")

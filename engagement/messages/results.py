@@ -38,7 +38,10 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class QueuedMany:
-    """The result of one `queue_messages`. The sum of both is the number of messages given."""
+    """The result of one `queue_messages`.
+
+    The sum of both is the number of messages given: a new key that stands twice among them counts once in each.
+    """
 
     created: int
     duplicates: int
@@ -48,7 +51,8 @@ class QueuedMany:
 class Cancellation:
     """The result of one `cancel_message`.
 
-    `too_late` means that the message was sent, may have been, or ended otherwise (`expired`): see `status`.
+    `too_late` means that the message was sent, may have been (`sending`: a worker has claimed it), or ended otherwise
+    (`expired`): see `status`.
     """
 
     verdict: Literal["cancelled", "already_cancelled", "too_late", "not_found"]
@@ -56,7 +60,7 @@ class Cancellation:
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether it is certain that the message is not sent."""
+        """Whether it is certain that the message is not sent (True of `already_cancelled`, False of `too_late`)."""
         return self.status is MessageStatus.CANCELLED
 
 
@@ -70,7 +74,10 @@ class Forgotten:
 
 @dataclass(frozen=True, slots=True)
 class StatusCounts:
-    """The number of messages in each status. `oldest_due` is how long the oldest due message has been waiting."""
+    """The number of messages in each status (`counts["failed"]`).
+
+    `oldest_due` is how long the oldest due message has been waiting; None if none is due.
+    """
 
     by_status: Mapping[MessageStatus, int]
     oldest_due: timedelta | None

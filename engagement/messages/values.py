@@ -30,8 +30,9 @@ class NewMessage:
     """A message to be queued. It is checked when it is made: bad input raises `InvalidMessage`, which names the field.
 
     `message_params` must be a JSON object of at most 64 KiB. It is read at once: later changes to the mapping are not
-    seen. `scheduled_for` None means now. The idempotency key is computed from the user, the
-    type and the date of `scheduled_for` in `tz` unless it is given.
+    seen. `scheduled_for` None means now. The idempotency key is computed from the user, the type and the date of
+    `scheduled_for` in `tz` unless it is given (two goodbyes to a user on one day have one key,
+    `user123:goodbye:2025-11-21`: the second is a duplicate).
     """
 
     user_id: str
@@ -95,7 +96,11 @@ class NewMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class OutgoingMessage:
-    """A message for a transport. `attempt` counts from 1; `retry_count` is how many attempts failed before."""
+    """A message for a transport.
+
+    `attempt` counts from 1; `retry_count` is how many attempts failed before (at `attempt` 3 it is 1, if the first one
+    failed and the second one was postponed).
+    """
 
     id: int
     idempotency_key: str
@@ -111,7 +116,7 @@ class OutgoingMessage:
 
     @property
     def delivery_id(self) -> uuid.UUID:
-        """The same for every attempt: hand it to a provider that can recognise a repeat."""
+        """The same for every attempt: hand it to a provider that can recognise a repeat (by an `Idempotency-Key`)."""
         return delivery_id(self.idempotency_key)
 
     def __hash__(self) -> int:

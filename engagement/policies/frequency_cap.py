@@ -29,9 +29,9 @@ class FrequencyCap(Gate):
     """Sends a person at most `limit` messages in each of their days, or weeks from Monday on, as the database counts.
 
     Messages of this day or week count that were sent, may have been sent, or are being sent. A message above the limit
-    is postponed to `resume_at`, local time, of the next day or Monday. If several are being sent at once, those beyond
-    the limit step back: they are postponed for seconds to a minute, since the others may yet fail. The first in line
-    waits here for a moment until they have. See
+    is postponed to `resume_at`, local time, of the next day or Monday (one a day: the second of Tuesday is sent on
+    Wednesday at 9). If several are being sent at once, those beyond the limit step back: they are postponed for seconds
+    to a minute, since the others may yet fail. The first in line waits here for a moment until they have. See
     docs/decisions.md#2026-11-29--the-first-in-line-for-a-frequency-cap-waits-for-the-others-to-step-back.
 
     The limit holds with any number of workers, without a lock and without a transaction during the send: a message's
@@ -40,8 +40,8 @@ class FrequencyCap(Gate):
     only, and among workers that all have the cap.
     See docs/decisions.md#2026-11-24--the-frequency-cap-counts-and-takes-no-lock.
 
-    `message_types` limits the cap to these types: others pass and are not counted. Each check takes a connection of
-    `engine` for two short queries.
+    `message_types` limits the cap to these types (`{"offer"}`): others pass and are not counted. Each check takes a
+    connection of `engine` for two short queries.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ class Gate:
             return self._send(passed)
 
     def check(self, message: OutgoingMessage) -> OutgoingMessage | Outcome:
-        """Return the message, as it is to be sent, or an outcome if it is not to be sent now."""
+        """Return the message, as it is to be sent, or an outcome if it is not to be sent now (`Withdraw("moved")`)."""
         raise NotImplementedError
 
     def _ask(self, message: OutgoingMessage) -> OutgoingMessage | Outcome:

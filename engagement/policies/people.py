@@ -21,9 +21,10 @@ class Route(Gate):
     None is `Refused`, which a person sees and can try again, and so is a JID that could not be queued. A `where` that
     raises is `NotSent`.
 
-    Most far sides take a known delivery id at a new address for a new message. So a transport under `Route` is not
-    idempotent, and its `look_up` is believed only when it finds the message. `across_addresses` says that the far side
-    recognises a delivery id at any address, and lifts both.
+    Most far sides take a known delivery id at a new address for a new message (WhatsApp knows ids by chat). So a
+    transport under `Route` is not idempotent, and its `look_up` is believed only when it finds the message.
+    `across_addresses` says that the far side recognises a delivery id at any address (an endpoint of yours, with a
+    unique index of them), and lifts both.
     See docs/decisions.md#2026-11-24--route-is-not-idempotent-and-policies-refuse-batches.
     """
 
@@ -76,7 +77,8 @@ class Route(Gate):
 class Consent(Gate):
     """Sends to people who want the message: `wants(message)` is asked at each send.
 
-    False is `Withdraw`: the message is cancelled. Anything but a bool is `NotSent`.
+    False is `Withdraw`: the message is cancelled. Anything but a bool (None of a look-up that found nobody) is
+    `NotSent`.
     """
 
     def __init__(self, transport: Transport, wants: Callable[[OutgoingMessage], bool]) -> None:

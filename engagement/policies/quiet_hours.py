@@ -16,7 +16,7 @@ class QuietHours(Gate):
     """Sends nothing from `start` to `end` of the person's day; `start` after `end` means across midnight.
 
     A message in these hours is postponed to their end, which counts as no failure. If it expires before, it is not sent
-    at all. `start` belongs to the quiet hours, `end` does not.
+    at all. `start` belongs to the quiet hours, `end` does not (from 22:00 to 8:00, 22:00 is quiet and 8:00 is not).
     """
 
     def __init__(

@@ -16,7 +16,8 @@ class TransportContract(FarSide):
     behaviour of the far side from then on. A test calls one before `make_transport`, and some call a second one after
     it. The far side is yours: best a real server on loopback. Set it up in an autouse fixture, or in `setup_method`.
 
-    `answers_within` is the longest that a send may take, time-out included. `secrets` must show up nowhere.
+    `answers_within` is the longest that a send may take, time-out included. `secrets` must show up nowhere
+    (a provider's key: not in the `repr`, a reason or the log).
     """
 
     def test_what_is_accepted_is_sent(self) -> None:

@@ -26,8 +26,8 @@ class Stream(Protocol):
 class Console:
     """Prints one line for each message to `stream` (default: standard output), and calls it sent.
 
-    With `reveal` the line also holds personal data: user, destination and params, or with `render` the words that the
-    person would read. A message without words is `Refused`.
+    The line is `message 7 to an individual: goodbye.day14`. With `reveal` it also holds personal data: user,
+    destination and params, or with `render` the words that the person would read. A message without words is `Refused`.
     """
 
     def __init__(

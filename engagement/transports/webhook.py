@@ -45,7 +45,8 @@ class Webhook:
     one. `what_it_proves` judges all else. Set `idempotent` if the endpoint acts once on a delivery id, for good, also
     when two requests for it come at the same time: a message in doubt is then sent again.
 
-    `authorization` is sent as the header of that name. `url` may hold a token; only its host is ever shown.
+    `authorization` is sent as the header of that name (`Bearer …`). `url` may hold a token; only its host is ever
+    shown.
     """
 
     def __init__(
