@@ -423,7 +423,7 @@ def test_a_system_without_another_event_loop_loses_nothing(sender, monkeypatch):
     monkeypatch.setattr(asyncio, "new_event_loop", no_loop)
 
     one.start([claim(1)])
-    assert one.news.get(timeout=PATIENCE).outcome == Postpone(EARLIEST, "no thread could be started")
+    assert one.news.get(timeout=PATIENCE)[1] == Postpone(EARLIEST, "no thread could be started")
     assert sent == []
 
 
@@ -485,7 +485,7 @@ def test_a_system_without_any_thread_loses_nothing(sender, monkeypatch, function
     one = sender(function(sent), concurrency=2)
     one.start([claim(1), claim(2)])
 
-    assert [one.news.get(timeout=PATIENCE).outcome for _ in range(2)] == [
+    assert [one.news.get(timeout=PATIENCE)[1] for _ in range(2)] == [
         Postpone(EARLIEST, "no thread could be started")
     ] * 2
     monkeypatch.undo()

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 from conftest import execute, new_message, queue, row
-from sqlalchemy import create_engine, event
+from sqlalchemy import create_engine
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.orm import Session
 
@@ -84,25 +84,6 @@ def test_a_result_is_shown_without_what_a_provider_said(engine, show):
     assert "failed=1" in show(result)
     assert "447700900101" not in show(result)
     assert result.errors == ((1, "no account for 447700900101"),)
-
-
-def test_a_settlement_carries_no_missing_value(engine):
-    """What a verdict lacks is NULL in the table all the same, and costs nothing to write and to read."""
-    (message_id,) = queue(engine, new_message())
-    carried = []
-
-    def note(*told) -> None:
-        carried.append(str(told[3]))
-
-    event.listen(engine, "before_cursor_execute", note)
-    try:
-        process_message_queue(engine, lambda _: None)
-    finally:
-        event.remove(engine, "before_cursor_execute", note)
-
-    (settlement,) = (told for told in carried if "settlements" in told)
-    assert "null" not in settlement
-    assert row(engine, message_id).provider_message_id is None
 
 
 def test_a_refused_message_is_not_tried_again(engine):

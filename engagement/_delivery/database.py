@@ -126,7 +126,7 @@ def extend(connection: Connection, lease: timedelta, held: Iterable[Claim]) -> d
     by_id = {claim.message.id: claim for claim in held}
     names = [claim.claimed_by for claim in by_id.values()]
     values = {"held": _pack(map(str, by_id)), "names": _pack(names), "lease": lease}
-    return {by_id[message_id]: until for message_id in connection.execute(claiming.extend_leases(), values).scalars()}
+    return {by_id[message_id]: until for message_id in connection.scalars(claiming.extend_leases(), values).all()}
 
 
 def settle(connection: Connection, verdicts: Iterable[tuple[Claim, Verdict]]) -> dict[Claim, MessageStatus]:
@@ -144,7 +144,7 @@ def settle(connection: Connection, verdicts: Iterable[tuple[Claim, Verdict]]) ->
         left = [pair for pair in left if pair is not given[pair[0].message.id]]
         values = settling.settlements(_settlement(*pair) for pair in reversed(given.values()))
         rows = connection.execute(settling.settle_if_claimed(), values)
-        recorded |= {given.pop(message_id)[0]: status for message_id, status in rows}
+        recorded |= {given.pop(message_id)[0]: status for message_id, status in rows.all()}
         if given:
             recorded |= _not_recorded(connection, given)
     return recorded
@@ -225,26 +225,19 @@ def _claim(row: Sequence[Any], claimed_by: str, held_until: float, *, lost_worke
 
 
 def _settlement(claim: Claim, verdict: Verdict) -> settling.Settlement:
-    settlement: settling.Settlement = {
+    return {
         "id": claim.message.id,
         "attempt": claim.message.attempt,
         "name": claim.claimed_by,
         "status": verdict.status,
         "event": verdict.event,
         "failures": int(verdict.counts_as_failure),
+        "has_doubt": verdict.has_doubt,
+        "delay": None if verdict.delay is None else verdict.delay.total_seconds(),
+        "until": None if verdict.until is None else parameters.moment_text(verdict.until),
+        "reason": clean_reason(verdict.reason),
+        "provider_message_id": clean_reason(verdict.provider_message_id),
     }
-    # A missing member costs nothing to write and to read: most have none but the last.
-    if verdict.has_doubt is not None:
-        settlement["has_doubt"] = verdict.has_doubt
-    if verdict.delay is not None:
-        settlement["delay"] = verdict.delay.total_seconds()
-    if verdict.until is not None:
-        settlement["until"] = parameters.moment_text(verdict.until)
-    if verdict.reason is not None:
-        settlement["reason"] = clean_reason(verdict.reason)
-    if verdict.provider_message_id is not None:
-        settlement["provider_message_id"] = clean_reason(verdict.provider_message_id)
-    return settlement
 
 
 _pack = parameters.SEPARATOR.join

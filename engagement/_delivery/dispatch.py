@@ -13,7 +13,7 @@ from engagement._delivery.verdicts import Verdicts
 from engagement._logging import logger
 from engagement._sending.answers import is_yes
 from engagement._sending.protocols import Transport
-from engagement._sending.sender import Answer, Begun, News, Sender
+from engagement._sending.sender import Begun, News, Sender
 from engagement.models import EARLIEST
 from engagement.outcomes import InDoubt, Outcome, Postpone, clean_reason
 
@@ -64,7 +64,7 @@ class Dispatch:
 
     def _note(self, news: News) -> None:
         # Not by `match`, whose class patterns take as long as the rest.
-        if isinstance(news, Answer):
+        if isinstance(news, tuple):
             claim, outcome = news
             self._state.answered(claim, outcome, self._verdicts.of(claim, outcome))
         elif isinstance(news, Begun):

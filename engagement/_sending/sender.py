@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 from engagement._claim import Claim, Handle, clock
 from engagement._sending.answers import Read, outcomes, read_look_up, read_send, read_send_many, worker_lost
@@ -20,21 +20,19 @@ from engagement.messages.checks import checked_flag
 from engagement.models import EARLIEST
 from engagement.outcomes import Classify, Outcome, Postpone
 
-
-class Answer(NamedTuple):
-    """A send or a look-up is over."""
-
-    claim: Claim
-    outcome: Outcome
+Answer = tuple[Claim, Outcome]
+"""The outcome of a send or a look-up. A plain tuple is recycled, and so wakes the garbage collector less often."""
 
 
-class Begun(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Begun:
     """A send has begun, at `claim.begun_at`."""
 
     claim: Claim
 
 
-class Ready(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Ready:
     """The transport was asked whether it is ready; `said` is its answer, or its exception."""
 
     said: object
@@ -78,7 +76,7 @@ class Sender:
             if claim.lost_workers and self._look_up is None and claim.known is None:
                 claim.known = worker_lost()
             if claim.known is not None:
-                self.news.put(Answer(claim, claim.known))
+                self.news.put((claim, claim.known))
             elif claim.lost_workers and self._look_up is not None:
                 self._submit([claim], self._look_up, claim.message, read_look_up)
             elif self.sends_many:
@@ -104,7 +102,7 @@ class Sender:
         except (OSError, RuntimeError) as error:  # The system has no thread left, or no event loop.
             outcome = worker_lost(error) if read is read_look_up else Postpone(EARLIEST, "no thread could be started")
             for claim in claims:
-                self.news.put(Answer(claim, outcome))
+                self.news.put((claim, outcome))
             return
         for claim in claims:
             claim.handle = handle
@@ -155,7 +153,7 @@ class _Sending(Call):
             # They lead back here, and a circle would have to wait for the garbage collector.
             claims, self._claims = self._claims, []
             for claim, outcome in zip(claims, answered, strict=True):
-                sender.news.put(Answer(claim, outcome))
+                sender.news.put((claim, outcome))
 
 
 class _Asking(Call):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from json import JSONEncoder
+from operator import itemgetter
 from typing import Annotated, Any, TypedDict, get_type_hints
 
 from sqlalchemy import (
     ARRAY,
-    JSON,
     BigInteger,
     Boolean,
     ColumnElement,
@@ -33,6 +33,7 @@ from sqlalchemy import (
     true,
     update,
 )
+from sqlalchemy.dialects.postgresql import JSONB
 
 from engagement._sql.claiming import LOST_WORKERS
 from engagement._sql.history import history_with
@@ -57,39 +58,35 @@ from engagement._sql.table import (
 from engagement.models import MOST_COUNTED
 
 
-class Fence(TypedDict):
-    """The claim that a verdict is of."""
-
-    id: Annotated[int, BigInteger()]
-    attempt: Annotated[int, Integer()]
-    name: Annotated[str, Text()]
-
-
-class Settlement(Fence, total=False):
-    """A verdict on its way to SQL: its columns, and the type of each here and there. A missing one is NULL there.
+class Settlement(TypedDict):
+    """A verdict on its way to SQL: its columns, and the type of each here and there.
 
     See docs/decisions.md#2026-11-29--a-row-that-crosses-to-sql-is-described-once.
     """
 
+    id: Annotated[int, BigInteger()]
+    attempt: Annotated[int, Integer()]
+    name: Annotated[str, Text()]
     status: Annotated[str, Text()]
     event: Annotated[str, Text()]
     failures: Annotated[int, Integer()]
-    has_doubt: Annotated[bool, Boolean()]
-    delay: Annotated[float, Float()]
+    has_doubt: Annotated[bool | None, Boolean()]
+    delay: Annotated[float | None, Float()]
     """In seconds."""
-    until: Annotated[str, MOMENT]
+    until: Annotated[str | None, MOMENT]
     reason: Annotated[str | None, Text()]
     provider_message_id: Annotated[str | None, Text()]
 
 
 _COLUMNS = {name: hint.__metadata__[0] for name, hint in get_type_hints(Settlement, include_extras=True).items()}
+_values: Callable[[Settlement], tuple[object, ...]] = itemgetter(*_COLUMNS)
 # Without escapes, which the server would have to turn into its encoding, and cannot where it has none (SQL_ASCII).
 _in_json = JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
 
 
 def settlements(given: Iterable[Settlement]) -> dict[str, str]:
-    """Return the parameter of `settle_if_claimed`."""
-    return {"settlements": _in_json(list(given))}
+    """Return the parameter of `settle_if_claimed`: an array of arrays, of which names would be the larger part."""
+    return {"settlements": _in_json([*map(_values, given)])}
 
 
 @cache
@@ -142,12 +139,15 @@ def settle_if_claimed() -> Executable:
 
 
 def _given() -> Subquery:
-    json = unseen(cast(text_of("settlements"), JSON))
-    columns = [column(name, type_) for name, type_ in _COLUMNS.items()]
-    rows = func.json_to_recordset(json).table_valued(*columns).render_derived(name="rows", with_types=True)
+    json = unseen(cast(text_of("settlements"), JSONB))
+    row = func.jsonb_array_elements(json).table_valued(column("value", JSONB), name="rows").c.value
+    columns = [
+        cast(row.op("->>", return_type=Text())(number(place)), type_).label(name)
+        for place, (name, type_) in enumerate(_COLUMNS.items())
+    ]
     # The planner expects a hundred rows of a function. For so many it reads a table of a few thousand from end to end,
     # also if there is one row. Behind a limit that it cannot see, it expects ten.
-    return select(*rows.c).limit(unseen(cast(null(), BigInteger))).subquery("given")
+    return select(*columns).limit(unseen(cast(null(), BigInteger))).subquery("given")
 
 
 def _next_attempt(given: Any) -> ColumnElement[Any]:

@@ -13,7 +13,7 @@ from queue import Empty
 
 from engagement._claim import START, Claim, clock
 from engagement._sending.protocols import Transport
-from engagement._sending.sender import Answer, Ready, Sender
+from engagement._sending.sender import Ready, Sender
 from engagement.messages import OutgoingMessage
 from engagement.outcomes import InDoubt, Outcome, Sent
 from engagement.testing.far_side import FarSide
@@ -114,8 +114,9 @@ class Calls:
         with suppress(Empty):
             while len(outcomes) < len(claims):
                 news = self._sender.news.get(timeout=max(last - time.monotonic(), 0.001))
-                if isinstance(news, Answer):
-                    outcomes[id(news.claim)] = news.outcome
+                if isinstance(news, tuple):
+                    claim, outcome = news
+                    outcomes[id(claim)] = outcome
         require(len(outcomes) == len(claims), f"no answer came within {self.far_side.answers_within}")
         self.reasons += [reason for outcome in outcomes.values() if (reason := getattr(outcome, "reason", None))]
         error = self._errors[0] if self._errors else None
