@@ -23,7 +23,7 @@ LAYERS = [
     {"_sending", "prometheus", "repository", "telemetry"},
     {"_delivery", "policies"},
     {"_operating", "words"},
-    {"admin", "testing", "transports", "worker"},
+    {"admin", "receipts", "testing", "transports", "worker"},
     {"engagement"},
     {"demo"},
     {"cli"},

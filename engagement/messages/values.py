@@ -20,6 +20,7 @@ from engagement.messages.checks import (
     checked_user_id,
 )
 from engagement.messages.keys import checked_key, delivery_id, key_hash
+from engagement.messages.receipts import reference, whatsapp_message_id
 from engagement.models import Destination
 
 _NO_PARAMS: Mapping[str, Any] = MappingProxyType({})
@@ -118,6 +119,16 @@ class OutgoingMessage:
     def delivery_id(self) -> uuid.UUID:
         """The same for every attempt: hand it to a provider that can recognise a repeat (by an `Idempotency-Key`)."""
         return delivery_id(self.idempotency_key)
+
+    @property
+    def reference(self) -> str:
+        """Names this message in a provider's receipts, if it can be told a text that they give back: see `Receipt`."""
+        return reference(self.id, self.delivery_id)
+
+    @property
+    def whatsapp_id(self) -> str:
+        """The same, in the form of a WhatsApp message id, for a gateway that lets its client choose that."""
+        return whatsapp_message_id(self.id, self.delivery_id)
 
     def __hash__(self) -> int:
         return hash((self.id, self.attempt))

@@ -58,7 +58,7 @@ class WhatsAppCloud:
     Messages go to phone numbers, and to Meta's business-scoped ids (`BR.1502576394655843`) of people without a visible
     number. A `@lid` or a group is `Refused`, and so is an authentication template to a business-scoped id.
 
-    `biz_opaque_callback_data` is the delivery id: it matches Meta's status webhooks to a message in doubt. It is no
+    `biz_opaque_callback_data` is the message's `reference`, by which Meta's status webhooks name it. It is no
     idempotency key, and the Cloud API has none. Sending again may be a second message, so this transport is never
     `idempotent`.
 
@@ -156,7 +156,7 @@ class WhatsAppCloud:
             "recipient_type": "individual",
             **receiver,
             **content,
-            "biz_opaque_callback_data": str(message.delivery_id),
+            "biz_opaque_callback_data": message.reference,
         }
         try:
             body = as_json(payload)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import ssl
 import threading
-import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
@@ -26,11 +24,6 @@ from engagement.transports.settings import Settings, required
 
 LONGEST_TEXT = 65_536
 """Characters that WhatsApp takes in one text message."""
-
-
-def whatsapp_message_id(delivery_id: uuid.UUID) -> str:
-    """Return the message id of every attempt of a delivery, in the form of Baileys' own ids (generics.ts)."""
-    return "3EB0" + hashlib.sha256(str(delivery_id).encode()).hexdigest()[:18].upper()
 
 
 class _MessageIds:
@@ -54,7 +47,10 @@ class _MessageIds:
 
     def check(self, message: OutgoingMessage, outcome: Sent) -> None:
         """Stop for good if the gateway made an id of its own: the next attempt would be a second message."""
-        if self._matter and outcome.provider_message_id not in {None, whatsapp_message_id(message.delivery_id)}:
+        if self._matter and outcome.provider_message_id not in {
+            None,
+            message.whatsapp_id,
+        }:
             self.are_ignored.set()
             self._tell()
 
@@ -172,7 +168,7 @@ class WhatsAppGateway:
         refusal = refusal_of(text, most_characters=LONGEST_TEXT)
         if refusal is not None:
             return refusal
-        payload = self._dialect.payload(self._session, message, text, whatsapp_message_id(message.delivery_id))
+        payload = self._dialect.payload(self._session, message, text, message.whatsapp_id)
         return Prepared(self._path(self._dialect.send_path), as_json(payload))
 
     def send(self, message: OutgoingMessage) -> Outcome:
@@ -194,7 +190,7 @@ class WhatsAppGateway:
         return None if find_path is None else partial(self._find, find_path)
 
     def _find(self, find_path: str, message: OutgoingMessage) -> Sent | None:
-        message_id = whatsapp_message_id(message.delivery_id)
+        message_id = message.whatsapp_id
         found = self._ask("POST", find_path, {"where": {"key": {"id": message_id, "fromMe": True}}})
         return Sent(message_id) if _is_stored(message_id, found) else None
 

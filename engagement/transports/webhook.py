@@ -30,7 +30,7 @@ _UNREACHED = frozenset({502, 503, 504, *range(520, 531)})
 class Webhook:
     """Posts each message as JSON. Thread-safe; made once for a process.
 
-    The body holds delivery_id, message_id, message_type, message_key, message_params, user_id, destination,
+    The body holds delivery_id, reference, message_id, message_type, message_key, message_params, user_id, destination,
     destination_jid, scheduled_for and, with a `render`, text. Every attempt has the same bytes, if `render` returns the
     same text. The header `Idempotency-Key` is the delivery id; `Engagement-Attempt` counts the attempts.
 
@@ -121,6 +121,7 @@ class Webhook:
         """Return the request of `send`, or the outcome of a message that cannot be sent."""
         payload: dict[str, Any] = {
             "delivery_id": str(message.delivery_id),
+            "reference": message.reference,
             "message_id": message.id,
             "message_type": message.message_type,
             "message_key": message.message_key,

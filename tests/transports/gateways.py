@@ -12,9 +12,10 @@ import pytest
 from loopback import Received, Reply
 
 from engagement import OutgoingMessage
+from engagement.messages import whatsapp_message_id
 from engagement.transports.client import ProviderClient
 from engagement.transports.dialects import EVOLUTION
-from engagement.transports.gateway import WhatsAppGateway, whatsapp_message_id
+from engagement.transports.gateway import WhatsAppGateway
 
 KEY = "s3cr3t-key-5b1c"
 TEXT = "Olá Ana, sentimos sua falta 💛"
@@ -227,7 +228,7 @@ class CloudLike(Ledger):
 
 
 LIKES = {"evolution": EvolutionLike, "waha": WahaLike, "wuzapi": WuzapiLike}
-MESSAGE_ID = whatsapp_message_id(outgoing().delivery_id)
+MESSAGE_ID = whatsapp_message_id(outgoing().id, outgoing().delivery_id)
 
 
 def gateway(server, dialect=EVOLUTION, **options) -> WhatsAppGateway:

@@ -14,7 +14,7 @@ import pytest
 from conftest import new_message
 
 from engagement import Destination, InvalidMessage
-from engagement.transports.gateway import whatsapp_message_id
+from engagement.messages import whatsapp_message_id
 
 HERE = Path(__file__).parent / "baileys"
 INSTALL_SECONDS, RUN_SECONDS = 120, 60
@@ -40,7 +40,7 @@ OTHERS = [
     "5511987654321@hosted",
     "98765432101234@hosted.lid",
 ]
-IDS = [whatsapp_message_id(uuid.uuid5(uuid.NAMESPACE_URL, str(number))) for number in range(50)]
+IDS = [whatsapp_message_id(number, uuid.uuid5(uuid.NAMESPACE_URL, str(number))) for number in range(50)]
 
 
 @pytest.fixture(scope="module", name="baileys")

@@ -52,7 +52,7 @@ def test_a_text_is_sent_to_the_number(meta):
         "to": NUMBER,
         "type": "text",
         "text": {"body": TEXT},
-        "biz_opaque_callback_data": str(outgoing().delivery_id),
+        "biz_opaque_callback_data": outgoing().reference,
     }
 
 

@@ -22,10 +22,10 @@ from loopback import Reply, serving
 from sqlalchemy import text
 
 from engagement import process_message_queue
-from engagement.messages import delivery_id
+from engagement.messages import delivery_id, whatsapp_message_id
 from engagement.transports.cloud import WhatsAppCloud
 from engagement.transports.dialects import EVOLUTION, WUZAPI
-from engagement.transports.gateway import WhatsAppGateway, whatsapp_message_id
+from engagement.transports.gateway import WhatsAppGateway
 from engagement.transports.webhook import Webhook
 
 
@@ -65,7 +65,9 @@ def test_each_message_ends_where_the_gateway_s_answer_puts_it(engine, caplog):
 
     assert (result.succeeded, result.failed, result.in_doubt) == (1, 2, 1)
     assert row(engine, sent).status == "sent"
-    assert row(engine, sent).provider_message_id == whatsapp_message_id(delivery_id(row(engine, sent).idempotency_key))
+    assert row(engine, sent).provider_message_id == whatsapp_message_id(
+        sent, delivery_id(row(engine, sent).idempotency_key)
+    )
     assert (row(engine, refused).status, row(engine, unspeakable).status) == ("failed", "failed")
     assert row(engine, unspeakable).error_message == "the message has no words: KeyError"
     assert (row(engine, doubtful).status, row(engine, doubtful).error_message) == (
@@ -153,7 +155,7 @@ def test_a_message_whose_worker_died_is_looked_up_and_not_sent_again(engine):
     found, not_found = queue(engine, new_message("found"), new_message("lost"))
     claimed_by_a_worker_that_died(engine, found)
     claimed_by_a_worker_that_died(engine, not_found)
-    message_id = whatsapp_message_id(delivery_id(row(engine, found).idempotency_key))
+    message_id = whatsapp_message_id(found, delivery_id(row(engine, found).idempotency_key))
     with serving(EvolutionLike()) as server:
         server.behave.send(message_id, row(engine, found).destination_jid, TEXT)
         process_message_queue(engine, gateway(server))

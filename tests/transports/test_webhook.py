@@ -41,6 +41,7 @@ def test_a_message_is_posted_as_json():
     assert not any(name.startswith("webhook-") for name in request.headers)
     assert request.json == {
         "delivery_id": str(outgoing().delivery_id),
+        "reference": outgoing().reference,
         "message_id": 7,
         "message_type": "goodbye",
         "message_key": "goodbye.14_days",
