@@ -229,6 +229,7 @@ class EngagementMessageMixin:
     claimed_by: Mapped[str | None] = mapped_column(Text)
     """The worker that claimed it last."""
     sent_at: Mapped[datetime | None] = mapped_column(_MOMENT)
+    """When it was accepted, by the database's clock."""
     provider_message_id: Mapped[str | None] = mapped_column(Text)
     error_message: Mapped[str | None] = mapped_column(Text)
     """The last failure; `history` has all of them."""
@@ -240,6 +241,12 @@ class EngagementMessageMixin:
     created_at: Mapped[datetime] = mapped_column(_MOMENT, server_default=text("now()"))
     trace_context: Mapped[str | None] = mapped_column(Text)
     """The W3C `traceparent` of the span that queued it, if one was recorded: the delivery is linked to it."""
+    delivered_at: Mapped[datetime | None] = mapped_column(_MOMENT)
+    """When it reached a device of the person, as the provider says."""
+    read_at: Mapped[datetime | None] = mapped_column(_MOMENT)
+    """When the person read it, as the provider says."""
+    undeliverable_at: Mapped[datetime | None] = mapped_column(_MOMENT)
+    """When the provider gave up the latest attempt of which it said so."""
 
     @declared_attr.directive
     @classmethod
@@ -259,6 +266,8 @@ class EngagementMessageMixin:
             _check("counters_bounded", f"attempt <= {MOST_COUNTED} AND retry_count <= {MOST_COUNTED}"),
             _check("claimed_by_form", "char_length(claimed_by) <= 3000 AND claimed_by !~ '/recovery/[0-9]{7,}$'"),
             _check("sent_iff_sent_at", "(status = 'sent') = (sent_at IS NOT NULL)"),
+            _check("delivered_was_sent", "delivered_at IS NULL OR (status = 'sent' AND undeliverable_at IS NULL)"),
+            _check("read_was_delivered", "read_at IS NULL OR delivered_at IS NOT NULL"),
             _check("sending_iff_lease", "(status = 'sending') = (lease_expires_at IS NOT NULL)"),
             _check("ended_without_doubt", f"NOT (has_doubt AND status IN ({_words(FINISHED)}))"),
             _check("pending_has_destination", "status <> 'pending' OR destination_jid IS NOT NULL"),
@@ -270,6 +279,7 @@ class EngagementMessageMixin:
                 "times_readable",
                 " AND ".join(_between(column) for column in ("scheduled_for", "next_attempt_at", "expires_at")),
             ),
+            _check("receipts_readable", " AND ".join(map(_between, ("delivered_at", "read_at", "undeliverable_at")))),
             _index("due", "next_attempt_at", "id", where="status = 'pending'"),
             _index("lease", "lease_expires_at", where="status = 'sending'"),
             # count_by_status reads it instead of the table.
@@ -281,6 +291,8 @@ class EngagementMessageMixin:
                 "next_attempt_at",
                 where=f"status IN ({_words(FINISHED)}) AND destination_jid IS NOT NULL",
             ),
+            # How a receipt finds its message where the transport could give the provider no reference.
+            _index("provider", "provider_message_id", where="provider_message_id IS NOT NULL"),
             # Each message leaves two dead rows. Not by `postgresql_with`, which SQLAlchemy 2.0 has for indexes only.
             # docs/decisions.md#2026-11-24--autovacuum-comes-when-2--of-the-table-is-dead
             {"listeners": [("after_create", _alter("SET (autovacuum_vacuum_scale_factor = 0.02)"))]},

@@ -16,10 +16,21 @@ from sqlalchemy import Executable
 
 from engagement._logging import logger
 from engagement._queueing import batch, one
+from engagement._receiving import recording
 from engagement._sql import changing, looking
 from engagement._sql.host_sessions import HostSession
 from engagement._watching import observers as observing
-from engagement.messages import Cancellation, Forgotten, InvalidMessage, NewMessage, Queued, QueuedMany, StatusCounts
+from engagement.messages import (
+    Cancellation,
+    Forgotten,
+    InvalidMessage,
+    NewMessage,
+    Queued,
+    QueuedMany,
+    Receipt,
+    Recorded,
+    StatusCounts,
+)
 from engagement.messages.checks import (
     MAX_KEY_BYTES,
     checked_age,
@@ -55,8 +66,6 @@ class EngagementMessageRepository:
 
     def __init__(self, session: Session, *, schema: str | None = None) -> None:
         self._host = HostSession(session, schema)
-
-    # Queueing
 
     def queue_message(self, message: NewMessage | None = None, /, **fields: Any) -> Queued:
         """Store a message as pending, or find that its key exists: `created` tells. Takes the fields as keywords too.
@@ -162,16 +171,22 @@ class EngagementMessageRepository:
         values = {"message_id": checked_id(message_id), **_decision(by, reason)}
         return self._changed(changing.resolve_if_in_doubt(sent=sent), values)
 
+    def record_receipts(self, receipts: Iterable[Receipt]) -> list[Recorded]:
+        """Record what providers say later of messages, in any order and any number of times. Answer each receipt.
+
+        `accepted`, `delivered` and `read` are a late `Sent`: the message is `sent`, also if it was in doubt, or was
+        called unsent. `undeliverable` makes it `failed`, unless it was delivered. Nothing is sent because of a receipt.
+        """
+        return recording.record(self._host, receipts)
+
     def forget_user(self, user_id: str | UUID) -> Forgotten:
         """Cancel the user's pending messages, and blank params, destination, errors and provider ids everywhere.
 
         The user id stays, and so do the keys, which still block (`user123:goodbye:2025-11-21`). A message that is being
         sent at this moment is blanked too, and not tried again.
         """
-        were_cancelled = (
-            self._host.execute(changing.forget_user(), {"of_user": checked_user_id(user_id)}).scalars().all()
-        )
-        return Forgotten(cancelled=sum(were_cancelled), blanked=len(were_cancelled))
+        forgotten = self._host.execute(changing.forget_user(), {"of_user": checked_user_id(user_id)}).scalars().all()
+        return Forgotten(cancelled=sum(forgotten), blanked=len(forgotten))
 
     def prune_messages(self, older_than: timedelta, limit: int = 10_000) -> int:
         """Blank finished messages that were last due longer than `older_than` ago; return how many, at most `limit`.
@@ -249,6 +264,10 @@ class AsyncEngagementMessageRepository:
     ) -> bool:
         """Resolve a message in doubt."""
         return await self._run(EngagementMessageRepository.resolve_message, message_id, sent, reason, by=by)
+
+    async def record_receipts(self, receipts: Iterable[Receipt]) -> list[Recorded]:
+        """Record what providers say later of messages, and return the answer to each."""
+        return await self._run(EngagementMessageRepository.record_receipts, receipts)
 
     async def forget_user(self, user_id: str | UUID) -> Forgotten:
         """Cancel the user's pending messages, and blank personal columns everywhere."""

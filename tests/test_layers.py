@@ -19,7 +19,7 @@ LAYERS = [
     {"messages"},
     {"outcomes"},
     {"_claim", "_sql"},
-    {"_queueing", "_watching", "migrations", "verification"},
+    {"_queueing", "_receiving", "_watching", "migrations", "verification"},
     {"_sending", "prometheus", "repository", "telemetry"},
     {"_delivery", "policies"},
     {"_operating", "words"},

@@ -542,7 +542,7 @@ def catalogue(connection: Connection, schema: str | None = None) -> dict[str, li
         " pg_get_expr(adbin, adrelid), collname"
         " FROM pg_attribute LEFT JOIN pg_attrdef ON (adrelid, adnum) = (attrelid, attnum)"
         " LEFT JOIN pg_collation AS c ON c.oid = attcollation"
-        " WHERE attrelid = CAST(:name AS regclass) AND attnum > 0 ORDER BY attnum",
+        " WHERE attrelid = CAST(:name AS regclass) AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
         "constraints": "SELECT conname, contype, convalidated, condeferrable, pg_get_constraintdef(oid)"
         " FROM pg_constraint WHERE conrelid = CAST(:name AS regclass) AND contype <> 'n' ORDER BY conname",
         "indexes": "SELECT relname, indisvalid, indisunique, pg_get_indexdef(indexrelid),"

@@ -142,7 +142,7 @@ def settle(connection: Connection, verdicts: Iterable[tuple[Claim, Verdict]]) ->
         # An UPDATE takes one of two verdicts of a message, whichever it comes to.
         given = {pair[0].message.id: pair for pair in reversed(left)}
         left = [pair for pair in left if pair is not given[pair[0].message.id]]
-        values = settling.settlements(_settlement(*pair) for pair in reversed(given.values()))
+        values = settling.SETTLEMENTS.parameter(_settlement(*pair) for pair in reversed(given.values()))
         rows = connection.execute(settling.settle_if_claimed(), values)
         recorded |= {given.pop(message_id)[0]: status for message_id, status in rows.all()}
         if given:
@@ -159,8 +159,9 @@ def _not_recorded(
         attempt, name = claim.message.attempt, claim.claimed_by
         lost = {"message_id": row.id, "of_attempt": attempt, "of_name": name}
         if (row.attempt, row.claimed_by) == (attempt, name):
-            # A forgotten message, or one with a doubt, ends otherwise than its verdict says; its history tells of it.
-            if row.status == verdict.status or row.event == verdict.event:
+            # A forgotten message, or one with a doubt, ends otherwise than its verdict says; its history tells of it. So
+            # does one whose receipt was quicker than the answer.
+            if row.status in {verdict.status, MessageStatus.SENT} or row.event in {verdict.event, "undeliverable"}:
                 yield claim, row.status
         elif verdict.status is MessageStatus.SENT:
             # A worker that took a message over did not send it: it found out that somebody had.

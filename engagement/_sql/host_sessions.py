@@ -5,7 +5,7 @@ Nothing here commits or rolls back, and no setting is left behind.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,6 +88,17 @@ class HostSession:
         with readable(self._session, {"mapper": EngagementMessage.__mapper__, "clause": statement}):
             found: list[EngagementMessage] = self.execute(statement, values).scalars().all()
         return found
+
+    def rows(self, statement: Executable, values: Mapping[str, Any]) -> Sequence[Any]:
+        """Return the rows, with moments that can be read."""
+        with readable(self._session):
+            found: Sequence[Any] = self.execute(statement, values).all()
+        return found
+
+    def storable(self, reason: str) -> str:
+        """Return a text, or one that says as much and that the database can store."""
+        kept: str = with_storable_texts({"reason": reason}, self._session, self._keywords["bind_arguments"])["reason"]
+        return kept
 
     def queue_name(self) -> str:
         """Return the table's name, as SQL reads it."""

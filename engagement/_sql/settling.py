@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from functools import cache
-from json import JSONEncoder
-from operator import itemgetter
-from typing import Annotated, Any, TypedDict, get_type_hints
+from typing import Annotated, Any, TypedDict
 
 from sqlalchemy import (
     ARRAY,
@@ -16,14 +13,12 @@ from sqlalchemy import (
     Executable,
     Float,
     Integer,
-    Subquery,
     Text,
     and_,
     any_,
     bindparam,
     case,
     cast,
-    column,
     func,
     literal_column,
     not_,
@@ -33,13 +28,14 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.dialects.postgresql import JSONB
 
 from engagement._sql.claiming import LOST_WORKERS
 from engagement._sql.history import history_with
-from engagement._sql.parameters import text_of, unseen
+from engagement._sql.parameters import text_of
+from engagement._sql.rows import Rows
 from engagement._sql.table import (
     CANCELLED,
+    FAILED,
     IN_DOUBT,
     LOCKED,
     MOMENT,
@@ -78,15 +74,7 @@ class Settlement(TypedDict):
     provider_message_id: Annotated[str | None, Text()]
 
 
-_COLUMNS = {name: hint.__metadata__[0] for name, hint in get_type_hints(Settlement, include_extras=True).items()}
-_values: Callable[[Settlement], tuple[object, ...]] = itemgetter(*_COLUMNS)
-# Without escapes, which the server would have to turn into its encoding, and cannot where it has none (SQL_ASCII).
-_in_json = JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
-
-
-def settlements(given: Iterable[Settlement]) -> dict[str, str]:
-    """Return the parameter of `settle_if_claimed`: an array of arrays, of which names would be the larger part."""
-    return {"settlements": _in_json([*map(_values, given)])}
+SETTLEMENTS = Rows(Settlement, "settlements")
 
 
 @cache
@@ -98,13 +86,14 @@ def settle_if_claimed() -> Executable:
     one, whose claim was lost with a commit, or a later one, since a person called this one unsent. A message that was
     forgotten meanwhile keeps nothing, and is not tried again.
     """
-    given = _given().c
+    given = SETTLEMENTS.given().c
     has_doubt = func.coalesce(given.has_doubt, C.has_doubt)
     wanted = case((and_(given.status == PENDING, is_forgotten), CANCELLED), else_=given.status)
     resolves = and_(given.status == SENT, or_(C.status != SENDING, C.claimed_by != given.name))
     reason = case((is_forgotten, null()), else_=given.reason)
     # docs/decisions.md#2026-11-27--a-late-sent-also-corrects-a-mistake
-    is_late_but_sent = and_(given.status == SENT, C.status != SENT)
+    is_known_to_have_failed = and_(C.status == FAILED, C.undeliverable_at.is_not(None))
+    is_late_but_sent = and_(given.status == SENT, C.status != SENT, ~is_known_to_have_failed)
     return (
         update(QUEUE)
         .values(
@@ -136,18 +125,6 @@ def settle_if_claimed() -> Executable:
         )
         .returning(C.id, C.status)
     )
-
-
-def _given() -> Subquery:
-    json = unseen(cast(text_of("settlements"), JSONB))
-    row = func.jsonb_array_elements(json).table_valued(column("value", JSONB), name="rows").c.value
-    columns = [
-        cast(row.op("->>", return_type=Text())(number(place)), type_).label(name)
-        for place, (name, type_) in enumerate(_COLUMNS.items())
-    ]
-    # The planner expects a hundred rows of a function. For so many it reads a table of a few thousand from end to end,
-    # also if there is one row. Behind a limit that it cannot see, it expects ten.
-    return select(*columns).limit(unseen(cast(null(), BigInteger))).subquery("given")
 
 
 def _next_attempt(given: Any) -> ColumnElement[Any]:

@@ -68,7 +68,7 @@ def reference(message_id: int, delivery_id: uuid.UUID) -> str:
 def read_reference(text: str) -> tuple[int, uuid.UUID] | None:
     """Return the message id and the delivery id of a reference; None if the text is none."""
     found = _REFERENCE.fullmatch(text)
-    return None if found is None else (int(found[1]), uuid.UUID(found[2]))
+    return (int(found[1]), uuid.UUID(found[2])) if found is not None and int(found[1]) < 2**63 else None
 
 
 def whatsapp_message_id(message_id: int, delivery_id: uuid.UUID) -> str:

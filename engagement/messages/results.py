@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from enum import StrEnum
 from typing import Literal
 
 from engagement.models import MessageStatus
@@ -84,3 +85,16 @@ class StatusCounts:
 
     def __getitem__(self, status: MessageStatus | str) -> int:
         return self.by_status[MessageStatus(status)]
+
+
+class Recorded(StrEnum):
+    """The answer to one receipt of `record_receipts`."""
+
+    RECORDED = "recorded"
+    """The message is as the receipt says."""
+    ALREADY_KNOWN = "already_known"
+    """It says no more than is known: it came twice, or speaks of an attempt that was tried again since."""
+    UNKNOWN_MESSAGE = "unknown_message"
+    """No message has this reference, or this provider's id."""
+    CONTRADICTS = "contradicts"
+    """It is `undeliverable` of a message that was delivered, or was never claimed: nothing is changed."""

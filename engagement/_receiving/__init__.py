@@ -1,0 +1,1 @@
+"""Records what providers say later of the messages that they were given."""

@@ -1,0 +1,95 @@
+"""Statements that find the messages of receipts, and record what the receipts say."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Annotated, TypedDict
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Executable,
+    Text,
+    and_,
+    any_,
+    bindparam,
+    case,
+    false,
+    func,
+    null,
+    or_,
+    select,
+    true,
+    update,
+)
+
+from engagement._sql.history import history_with
+from engagement._sql.rows import Rows
+from engagement._sql.table import LOCKED, MOMENT, NOW, QUEUE, SENT, C, is_forgotten, word
+
+
+class Change(TypedDict):
+    """What a receipt leaves in a row."""
+
+    id: Annotated[int, BigInteger()]
+    status: Annotated[str, Text()]
+    sent_at: Annotated[str | None, MOMENT]
+    delivered_at: Annotated[str | None, MOMENT]
+    read_at: Annotated[str | None, MOMENT]
+    undeliverable_at: Annotated[str | None, MOMENT]
+    provider_message_id: Annotated[str | None, Text()]
+    event: Annotated[str, Text()]
+    reason: Annotated[str | None, Text()]
+    provider: Annotated[str, Text()]
+
+
+CHANGES = Rows(Change, "changes")
+
+
+@cache
+def lock_told() -> Executable:
+    """Lock the messages with one of the `ids`, or of the `provider_ids`, and return what receipts may change."""
+    ids = C.id == any_(bindparam("ids", type_=ARRAY(BigInteger)))
+    provider_ids = C.provider_message_id == any_(bindparam("provider_ids", type_=ARRAY(Text)))
+    moments = C.sent_at, C.delivered_at, C.read_at, C.undeliverable_at
+    return (
+        select(C.id, C.status, C.attempt, C.next_attempt_at, *moments, C.provider_message_id)
+        .add_columns(C.idempotency_key, NOW.label("now"))
+        # In one order everywhere, or two statements over the same rows would deadlock.
+        .where(or_(ids, and_(C.provider_message_id.is_not(None), provider_ids)))
+        .order_by(C.id)
+        .with_for_update(**LOCKED)
+    )
+
+
+@cache
+def record() -> Executable:
+    """Record what receipts say, one for each message at most. They are locked.
+
+    A message ends with it, as sent or as failed. The history of one that has not been sent so far keeps how it was
+    resolved, in the words of `resolve_message`.
+    """
+    given = CHANGES.given().c
+    is_sent = given.status == SENT
+    reason = case((is_forgotten, null()), else_=given.reason)
+    resolved = history_with(word("resolved"), given.event, sent=true(), by=given.provider)
+    return (
+        update(QUEUE)
+        .values(
+            status=given.status,
+            has_doubt=false(),
+            lease_expires_at=null(),
+            sent_at=given.sent_at,
+            delivered_at=given.delivered_at,
+            read_at=given.read_at,
+            undeliverable_at=given.undeliverable_at,
+            provider_message_id=case((is_forgotten, null()), else_=given.provider_message_id),
+            error_message=case((is_sent, C.error_message), else_=func.coalesce(reason, C.error_message)),
+            history=case(
+                (and_(is_sent, C.status == SENT), C.history),
+                (is_sent, resolved),
+                else_=history_with(given.event, reason, by=given.provider),
+            ),
+        )
+        .where(C.id == given.id)
+    )

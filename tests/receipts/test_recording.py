@@ -1,0 +1,308 @@
+"""Receipts reach their messages: in any order, twice, from many sessions at once, and before a send was settled."""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from conftest import execute, new_message, queue, row, wait_until_blocked
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy.orm import Session
+
+from engagement import (
+    EngagementMessageRepository,
+    InDoubt,
+    InvalidMessage,
+    NotSent,
+    Receipt,
+    Recorded,
+    Sent,
+    process_message_queue,
+    verify,
+)
+from engagement._receiving.weighing import Told, weigh
+from engagement.messages import delivery_id, reference, whatsapp_message_id
+from engagement.models import MessageStatus
+
+NOW = datetime(2026, 11, 29, 12, tzinfo=UTC)
+WAMID = "wamid.HBgNNTUxMQ=="
+
+
+def named(engine, message_id: int) -> str:
+    return reference(message_id, delivery_id(row(engine, message_id).idempotency_key))
+
+
+def receipt(event: str, minutes: int = 0, **fields) -> Receipt:
+    at = datetime.now(UTC) + timedelta(minutes=minutes)
+    return Receipt(**{"event": event, "at": at, "provider": "cloud"} | fields)
+
+
+def record(engine, *receipts: Receipt) -> list[Recorded]:
+    with Session(engine) as session, session.begin():
+        return EngagementMessageRepository(session).record_receipts(receipts)
+
+
+def sent(engine, answer=WAMID, **fields) -> int:
+    (message_id,) = queue(engine, new_message(**fields))
+    process_message_queue(engine, lambda _: answer)
+    return message_id
+
+
+def broken(engine) -> list:
+    with Session(engine) as session:
+        return verify(session)
+
+
+def at_once(_failures):
+    return timedelta(0)
+
+
+# By which name
+
+
+def test_a_receipt_finds_its_message_by_each_name(engine):
+    """By our reference, by a WhatsApp id of ours, and by the provider's own id."""
+    first, second, third = (sent(engine, f"id-{user}", user_id=user) for user in ("user1", "user2", "user3"))
+    whatsapp_id = whatsapp_message_id(second, delivery_id(row(engine, second).idempotency_key))
+
+    answers = record(
+        engine,
+        receipt("delivered", reference=named(engine, first)),
+        receipt("delivered", provider_message_id=whatsapp_id),
+        receipt("delivered", provider_message_id="id-user3"),
+    )
+
+    assert answers == [Recorded.RECORDED] * 3
+    assert all(row(engine, message_id).delivered_at for message_id in (first, second, third))
+
+
+def test_a_name_without_its_proof_finds_nothing(engine):
+    """After a restored backup another message has the number; and somebody else's WhatsApp ids look like ours."""
+    message_id = sent(engine)
+    other = delivery_id("user9:goodbye:2026-01-01")
+
+    answers = record(
+        engine,
+        receipt("undeliverable", reference=reference(message_id, other)),
+        receipt("undeliverable", reference=reference(10**6, delivery_id(row(engine, message_id).idempotency_key))),
+        receipt("undeliverable", provider_message_id=whatsapp_message_id(message_id, other)),
+        receipt("undeliverable", provider_message_id="wamid.ofAnother"),
+    )
+
+    assert answers == [Recorded.UNKNOWN_MESSAGE] * 4
+    assert row(engine, message_id).status == "sent"
+
+
+# What each event does
+
+
+def test_a_doubt_is_resolved_by_each_sign_of_life(engine):
+    """`accepted`, `delivered` and `read` are a late `Sent`, in the history's words for a doubt that is resolved."""
+    for event in ("accepted", "delivered", "read"):
+        message_id = sent(engine, InDoubt("no answer"), user_id=event)
+
+        assert record(engine, receipt(event, -1, reference=named(engine, message_id))) == [Recorded.RECORDED]
+
+        found = row(engine, message_id)
+        assert (found.status, found.has_doubt) == ("sent", False)
+        assert (found.delivered_at is not None, found.read_at is not None) == (event != "accepted", event == "read")
+        resolved = found.history[-1]
+        assert (resolved["event"], resolved["sent"], resolved["reason"], resolved["by"]) == (
+            "resolved", True, event, "cloud",
+        )  # fmt: skip
+
+
+def test_an_undeliverable_message_has_failed_and_is_not_tried_again(engine):
+    """With the provider's reason and code; a person may have it tried again, and then its old receipts are over."""
+    message_id = sent(engine)
+    told = receipt("undeliverable", provider_message_id=WAMID, reason="Re-engagement message", code="131047")
+
+    assert record(engine, told, told) == [Recorded.RECORDED, Recorded.ALREADY_KNOWN]
+    found = row(engine, message_id)
+    assert (found.status, found.error_message) == ("failed", "131047: Re-engagement message")
+    assert [(entry["event"], entry["by"]) for entry in found.history] == [("undeliverable", "cloud")]
+    assert process_message_queue(engine, lambda _: Sent()).processed == 0
+
+    with Session(engine) as session, session.begin():
+        assert EngagementMessageRepository(session).retry_message(message_id)
+    again = receipt("undeliverable", reference=named(engine, message_id), at=told.at)
+    assert record(engine, told, again) == [Recorded.UNKNOWN_MESSAGE, Recorded.ALREADY_KNOWN]
+    assert process_message_queue(engine, lambda _: Sent("second")).succeeded == 1
+    assert record(engine, again) == [Recorded.ALREADY_KNOWN]
+    assert row(engine, message_id).status == "sent"
+
+
+def test_what_an_idempotent_transport_would_send_again_is_not(engine):
+    """A receipt of the attempt in doubt stops the next one."""
+
+    class Idempotent:
+        idempotent = True
+
+        def send(self, _message):
+            return InDoubt("no answer")
+
+    (message_id,) = queue(engine, new_message())
+    process_message_queue(engine, Idempotent(), limit=1, backoff=at_once)
+    assert row(engine, message_id).status == "pending"
+
+    assert record(engine, receipt("accepted", reference=named(engine, message_id))) == [Recorded.RECORDED]
+
+    assert process_message_queue(engine, Idempotent()).processed == 0
+    assert (row(engine, message_id).status, broken(engine)) == ("sent", [])
+
+
+def test_what_was_called_unsent_is_corrected(engine):
+    """Three failures, and then the person has read it."""
+    (message_id,) = queue(engine, new_message())
+    for _ in range(3):
+        process_message_queue(engine, lambda _: NotSent("down"), limit=1, backoff=at_once)
+
+    assert record(engine, receipt("read", reference=named(engine, message_id))) == [Recorded.RECORDED]
+
+    assert row(engine, message_id).status == "sent"
+
+
+def test_a_receipt_of_a_message_that_was_never_claimed_contradicts(engine):
+    """Nothing is changed by what cannot be."""
+    (message_id,) = queue(engine, new_message())
+
+    assert record(engine, receipt("undeliverable", reference=named(engine, message_id))) == [Recorded.CONTRADICTS]
+    assert row(engine, message_id).status == "pending"
+
+
+# Races
+
+
+@pytest.mark.parametrize("answer", [Sent(WAMID), NotSent("down"), InDoubt("no answer")])
+@pytest.mark.parametrize("event", ["accepted", "delivered", "read", "undeliverable"])
+def test_a_receipt_may_be_quicker_than_the_answer(engine, event, answer):
+    """The provider's word stands, whatever the worker hears after it, and nothing is sent again."""
+    queue(engine, new_message())
+
+    def send(message):
+        assert record(engine, receipt(event, reference=message.reference)) == [Recorded.RECORDED]
+        return answer
+
+    result = process_message_queue(engine, send, backoff=at_once)
+
+    assert (result.succeeded, result.failed) == ((0, 1) if event == "undeliverable" else (1, 0))
+    assert row(engine, 1).status == ("failed" if event == "undeliverable" else "sent")
+    assert row(engine, 1).attempt == 1
+    assert broken(engine) == []
+
+
+def test_two_sessions_record_the_same(engine):
+    """The second one waits for the first, and finds it known."""
+    message_id = sent(engine)
+    told = receipt("read", reference=named(engine, message_id))
+    with ThreadPoolExecutor(1) as pool, Session(engine) as session:
+        assert EngagementMessageRepository(session).record_receipts([told]) == [Recorded.RECORDED]
+        second = pool.submit(record, engine, told)
+        wait_until_blocked(engine, 1)
+        session.commit()
+
+        assert second.result(60) == [Recorded.ALREADY_KNOWN]
+
+
+def test_a_forgotten_message_keeps_nothing_personal(engine):
+    """The receipt counts, and neither its reason nor the provider's id is stored."""
+    message_id = sent(engine)
+    name = named(engine, message_id)
+    with Session(engine) as session, session.begin():
+        EngagementMessageRepository(session).forget_user("user1")
+
+    told = receipt(
+        "undeliverable", reference=name, provider_message_id=WAMID, reason="5511999999999 is not on WhatsApp"
+    )
+    assert record(engine, told) == [Recorded.RECORDED]
+
+    found = row(engine, message_id)
+    assert found.status == "failed"
+    assert (found.provider_message_id, found.error_message) == (None, None)
+    assert "5511999999999" not in str(found)
+
+
+def test_a_rolled_back_receipt_is_none(engine):
+    """It is the host's transaction."""
+    message_id = sent(engine)
+    with Session(engine) as session:
+        EngagementMessageRepository(session).record_receipts([receipt("read", reference=named(engine, message_id))])
+        session.rollback()
+
+    assert row(engine, message_id).read_at is None
+
+
+def test_many_are_recorded_by_few_statements(engine):
+    """As many as 2,500, each of them twice."""
+    execute(
+        engine,
+        "INSERT INTO engagement_message_queue (user_id, message_type, message_key, destination, destination_jid,"
+        " idempotency_key, status, sent_at, attempt, provider_message_id)"
+        " SELECT 'user' || n, 'goodbye', 'goodbye', 'individual', '5511999999999@s.whatsapp.net', 'key' || n, 'sent',"
+        " now(), 1, 'id' || n FROM generate_series(1, 2500) AS n",
+    )
+    told = [receipt("delivered", provider_message_id=f"id{n}") for n in range(1, 2501)]
+
+    answers = record(engine, *told, *told)
+
+    assert answers == [Recorded.RECORDED] * 2500 + [Recorded.ALREADY_KNOWN] * 2500
+    assert execute(engine, "SELECT count(delivered_at) FROM engagement_message_queue").scalar() == 2500
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"event": "opened"}, "event"),
+        ({"at": datetime(2026, 1, 1)}, "at"),  # noqa: DTZ001
+        ({"reference": None}, "reference"),
+        ({"reference": "7"}, "reference"),
+        ({"reference": f"99{'9' * 17}.{delivery_id('a:b:2026-01-01')}"}, "reference"),
+        ({"provider_message_id": "x" * 513}, "provider_message_id"),
+        ({"provider": ""}, "provider"),
+    ],
+)
+def test_a_bad_receipt_is_refused(fields, field):
+    """It names the field, before the database is touched."""
+    with pytest.raises(InvalidMessage, match=f"^{field}: "):
+        receipt(**{"event": "read", "reference": reference(1, delivery_id("a:b:2026-01-01"))} | fields)
+
+
+def test_a_dictionary_is_no_receipt(repository):
+    """Nothing of the batch is recorded."""
+    with pytest.raises(InvalidMessage, match=r"^receipt: must be a Receipt"):
+        repository.record_receipts([{"event": "read"}])
+
+
+# The order
+
+
+TOLD = st.builds(
+    lambda event, minute: Receipt(
+        event=event, at=NOW + timedelta(minutes=minute), provider="p", provider_message_id="a"
+    ),
+    st.sampled_from(["accepted", "delivered", "read", "undeliverable"]),
+    st.integers(0, 9),
+)
+
+
+@given(st.lists(TOLD, max_size=4), st.sampled_from([MessageStatus.SENT, MessageStatus.IN_DOUBT, MessageStatus.SENDING]))
+def test_the_end_does_not_depend_on_the_order(receipts, status):
+    """Neither on that, nor on how often each is heard; and what evidence calls accepted is never due again."""
+    # A provider gives up after it accepted.
+    gave_up = [told.at for told in receipts if told.event == "undeliverable"]
+    receipts = [told for told in receipts if told.event != "accepted" or all(told.at <= at for at in gave_up)]
+    begun = Told(1, status, 1, NOW, NOW if status is MessageStatus.SENT else None, None, None, None, None)
+    ends = set()
+    for order in itertools.permutations(receipts):
+        after = begun
+        for told in (*order, *order):
+            _, after = weigh(after, told, NOW + timedelta(days=1))
+        ends.add((after.status, after.delivered_at, after.read_at))
+
+    assert len(ends) == 1
+    if receipts:
+        assert after.status in {MessageStatus.SENT, MessageStatus.FAILED}
