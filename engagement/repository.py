@@ -134,10 +134,7 @@ class EngagementMessageRepository:
     def cancel_pending_messages(
         self, user_id: str | UUID, message_type: str | None = None, reason: str | None = None, *, by: str | None = None
     ) -> int:
-        """Cancel the user's pending messages, of one type or of all, and return their number.
-
-        One that an idempotent transport may have sent before becomes in doubt, and does not count.
-        """
+        """Cancel the user's pending messages, of one type or of all; return how many. A doubtful one does not count."""
         statement = changing.cancel_pending_of_user(of_one_type=message_type is not None)
         values = {"of_user": checked_user_id(user_id), **_decision(by, reason)}
         if message_type is not None:
@@ -149,8 +146,8 @@ class EngagementMessageRepository:
 
         Its key stays (`user123:goodbye:2025-11-21` for a goodbye that is moved to the 22nd).
         """
-        values = {"message_id": checked_id(message_id), "moment": checked_moment("scheduled_for", scheduled_for)}
-        return self._changed(changing.reschedule_if_pending(), values)
+        moment = checked_moment("scheduled_for", scheduled_for)
+        return self._changed(changing.reschedule_if_pending(), {"message_id": checked_id(message_id), "moment": moment})
 
     def retry_message(self, message_id: int, *, by: str | None = None) -> bool:
         """Make a failed or expired message due again, under the same key and with all its retries.
@@ -172,10 +169,10 @@ class EngagementMessageRepository:
         return self._changed(changing.resolve_if_in_doubt(sent=sent), values)
 
     def record_receipts(self, receipts: Iterable[Receipt]) -> list[Recorded]:
-        """Record what providers say later of messages, in any order and any number of times. Answer each receipt.
+        """Record what providers say later of messages, in any order, also twice. Answer each. Nothing is sent for it.
 
         `accepted`, `delivered` and `read` are a late `Sent`: the message is `sent`, also if it was in doubt, or was
-        called unsent. `undeliverable` makes it `failed`, unless it was delivered. Nothing is sent because of a receipt.
+        called unsent. `undeliverable` makes it `failed`, unless it was delivered.
         """
         return recording.record(self._host, receipts)
 
