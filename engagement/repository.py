@@ -169,7 +169,7 @@ class EngagementMessageRepository:
         return self._changed(changing.resolve_if_in_doubt(sent=sent), values)
 
     def record_receipts(self, receipts: Iterable[Receipt]) -> list[Recorded]:
-        """Record what providers say later of messages, in any order, also twice. Answer each. Nothing is sent for it.
+        """Record the later words of providers, in any order, also twice. Answer each. Nothing is sent for it.
 
         `accepted`, `delivered` and `read` are a late `Sent`: the message is `sent`, also if it was in doubt, or was
         called unsent. `undeliverable` makes it `failed`, unless it was delivered.

@@ -159,8 +159,8 @@ def _not_recorded(
         attempt, name = claim.message.attempt, claim.claimed_by
         lost = {"message_id": row.id, "of_attempt": attempt, "of_name": name}
         if (row.attempt, row.claimed_by) == (attempt, name):
-            # A forgotten message, or one with a doubt, ends otherwise than its verdict says; its history tells of it. So
-            # does one whose receipt was quicker than the answer.
+            # A forgotten message, or one with a doubt, ends otherwise than its verdict says; its history tells of it.
+            # So does one whose receipt was quicker than the answer.
             if row.status in {verdict.status, MessageStatus.SENT} or row.event in {verdict.event, "undeliverable"}:
                 yield claim, row.status
         elif verdict.status is MessageStatus.SENT:

@@ -1,1 +1,1 @@
-"""Records what providers say later of the messages that they were given."""
+"""Records the later words of providers about the messages that they were given."""

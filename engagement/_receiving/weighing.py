@@ -1,4 +1,4 @@
-"""Decides what a receipt changes, by the row that it speaks of. Pure."""
+"""Decides the change that a receipt makes to the row that it speaks of. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statements that find the messages of receipts, and record what the receipts say."""
+"""Statements that find the messages of receipts, and record the receipts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from engagement._sql.table import LOCKED, MOMENT, NOW, QUEUE, SENT, C, is_forgot
 
 
 class Change(TypedDict):
-    """What a receipt leaves in a row."""
+    """A row after a receipt."""
 
     id: Annotated[int, BigInteger()]
     status: Annotated[str, Text()]
@@ -48,7 +48,7 @@ CHANGES = Rows(Change, "changes")
 
 @cache
 def lock_told() -> Executable:
-    """Lock the messages with one of the `ids`, or of the `provider_ids`, and return what receipts may change."""
+    """Lock the messages with one of the `ids`, or of the `provider_ids`, and return the columns of `Told`."""
     ids = C.id == any_(bindparam("ids", type_=ARRAY(BigInteger)))
     provider_ids = C.provider_message_id == any_(bindparam("provider_ids", type_=ARRAY(Text)))
     moments = C.sent_at, C.delivered_at, C.read_at, C.undeliverable_at
@@ -64,7 +64,7 @@ def lock_told() -> Executable:
 
 @cache
 def record() -> Executable:
-    """Record what receipts say, one for each message at most. They are locked.
+    """Record receipts, one for each message at most. They are locked.
 
     A message ends with it, as sent or as failed. The history of one that has not been sent so far keeps how it was
     resolved, in the words of `resolve_message`.
