@@ -2,28 +2,39 @@
 
 import re
 from dataclasses import dataclass
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from conftest import database_of_its_own, new_message
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from engagement import EngagementMessageRepository, InDoubt, NotSent, Refused, Sent, migrations, process_message_queue
+from engagement import (
+    EngagementMessageRepository,
+    InDoubt,
+    NotSent,
+    Receipt,
+    Recorded,
+    Refused,
+    Sent,
+    migrations,
+    process_message_queue,
+)
 from engagement._operating.lists import count_messages, list_messages
 from engagement._operating.overview import activity, overview
 from engagement._sql.errors import sqlstate
 from engagement._watching.metrics import QueueReader
+from engagement.messages import delivery_id, reference
 from engagement.policies import FrequencyCap
 from engagement.verification import verify
 
 pytestmark = pytest.mark.direct("roles are made and taken on the server")
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "roles.md"
-ROLES = ["owner", "host", "caller", "worker", "pruner", "watcher"]
+ROLES = ["owner", "host", "caller", "worker", "pruner", "receiver", "watcher"]
 QUEUE = "app.engagement_message_queue"
 DENIED = "42501"
 
@@ -180,6 +191,25 @@ def prune(engine):
         assert EngagementMessageRepository(session).prune_messages(timedelta(days=1)) == 1
 
 
+def receive(engine):
+    """Record receipts that resolve a doubt and that make a message fail."""
+    events = {"doubted": "read", "failed": "undeliverable"}
+    with Session(engine) as session:
+        keys = session.execute(text(f"SELECT id, idempotency_key FROM {QUEUE}")).all()
+        told = [
+            Receipt(
+                event=events[key.partition(":")[0]],
+                at=datetime.now(UTC),
+                provider="cloud",
+                reference=reference(message_id, delivery_id(key)),
+                reason="x",
+            )
+            for message_id, key in keys
+            if key.startswith(tuple(events))
+        ]
+        assert EngagementMessageRepository(session).record_receipts(told) == [Recorded.RECORDED] * 2
+
+
 def watch(engine):
     """Look, in each way there is."""
     with Session(engine) as session:
@@ -194,7 +224,15 @@ def watch(engine):
         raise PermissionError
 
 
-WORK = {"owner": own, "host": host, "caller": call, "worker": work, "pruner": prune, "watcher": watch}
+WORK = {
+    "owner": own,
+    "host": host,
+    "caller": call,
+    "worker": work,
+    "pruner": prune,
+    "receiver": receive,
+    "watcher": watch,
+}
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -217,7 +255,7 @@ def test_no_documented_grant_can_be_left_out(stocked, grant):
     assert isinstance(denied.value, PermissionError) or sqlstate(denied.value) in {DENIED, "42P01", "3F000"}
 
 
-@pytest.mark.parametrize("role", ["host", "caller", "worker", "pruner", "watcher"])
+@pytest.mark.parametrize("role", ["host", "caller", "worker", "pruner", "receiver", "watcher"])
 def test_nobody_gets_further(stocked, role):
     """Neither a trigger nor a foreign key, no key, no other's content, and no lock but for who may change all."""
     refused = [
