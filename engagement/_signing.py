@@ -24,7 +24,7 @@ def signature(key: bytes, webhook_id: str, timestamp: int, body: bytes) -> str:
 
 def signing_keys(secret: str | Sequence[str]) -> list[bytes]:
     """Return the key in a secret, or in each of several. `ValueError` if there is none, or one is short or broken."""
-    keys = [signing_key(each) for each in ([secret] if isinstance(secret, str) else secret)]
+    keys = [signing_key(each) for each in ([secret] if isinstance(secret, str) else secret or ())]
     if not keys:
         raise ValueError("secret: none is given")
     return keys
