@@ -15,7 +15,7 @@ MODULES = {
 }
 # From the table outwards. What begins with an underscore is no door for a host.
 LAYERS = [
-    {"_logging", "models", "_catalogues"},
+    {"_logging", "_signing", "models", "_catalogues"},
     {"messages"},
     {"outcomes"},
     {"_claim", "_sql"},

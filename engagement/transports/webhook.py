@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
-import hmac
 import ssl
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Self
 
+from engagement._signing import signature, signing_keys
 from engagement.messages import OutgoingMessage
 from engagement.messages.checks import checked_flag
 from engagement.outcomes import Outcome, Sent
@@ -21,8 +18,6 @@ from engagement.transports.rendering import Render, as_json, refusal_of, words_o
 from engagement.transports.settings import Settings
 
 LONGEST_TEXT = 1_000_000
-SECRET_PREFIX = "whsec_"  # noqa: S105 - the form of a secret, not one
-SHORTEST_SECRET = 24
 _UNREACHED = frozenset({502, 503, 504, *range(520, 531)})
 """Answers of a proxy that cannot reach the endpoint, or of an endpoint that is down. 520 to 530 are Cloudflare's."""
 
@@ -64,10 +59,7 @@ class Webhook:
     ) -> None:
         self.idempotent = checked_flag("idempotent", idempotent)
         self._render = render
-        secrets = [secret] if isinstance(secret, str) else secret
-        self._keys = None if secrets is None else [signing_key(each) for each in secrets]
-        if self._keys == []:
-            raise ValueError("secret: none is given; None signs nothing")
+        self._keys = None if secret is None else signing_keys(secret)
         self._client = ProviderClient(
             "webhook",
             url,
@@ -176,20 +168,3 @@ def _read(answer: Answer) -> Sent | None:
     data = answer.json
     provider_id = data.get("provider_message_id") if isinstance(data, dict) else None
     return Sent(provider_id if isinstance(provider_id, str) else None)
-
-
-def signature(key: bytes, webhook_id: str, timestamp: int, body: bytes) -> str:
-    """Return the signature of a request, as Standard Webhooks 1.0 describes it."""
-    digest = hmac.digest(key, f"{webhook_id}.{timestamp}.".encode() + body, hashlib.sha256)
-    return f"v1,{base64.b64encode(digest).decode()}"
-
-
-def signing_key(secret: str) -> bytes:
-    """Return the key in a secret. `ValueError` if it has no key, or a short one."""
-    try:
-        key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
-    except (binascii.Error, ValueError):
-        key = b""
-    if not secret.startswith(SECRET_PREFIX) or len(key) < SHORTEST_SECRET:
-        raise ValueError(f"secret: must be {SECRET_PREFIX} and {SHORTEST_SECRET} bytes or more in Base64")
-    return key

@@ -14,7 +14,8 @@ from gateways import NUMBER, TEXT, close_clients, later, outgoing, say  # noqa: 
 from loopback import Reply, serving
 
 from engagement import InDoubt, NotSent, Postpone, Refused, Sent
-from engagement.transports.webhook import Webhook, signature, signing_key
+from engagement._signing import signature, signing_key
+from engagement.transports.webhook import Webhook
 
 KEY_BYTES = bytes(range(24))
 SECRET = "whsec_" + base64.b64encode(KEY_BYTES).decode()
