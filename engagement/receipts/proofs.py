@@ -68,7 +68,7 @@ def is_token(authorization: str, keys: Iterable[bytes], now: datetime, claims: M
 
 
 def _is_recent(issued: object, now: datetime) -> bool:
-    return type(issued) is int and abs(now.timestamp() - issued) <= TOKEN_LASTS.total_seconds()
+    return type(issued) is int and abs(int(now.timestamp()) - issued) <= TOKEN_LASTS.total_seconds()
 
 
 def _claims(text: str) -> dict[str, Any]:
