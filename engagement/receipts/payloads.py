@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 from engagement._logging import logger
 from engagement.messages import InvalidMessage, Receipt
@@ -18,17 +18,13 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 def json_object(text: bytes | str) -> Mapping[str, Any]:
     """Return the JSON object (in UTF-8)."""
     try:
-        data = json.loads(text if isinstance(text, str) else text.decode(), parse_constant=_refuse)
+        data = json.loads(text if isinstance(text, str) else text.decode())
     except (ValueError, RecursionError):  # Too deep, too long a number, no UTF-8, no JSON.
         data = None
     # Raised out here: the error of the parser holds the body.
     if not isinstance(data, dict):
         raise UnreadableReceipts("the body is no JSON object")
     return data
-
-
-def _refuse(_: str) -> NoReturn:
-    raise ValueError  # NaN and Infinity are no JSON.
 
 
 def value_of(data: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
@@ -39,11 +35,11 @@ def value_of(data: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
     return value
 
 
-def moment_after_epoch(**since: float) -> datetime:
+def moment_after_epoch(**since: int) -> datetime:
     """Return the moment so many `seconds` or `milliseconds` after 1970."""
     try:
         return _EPOCH + timedelta(**since)
-    except (OverflowError, ValueError):
+    except OverflowError:
         raise UnreadableReceipts("a time is out of range") from None
 
 

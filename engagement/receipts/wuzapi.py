@@ -79,6 +79,6 @@ def _rfc3339(text: str) -> datetime | None:
         moment = datetime.fromisoformat(text)
     except ValueError:
         moment = None
-    if moment is None or moment.tzinfo is None:
+    if moment is None:
         raise UnreadableReceipts("Timestamp: must be a time in the form of RFC 3339")
     return None if moment.year == 1 else moment
