@@ -18,6 +18,7 @@ MOST_ID = 512
 _REFERENCE = re.compile(r"([1-9][0-9]{0,18})\.([0-9a-f]{8}-[0-9a-f]{4}-5[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12})")
 
 _OUR_WHATSAPP_ID = re.compile(r"3EB0([0-9A-F]{12})[0-9A-F]{6}")
+_ID_IN_A_CHAT = re.compile(r"(?:true|false)_[^_\s]{1,80}_([^_\s]{1,80})(?:_\S{1,80})?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -77,6 +78,15 @@ def whatsapp_message_id(message_id: int, delivery_id: uuid.UUID) -> str:
     It is a reference too: 12 digits are the message's id, and six are of a hash of the delivery id, as its proof.
     """
     return f"3EB0{message_id % 16**12:012X}{_proof(delivery_id)}"
+
+
+def bare_whatsapp_id(provider_message_id: str) -> str:
+    """Return WhatsApp's own id in one of WAHA's (`3EB0…` of `true_5511…@c.us_3EB0…`), and any other as it is.
+
+    The chat and the author around it are a number in one place and a `@lid` in another, for the same message.
+    """
+    found = _ID_IN_A_CHAT.fullmatch(provider_message_id)
+    return provider_message_id if found is None else found[1]
 
 
 def message_id_in(whatsapp_id: str) -> int | None:

@@ -25,6 +25,7 @@ from datetime import timedelta
 from typing import Any
 
 from engagement.messages import OutgoingMessage
+from engagement.messages.receipts import bare_whatsapp_id
 from engagement.transports.http import Proof, value_at
 
 
@@ -104,6 +105,12 @@ def _id_in(data: Any, *candidates: Any) -> str | None:
     if has_failed(data):
         return None
     return next((text for text in candidates if isinstance(text, str) and _MESSAGE_ID.fullmatch(text)), None)
+
+
+def _waha_id(data: Any) -> str | None:
+    """Return the id without the chat around it, as its receipts name it too: NOWEB answers it so, the others do not."""
+    found = _id_in(data, value_at(data, "id"), value_at(data, "id", "_serialized"), value_at(data, "key", "id"))
+    return None if found is None else bare_whatsapp_id(found)
 
 
 def _evolution_error(data: Any) -> str:
@@ -202,9 +209,7 @@ WAHA = Dialect(
         "chatId": re.sub(r"@s\.whatsapp\.net\Z", "@c.us", message.destination_jid),
         "text": text,
     },
-    provider_id=lambda data: _id_in(
-        data, value_at(data, "id"), value_at(data, "id", "_serialized"), value_at(data, "key", "id")
-    ),
+    provider_id=_waha_id,
     error_text=lambda data: _first_text(value_at(data, "error"), value_at(data, "exception", "message")) or "",
     words=(
         Words(

@@ -113,12 +113,19 @@ def test_waha_sends_text(waha, jid, chat):
     assert waha.server.received[0].json == {"session": "default", "chatId": chat, "text": TEXT}
 
 
-@pytest.mark.parametrize("answer", [{"id": "true_1@c.us_3EB0"}, {"id": {"_serialized": "true_1@c.us_3EB0"}}])
-def test_waha_s_other_engines_name_the_id_otherwise(waha, answer):
-    """WEBJS and the newer versions answer the serialized id."""
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"id": "true_1@c.us_3EB0"},
+        {"id": {"_serialized": "true_1@lid_3EB0"}},
+        {"id": "true_120363041234567890@g.us_3EB0_5511999999999@c.us"},
+    ],
+)
+def test_waha_s_other_engines_have_the_chat_around_the_id(waha, answer):
+    """WEBJS, GOWS and the newer versions answer it with the chat, NOWEB without: kept is WhatsApp's own id."""
     waha.override = Reply(201, answer)
 
-    assert gateway(waha.server, WAHA).send(outgoing()) == Sent("true_1@c.us_3EB0")
+    assert gateway(waha.server, WAHA).send(outgoing()) == Sent("3EB0")
 
 
 def test_wuzapi_sends_text_with_our_message_id(wuzapi):
