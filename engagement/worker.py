@@ -33,7 +33,7 @@ def process_message_queue(
     if limit is not None and limit < 0:
         raise ValueError("limit: must not be negative")
     given = Options(**options)
-    ours = for_own_transactions(engine, given.schema)
+    ours = _for_delivery(engine, given)
     return deliver(ours, transport, given, stop or threading.Event(), until_empty=True, limit=limit)
 
 
@@ -63,7 +63,7 @@ class Worker:
 
     def __init__(self, engine: Engine, transport: Transport, **options: Unpack[WorkerOptions]) -> None:
         self._options = Options(**options)
-        self._engine = for_own_transactions(engine, self._options.schema)
+        self._engine = _for_delivery(engine, self._options)
         self._transport = transport
 
     def run(self, stop: threading.Event | None = None) -> ProcessResult:
@@ -73,3 +73,7 @@ class Worker:
         """
         with Housekeeping(self._engine, self._options).beside():
             return deliver(self._engine, self._transport, self._options, stop or threading.Event())
+
+
+def _for_delivery(engine: Engine, options: Options) -> Engine:
+    return for_own_transactions(engine, options.schema, lends=options.on_settled is not None)
