@@ -273,9 +273,10 @@ def test_it_may_queue_the_next_message(host):
 
     def follow(connection, message, _):
         if message.message_type == "goodbye":
-            EngagementMessageRepository(Session(connection)).queue_message(
-                new_message("user2", message_type="follow_up")
-            )
+            with Session(connection) as session:
+                next_one = new_message("user2", message_type="follow_up")
+                EngagementMessageRepository(session).queue_message(next_one)
+                session.commit()
 
     result = process_message_queue(host, lambda _: None, on_settled=follow)
 
@@ -318,6 +319,7 @@ def test_the_connection_is_lent_for_the_call_only(host, caplog, use):
 # The host's tables and settings
 
 
+@pytest.mark.direct("the pooler's connections to the server are its own")
 @pytest.mark.parametrize("how", ["at connect", "later"])
 def test_a_name_without_its_schema_is_found_on_the_hosts_path(host, how):
     """The worker searches pg_catalog alone. The host's path is back for the calls, whoever set it."""
@@ -371,6 +373,7 @@ def test_a_statement_that_waits_too_long_is_cancelled(host, caplog):
     assert noted(host) == ["user2"]
 
 
+@pytest.mark.direct("the pooler's connections to the server are its own")
 @pytest.mark.parametrize(("theirs", "most"), [("0", 10_000), ("50", 50), ("9h", 10_000)])
 def test_a_stricter_time_out_of_the_host_holds(host, theirs, most):
     """All calls have a third of the lease, and a role that allows less is not overruled."""
@@ -385,6 +388,21 @@ def test_a_stricter_time_out_of_the_host_holds(host, theirs, most):
 
     assert len(seen) == 2
     assert all(0.5 * most < int(each) <= most for each in seen)
+
+
+@pytest.mark.parametrize("where", ["the driver", "the engine"])
+def test_an_engine_in_autocommit_has_a_transaction_for_it(host, caplog, where):
+    """There is one for the settlement too, whatever the host has set for its own statements."""
+    queue(host, new_message("user1"), new_message("user2"))
+    hook = Hook(partial(fail, LookupError()), of="user2")
+    with an_engine(host.url, **({"isolation_level": "AUTOCOMMIT"} if where == "the driver" else {})) as other:
+        theirs = other if where == "the driver" else other.execution_options(isolation_level="AUTOCOMMIT")
+        process_message_queue(theirs, lambda _: None, on_settled=hook, concurrency=2)
+
+    assert [message for message in caplog.messages if "on_settled" in message] == [
+        "engagement.on_settled_failed message_id=2 error=LookupError"
+    ]
+    assert noted(host) == ["user1"]
 
 
 # Without it

@@ -1,8 +1,8 @@
 """A connection of ours, lent to a function of the host's: in our transaction, and in a savepoint for each call.
 
-The function finds the host's tables, on the host's search path, and hears the events of the host's engine. It may undo
-its own part. It can neither commit nor close, nor use the connection after the call. A setting that it leaves behind
-(`SET LOCAL ROLE`) meets the calls after it and no statement of ours, since none may follow but COMMIT.
+The function finds the host's tables on the host's search path. It may undo its own part. It can neither commit nor
+close, nor use the connection after the call. A setting that it leaves behind (`SET LOCAL ROLE`) meets the calls after
+it and no statement of ours, since none may follow but COMMIT.
 See docs/decisions.md#2026-11-29--a-host-writes-beside-a-settlement-in-its-transaction.
 """
 
@@ -74,7 +74,8 @@ class Lender:
 
     def _call(self, work: Callable[[Connection], None], lent: _Lent) -> None:
         try:
-            theirs = Connection(self._hosts, cast("PoolProxiedConnection", lent))
+            # Without the engine's listeners: they have heard of the transaction, in which nobody may set AUTOCOMMIT.
+            theirs = Connection(self._hosts, cast("PoolProxiedConnection", lent), _has_events=False)
             theirs.begin()  # So that a `Session` on it takes the transaction for somebody else's.
             work(theirs)
         finally:
