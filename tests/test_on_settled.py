@@ -430,13 +430,24 @@ def test_nothing_is_executed_for_a_hook_that_is_not_there(host, monkeypatch):
 # The option
 
 
+async def asynchronous(connection, message, status):
+    note_if_sent(connection, message, status)
+
+
+class Asynchronous:
+    async def __call__(self, connection, message, status):
+        """Be called."""
+
+
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
         (5, "must be a function, not int"),
         ("myapp:note", "must be a function, not str"),
         (lambda connection, message: None, "must take a connection, a message and a status"),
-        (unawaited(), "must be a function"),
+        (asynchronous, "must be a plain function, not async"),
+        (partial(asynchronous), "must be a plain function, not async"),
+        (Asynchronous(), "must be a plain function, not async"),
     ],
 )
 def test_what_cannot_be_called_is_refused_by_name(engine, given, problem):
