@@ -51,6 +51,10 @@ class Worker:
     - `classify(exception)`: which outcome an exception of the transport means; see `classify_exception`, the default.
     - `strict`: the default rule calls every exception in doubt that does not prove that nothing was sent (a
       `KeyError`).
+    - `on_settled(connection, message, status)`: called in the transaction that settles a message, once for each
+      settlement that is recorded. Work that it does there is committed with the settlement, or not at all (it writes
+      `goodbye_sent_at` if `status` is `sent`). Its error undoes its own part, is logged, and changes nothing else. It
+      can neither commit nor keep the connection; see `docs/settling.md`.
     - `worker_name`: what `claimed_by` begins with; default: host and process.
     - `poll_interval`: how soon a message that becomes due is noticed by an idle worker.
     - `schema`: where the table is, if not on the search path.

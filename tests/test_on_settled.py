@@ -1,15 +1,17 @@
 """`on_settled`: a host writes beside a settlement, in its transaction, and can neither lose nor delay it."""
 
 import logging
+import re
 import threading
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import pytest
 from conftest import execute, new_message, queue, row, until
 from crashes.accidents import LATER, PATIENCE_SECONDS, Running, Transport, an_engine, lose
 from goodbyes import Hook, _host, fail, hide, note_if_sent, noted, run_sql  # noqa: F401 - the fixture
-from sqlalchemy import event, text
+from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import Session
 
@@ -18,6 +20,7 @@ from engagement import (
     InDoubt,
     MessageStatus,
     NotSent,
+    OutgoingMessage,
     Postpone,
     Refused,
     Sent,
@@ -456,3 +459,18 @@ def test_what_cannot_be_called_is_refused_by_name(engine, given, problem):
     with pytest.raises(ValueError, match=f"on_settled: {problem}"):
         process_message_queue(engine, lambda _: None, on_settled=given)
     assert row(engine, 1).attempt == 0
+
+
+def test_the_example_of_the_page_does_what_it_says(host):
+    """docs/settling.md has the few lines that a host adds."""
+    page = Path(__file__).parent.parent / "docs" / "settling.md"
+    (block,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    execute(host, "CREATE TABLE users (id text, goodbye_sent_at timestamptz); INSERT INTO users VALUES ('user1')")
+    try:
+        names = {"Connection": Connection, "OutgoingMessage": OutgoingMessage, "engine": host, "send": lambda _: None}
+        exec(block, names)
+        queue(host, new_message())
+        process_message_queue(host, lambda _: None, on_settled=names["note"])
+        assert execute(host, "SELECT goodbye_sent_at FROM users").scalar_one() is not None
+    finally:
+        execute(host, "DROP TABLE users")

@@ -55,7 +55,7 @@ class Transactions:
         if step.gives_back:
             self.give_back(connection)
         if self._hook is not None and settled.now:
-            # The next one claims. What is claimed here would be locked while the host's function waits for its locks.
+            # The next one claims: claims would be locked here while the host's function waits for its own locks.
             self._hook.call(connection, [(claim.message, status) for claim, status in settled.now])
             return taken
         if step.wanted and not self._stop.is_set():

@@ -31,7 +31,7 @@ class NotReplicated(SQLAlchemyError):  # noqa: N818 - what happened
     """
 
 
-class TransactionEnded(SQLAlchemyError):  # noqa: N818 - what happened
+class TransactionEnded(SQLAlchemyError):  # noqa: N818 - named for the event
     """A statement of the host's in our transaction was its end, COMMIT or ROLLBACK: nobody knows which."""
 
 

@@ -40,8 +40,8 @@ _TO_THE_HOSTS_PATH = (
 _ENDED = frozenset({"3B001", "25P01"})
 
 
-class LentOnly(RuntimeError):  # noqa: N818 - what the connection is
-    """The function did what only the owner of its connection may: commit it, close it, or use it after the call."""
+class LentOnly(RuntimeError):  # noqa: N818 - named for the connection
+    """The function took itself for the owner of its connection: it committed, closed it, or used it after the call."""
 
 
 class Lender:

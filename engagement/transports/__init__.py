@@ -34,7 +34,7 @@ def load_transport(name: str) -> Transport:
 
 
 def named(name: str) -> Any:
-    """Return whatever `package.module:name` stands for, as it is there. Raises `TransportNotFound`."""
+    """Return the object that `package.module:name` stands for. Raises `TransportNotFound`."""
     module_name, _, attributes = name.partition(":")
     if not module_name or not attributes:
         raise TransportNotFound("write it as package.module:name")
