@@ -34,6 +34,24 @@ def test_a_statement_that_ends_the_transaction_is_noticed(host, caplog, monkeypa
     assert noted(host) == (["user2"] if is_undone else ["user1"])
 
 
+def test_claims_beside_a_call_that_commits_are_adopted(host):
+    """A message expires, its call ends the transaction, and others were claimed in it: they are sent, and once."""
+    late, *others = queue(host, *(new_message(f"user{number}") for number in range(3)))
+    execute(
+        host,
+        "UPDATE engagement_message_queue SET scheduled_for = '2020-01-01', expires_at = '2020-01-02' WHERE id = :id",
+        id=late,
+    )
+    hook, given = Hook(partial(run_sql, "COMMIT"), of="user0"), Transport()
+
+    with Running(host, given, on_settled=hook, concurrency=3):
+        until(lambda: noted(host) == ["user1", "user2"])
+
+    assert row(host, late).status == "expired"
+    assert [(message.id, message.attempt) for message in given.sends] == [(other, 1) for other in others]
+    assert hook.heard.count(("user0", "expired")) == 1
+
+
 @pytest.mark.direct("it ends its own backend")
 def test_a_call_that_loses_the_connection_is_a_lost_database(host, caplog, monkeypatch):
     """Nothing of the transaction happened: it is done again, with its calls, and each is written once."""
