@@ -1,5 +1,6 @@
 """Queue proactive engagement messages once, inside your own transactions, and never send one twice."""
 
+from engagement._delivery.hook import OnSettled
 from engagement._delivery.tally import ProcessResult
 from engagement.messages import (
     Cancellation,
@@ -36,6 +37,7 @@ __all__ = [
     "MessageStatus",
     "NewMessage",
     "NotSent",
+    "OnSettled",
     "Outcome",
     "OutgoingMessage",
     "Postpone",

@@ -33,7 +33,7 @@ def process_message_queue(
     if limit is not None and limit < 0:
         raise ValueError("limit: must not be negative")
     given = Options(**options)
-    ours = for_own_transactions(engine, given.schema)
+    ours = _for_delivery(engine, given)
     return deliver(ours, transport, given, stop or threading.Event(), until_empty=True, limit=limit)
 
 
@@ -51,6 +51,10 @@ class Worker:
     - `classify(exception)`: which outcome an exception of the transport means; see `classify_exception`, the default.
     - `strict`: the default rule calls every exception in doubt that does not prove that nothing was sent (a
       `KeyError`).
+    - `on_settled(connection, message, status)`: called in the transaction that settles a message, once for each
+      settlement that is recorded. Work that it does there is committed with the settlement, or not at all (it writes
+      `goodbye_sent_at` if `status` is `sent`). Its error undoes its own part, is logged, and changes nothing else. It
+      can neither commit nor keep the connection; see `docs/settling.md`.
     - `worker_name`: what `claimed_by` begins with; default: host and process.
     - `poll_interval`: how soon a message that becomes due is noticed by an idle worker.
     - `schema`: where the table is, if not on the search path.
@@ -63,7 +67,7 @@ class Worker:
 
     def __init__(self, engine: Engine, transport: Transport, **options: Unpack[WorkerOptions]) -> None:
         self._options = Options(**options)
-        self._engine = for_own_transactions(engine, self._options.schema)
+        self._engine = _for_delivery(engine, self._options)
         self._transport = transport
 
     def run(self, stop: threading.Event | None = None) -> ProcessResult:
@@ -73,3 +77,7 @@ class Worker:
         """
         with Housekeeping(self._engine, self._options).beside():
             return deliver(self._engine, self._transport, self._options, stop or threading.Event())
+
+
+def _for_delivery(engine: Engine, options: Options) -> Engine:
+    return for_own_transactions(engine, options.schema, lends=options.on_settled is not None)

@@ -115,7 +115,10 @@ def worker_calls(engine: Engine, host: Engine, schema: str | None = None, *, hos
         return ANSWERS.get(message.user_id) or Sent()
 
     capped = FrequencyCap(send, engine, lambda _: UTC, limit=1, per="day", resume_at=time(9), schema=schema)
-    result = process_message_queue(engine, capped, schema=schema, concurrency=3)
+    told = []
+    result = process_message_queue(
+        engine, capped, schema=schema, concurrency=3, on_settled=lambda *given: told.append(given[1:])
+    )
 
     statuses = _statuses(host, host_schema or schema, ids)
     assert statuses == {
@@ -128,6 +131,7 @@ def worker_calls(engine: Engine, host: Engine, schema: str | None = None, *, hos
         "expired": "expired",
         "capped": "sent",
     }
+    assert {message.user_id: status for message, status in told} == statuses
     assert (result.processed, result.expired) == (7, 1)
     assert {message.scheduled_for for message in given} == {LONG_AGO}
 

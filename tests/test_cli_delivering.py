@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 from contextlib import contextmanager
 from datetime import timedelta
@@ -351,3 +352,54 @@ def test_an_idle_worker_stops_at_once(empty_engine, tmp_path):
         process.communicate(timeout=PATIENCE)
 
     assert process.returncode == 0
+
+
+# Beside a settlement
+
+HOOKS = """
+import sys
+from sqlalchemy import text
+def note(connection, message, status):
+    print("hook", message.id, status, connection.scalar(text("SHOW search_path")), file=sys.stderr)
+def short(connection): ...
+number = 5
+"""
+
+
+@pytest.fixture(name="hooks")
+def _hooks(run):
+    """A module beside which the command is run."""
+    Path("hooks.py").write_text(HOOKS)
+    yield
+    sys.modules.pop("hooks", None)
+
+
+@pytest.mark.usefixtures("hooks")
+def test_a_function_is_called_in_the_transaction_that_settles(run, engine):
+    """It is named as a transport is, and finds its tables where the role does."""
+    (message_id,) = queue(engine, new_message())
+
+    ran = run("process", transport("def send(message): return None"), "--on-settled=hooks:note", on=engine)
+
+    assert (ran.status, ran.err) == (0, f'hook {message_id} sent "$user", public\n')
+
+
+@pytest.mark.usefixtures("hooks")
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("hooks", "write it as package.module:name."),
+        ("hooks:no_such", "hooks has no no_such."),
+        ("hooks:number", "hooks:number must be a function, not int."),
+        ("hooks:short", "hooks:short must take a connection, a message and a status."),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_told_on_one_line(run, engine, name, problem):
+    """Before anything is sent."""
+    queue(engine, new_message())
+
+    ran = run("process", transport("def send(message): return None"), "--on-settled", name, on=engine)
+
+    assert (ran.status, statuses(engine)) == (2, ["pending"])
+    assert f"Invalid value for '--on-settled': {problem}" in ran.err
+    assert ran.err.count("\n") == 1

@@ -7,11 +7,12 @@ from contextlib import ExitStack
 import pytest
 from conftest import in_thread, new_message, queue, row, until
 from psycopg import generators
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import InternalError
 from sqlalchemy.pool import NullPool
 
 from engagement import Sent, Worker, migrations, process_message_queue
+from engagement._sql import own_transactions
 from engagement._sql.own_transactions import connect, for_own_transactions, transaction
 
 
@@ -141,3 +142,22 @@ def test_a_warning_before_the_commit_says_nothing_of_the_commit(engine):
     """The server warns of a statement: `NotReplicated`, which is for a commit, would have its work looked for again."""
     with connect(for_own_transactions(engine)) as connection, transaction(connection):
         connection.exec_driver_sql("BEGIN")  # There is already a transaction in progress.
+
+
+def test_an_engine_that_is_ours_already_is_made_ours_once(engine, monkeypatch):
+    """The command's engine, in a worker's hands, begins a transaction with one message as any other does."""
+    said = []
+    at_once = own_transactions.send_at_once
+    monkeypatch.setattr(own_transactions, "send_at_once", lambda *given: said.append(given[1]) or at_once(*given))
+    ours = for_own_transactions(for_own_transactions(engine), lends=True)
+    with connect(ours) as connection, transaction(connection):
+        pass  # The schema is looked up once.
+
+    said.clear()
+    event.listen(ours, "before_cursor_execute", lambda *given: said.append(given[2]))
+    with connect(ours) as connection, transaction(connection):
+        assert connection.scalar(text("SHOW search_path")) == "pg_catalog, pg_temp"
+        kept = connection.scalar(text("SELECT current_setting('engagement.search_path')"))
+
+    assert [each.split()[0] for each in said] == ["BEGIN", "SHOW", "SELECT"]
+    assert kept == '"$user", public'

@@ -140,7 +140,7 @@ def test_a_settlement_of_one_message_reads_one_row(engine):
 
     def settle_one(session: Session) -> None:
         sent = Verdict(status=MessageStatus.SENT, event="sent")
-        assert claims.settle(session.connection(), [(claim(session)[0], sent)])
+        assert claims.settle(session.connection(), [(claim(session)[0], sent)]).recorded
 
     with Session(engine) as session:
         assert generic_plan(session, settle_one) == [("Index Scan", "pkey")]

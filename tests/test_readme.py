@@ -5,7 +5,7 @@ import asyncio
 import inspect
 import re
 import shutil
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from zoneinfo import ZoneInfo
@@ -36,6 +36,7 @@ def test_the_readmes_python_runs(engine, tmp_path, monkeypatch):
     class Visit(Base):
         __tablename__ = "visits"
         user_id: Mapped[str] = mapped_column(Text, primary_key=True)
+        goodbye_sent_at: Mapped[datetime | None]
 
     Base.metadata.create_all(engine)
     answer = SimpleNamespace(status=200, id="wamid.1")
@@ -63,7 +64,7 @@ def test_the_readmes_python_runs(engine, tmp_path, monkeypatch):
     finally:
         Base.metadata.drop_all(engine)
 
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     assert row(engine, 1).status == "sent"
     assert row(engine, 1).history[-1]["event"] == "resolved"
     assert row(engine, 2).status == "in_doubt"

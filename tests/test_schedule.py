@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from engagement._claim import START, Claim
 from engagement._delivery import transaction
 from engagement._delivery.cursor import LONGEST_RESTART_SECONDS
-from engagement._delivery.database import Claimed, Holder
+from engagement._delivery.database import Claimed, Holder, Settled
 from engagement._delivery.options import Options
 from engagement._delivery.schedule import next_step
 from engagement._delivery.state import State
@@ -80,7 +80,7 @@ class Table:
         self.rows = {}
 
     def settle(self, _connection, verdicts):
-        recorded = {}
+        settled = Settled()
         for claim, verdict in verdicts:
             self.world.let_commits_happen(claim.message.id)  # It waits for the lock.
             row = self.rows[claim.message.id]
@@ -88,10 +88,10 @@ class Table:
                 row.status = str(verdict.status)
                 if row.status == "pending":
                     row.due_at = self.world.now + (verdict.delay.total_seconds() if verdict.delay else 1.0)
-                recorded[claim] = verdict.status
+                settled.now.append((claim, verdict.status))
         if self.world.choose(40) == 1:
             self.world.is_stopped = True  # While the worker waits for this.
-        return recorded
+        return settled
 
     def adopt(self, _connection, holder, *, names):
         return [self._hold(row, holder) for row in self.unlocked() if row.status == "sending" and row.name in names]

@@ -433,7 +433,7 @@ class Histories(RuleBasedStateMachine):
             backoff=lambda _: delay,
         )
         with self.engine.begin() as connection:
-            recorded = claims.settle(connection, [(claim, verdict)])
+            recorded = claims.settle(connection, [(claim, verdict)]).recorded
         message = self.model[given.idempotency_key]
         is_its_attempt, is_its_own = message.attempt == given.attempt, message.holder is claim
         is_late_but_sent = isinstance(outcome, Sent) and message.status != "sent"

@@ -14,7 +14,7 @@ GIVEN = """
 from collections.abc import Mapping
 from typing import Any
 from zoneinfo import ZoneInfo
-from datetime import timedelta
+from datetime import datetime, timedelta
 from fastapi import FastAPI
 from alembic import context
 from sqlalchemy import Connection, Engine, create_engine
@@ -29,6 +29,7 @@ class Base(DeclarativeBase): ...
 class Visit(Base):
     __tablename__ = "visits"
     user_id: Mapped[str] = mapped_column(primary_key=True)
+    goodbye_sent_at: Mapped[datetime | None]
 
 class Reply(Base):
     __tablename__ = "replies"

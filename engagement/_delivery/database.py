@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from operator import itemgetter
 from typing import Any
@@ -38,6 +38,19 @@ class Claimed:
     claims: list[Claim]
     ended: dict[OutgoingMessage, MessageStatus]
     go_on_after: Position | None
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The verdicts that are recorded, in their order: `now`, or `before` by a call that seemed to fail."""
+
+    now: list[tuple[Claim, MessageStatus]] = field(default_factory=list)
+    before: dict[Claim, MessageStatus] = field(default_factory=dict)
+
+    @property
+    def recorded(self) -> dict[Claim, MessageStatus]:
+        """The status of each claim whose verdict is recorded."""
+        return self.before | dict(self.now)
 
 
 def claim(
@@ -129,13 +142,13 @@ def extend(connection: Connection, lease: timedelta, held: Iterable[Claim]) -> d
     return {by_id[message_id]: until for message_id in connection.scalars(claiming.extend_leases(), values).all()}
 
 
-def settle(connection: Connection, verdicts: Iterable[tuple[Claim, Verdict]]) -> dict[Claim, MessageStatus]:
-    """Record verdicts. Return the status of those that are recorded, now or by an earlier call that seemed to fail.
+def settle(connection: Connection, verdicts: Iterable[tuple[Claim, Verdict]]) -> Settled:
+    """Record verdicts. Return those that are recorded, now or by an earlier call that seemed to fail.
 
     What is missing in the answer was lost: the message has been recovered since, or the claim with a commit. Then a
     doubt is noted all the same, and that a message was sent twice is told.
     """
-    recorded: dict[Claim, MessageStatus] = {}
+    settled = Settled()
     # In one order everywhere, or two statements over the same rows would deadlock.
     left = sorted(verdicts, key=lambda pair: pair[0].message.id)
     while left:
@@ -144,10 +157,10 @@ def settle(connection: Connection, verdicts: Iterable[tuple[Claim, Verdict]]) ->
         left = [pair for pair in left if pair is not given[pair[0].message.id]]
         values = settling.SETTLEMENTS.parameter(_settlement(*pair) for pair in reversed(given.values()))
         rows = connection.execute(settling.settle_if_claimed(), values)
-        recorded |= {given.pop(message_id)[0]: status for message_id, status in rows.all()}
+        settled.now.extend((given.pop(message_id)[0], status) for message_id, status in rows.all())
         if given:
-            recorded |= _not_recorded(connection, given)
-    return recorded
+            settled.before.update(_not_recorded(connection, given))
+    return settled
 
 
 def _not_recorded(

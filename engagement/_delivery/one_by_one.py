@@ -15,11 +15,10 @@ from sqlalchemy import Connection
 
 from engagement._claim import Claim, Position
 from engagement._delivery import database
-from engagement._delivery.database import Claimed, Holder
+from engagement._delivery.database import Claimed, Holder, Settled
 from engagement._logging import logger
 from engagement._sql import claiming
 from engagement._sql.errors import describe, is_of_one_message
-from engagement.models import MessageStatus
 from engagement.outcomes import Verdict, storable
 
 T = TypeVar("T")
@@ -28,18 +27,19 @@ MOST_BROKEN = 100
 """If so many fail, and nothing else can be claimed beside them, the fault is not in their data."""
 
 
-def settle(connection: Connection, verdicts: Iterable[tuple[Claim, Verdict]]) -> dict[Claim, MessageStatus]:
+def settle(connection: Connection, verdicts: Iterable[tuple[Claim, Verdict]]) -> Settled:
     """Record verdicts. A reason that the database cannot store is replaced by one that it can."""
-    recorded: dict[Claim, MessageStatus] = {}
+    settled = Settled()
     for claim, verdict in sorted(verdicts, key=lambda pair: pair[0].message.id):
         reason, provider_message_id = storable(verdict.reason), storable(verdict.provider_message_id)
         plain = replace(verdict, reason=reason, provider_message_id=provider_message_id)
         for each in (verdict, plain):
             done = _apart(connection, claim.message.id, partial(database.settle, connection, [(claim, each)]))
             if not isinstance(done, Exception):
-                recorded |= done
+                settled.now.extend(done.now)
+                settled.before.update(done.before)
                 break
-    return recorded
+    return settled
 
 
 def claim(

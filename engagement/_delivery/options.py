@@ -9,6 +9,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TypedDict
 
+from engagement._delivery.hook import OnSettled, why_no_hook
 from engagement.messages.checks import checked_age, checked_flag
 from engagement.models import checked_schema
 from engagement.outcomes import Backoff, Classify, classify_exception, exponential_backoff
@@ -27,6 +28,7 @@ class DeliveryOptions(TypedDict, total=False):
     backoff: Backoff
     classify: Classify | None
     strict: bool
+    on_settled: OnSettled | None
     worker_name: str | None
     schema: str | None
 
@@ -51,6 +53,7 @@ class Options:
     backoff: Backoff = field(default_factory=exponential_backoff)
     classify: Classify | None = None
     strict: bool = False
+    on_settled: OnSettled | None = None
     worker_name: str | None = None
     poll_interval: timedelta = timedelta(seconds=5)
     schema: str | None = None
@@ -66,6 +69,8 @@ class Options:
         _check(self.send_timeout is None or self.send_timeout > zero, "send_timeout", "must be positive")
         _check(isinstance(self.backoff(1), timedelta), "backoff", "must return a timedelta")
         checked_flag("strict", self.strict)
+        if self.on_settled is not None and (problem := why_no_hook(self.on_settled)):
+            raise ValueError(f"on_settled: {problem}")
         checked_schema(self.schema)
         is_name = name is None or (name.isprintable() and len(name) <= LONGEST_NAME)
         _check(is_name, "worker_name", f"must be printable, and at most {LONGEST_NAME} characters")

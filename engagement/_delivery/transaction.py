@@ -1,4 +1,4 @@
-"""One transaction of a worker: settle, adopt, take over, claim; or settle and give back."""
+"""One transaction of a worker: settle, adopt, take over, claim; or settle and give back. Then the host's hook."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from sqlalchemy import Connection
 
 from engagement._claim import START, Claim, clock
 from engagement._delivery import database
-from engagement._delivery.database import Holder
+from engagement._delivery.database import Holder, Settled
+from engagement._delivery.hook import Hook
 from engagement._delivery.options import Options
 from engagement._delivery.state import State
 from engagement._delivery.steps import Taken, Transact
@@ -41,18 +42,30 @@ class Transactions:
         self._stop = stop
         self._idempotent = idempotent
         self._verdict = verdict
+        self._hook = None if options.on_settled is None else Hook(options.on_settled, options.lease)
         self._broken: set[int] = set()
         self._mend_at = 0.0
 
     def do(self, connection: Connection, step: Transact, how: ModuleType) -> Taken:
         """Do `step`; `how` is `database` for all messages at once, or `one_by_one`."""
-        taken = Taken()
+        taken, settled = Taken(), Settled()
         if step.verdicts:
-            taken.recorded = how.settle(connection, step.verdicts)
+            settled = how.settle(connection, step.verdicts)
+            taken.recorded = settled.recorded
         if step.gives_back:
             self.give_back(connection)
-        if not step.wanted or self._stop.is_set():
+        if self._hook is not None and settled.now:
+            # The next one claims: claims would be locked here while the host's function waits for its own locks.
+            self._hook.call(connection, [(claim.message, status) for claim, status in settled.now])
             return taken
+        if step.wanted and not self._stop.is_set():
+            self._take(connection, step, how, taken)
+        if self._hook is not None:
+            self._hook.call(connection, taken.ended.items())
+        return taken
+
+    def _take(self, connection: Connection, step: Transact, how: ModuleType, taken: Taken) -> None:
+        """Adopt, take over and claim, until there are as many as `step` wants."""
         earlier = [*self._names.unacknowledged]
         taken.name = self._names.begin()
         holder = Holder(taken.name, self._lease)
@@ -69,7 +82,6 @@ class Transactions:
             taken.claims += map(self._unless_it_kills, lost)
         if step.wanted > len(taken.claims):
             self._claim(step, holder, taken, how, connection)
-        return taken
 
     def give_back(self, connection: Connection) -> None:
         """Give back the claims of commits that were not acknowledged: nobody will start them now."""

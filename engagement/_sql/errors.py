@@ -31,6 +31,10 @@ class NotReplicated(SQLAlchemyError):  # noqa: N818 - what happened
     """
 
 
+class TransactionEnded(SQLAlchemyError):  # noqa: N818 - named for the event
+    """A statement of the host's in our transaction was its end, COMMIT or ROLLBACK: nobody knows which."""
+
+
 def sqlstate(error: BaseException) -> str | None:
     """Return the server's code of the error; None if it did not come from there."""
     original = getattr(error, "orig", None)
@@ -41,7 +45,7 @@ def sqlstate(error: BaseException) -> str | None:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the database may answer differently later: it was not reached, is starting, or was too busy."""
-    if isinstance(error, PoolTimeout | CannotConnect | NotReplicated):
+    if isinstance(error, PoolTimeout | CannotConnect | NotReplicated | TransactionEnded):
         return True
     if not isinstance(error, DBAPIError):
         return False

@@ -22,11 +22,18 @@ from engagement._sql.schemas import OUR_SCHEMA, find_schema, schema_in_force, wi
 _MADE_IN = "engagement_made_in"
 _IMPORTED_IN = os.getpid()
 _WAS_GIVEN = "engagement_schema_was_given"
+_LENDS = "engagement_lends"
+HOSTS_ENGINE = "engagement_hosts_engine"
+"""The execution option with the engine that the host gave, without our settings and listeners."""
+HOSTS_PATH = "engagement.search_path"
+"""The setting that keeps the host's search path until the end of a transaction that lends."""
 
 # Temporary tables last: else they come first, and anybody's function could make one.
 SAFE_PATH = "pg_catalog, pg_temp"
 # Under a stricter isolation the claims of two workers would fail each other.
 _TRANSACTION = "ISOLATION LEVEL READ COMMITTED"
+# Before we set ours. Nothing is called that a stranger may have planted on the host's.
+_KEEP_THE_HOSTS_PATH = f"SELECT pg_catalog.set_config('{HOSTS_PATH}', pg_catalog.current_setting('search_path'), true)"
 
 _READ_ONLY = "25006"
 _NOT_FOUND = frozenset({"42P01", "3F000"})
@@ -34,8 +41,10 @@ _NOT_FOUND = frozenset({"42P01", "3F000"})
 _MAY_BE_STALE = _NOT_FOUND | {_READ_ONLY, "57014", "55P03", "42703", "42883", "42501"}
 
 
-def for_own_transactions(engine: Engine, schema: str | None = None) -> Engine:
+def for_own_transactions(engine: Engine, schema: str | None = None, *, lends: bool = False) -> Engine:
     """Return `engine` for transactions of our own, which find the table in `schema`, or on the search path.
+
+    With `lends`, each keeps the host's search path for a `lending.Lender`.
 
     A connection keeps the settings of its server, database and role as they were when it was made (a
     `statement_timeout`). One that such a setting may have failed is not used again, so that the next one is made under
@@ -44,12 +53,15 @@ def for_own_transactions(engine: Engine, schema: str | None = None) -> Engine:
     """
     check_engine(engine)
     given = schema_in_force(schema, engine)
+    # The command's engine is ours already. Twice ours, it would set everything twice, and our path as the host's.
+    hosts = engine.get_execution_options().get(HOSTS_ENGINE, engine)
     # The statements lock and change the rows that they return, which no cursor of the server's does.
     as_a_whole = {"stream_results": False, "yield_per": None}
-    ours = engine.execution_options(**as_a_whole, **{OUR_SCHEMA: given, _WAS_GIVEN: given is not None})
+    found = {OUR_SCHEMA: given, _WAS_GIVEN: given is not None}
+    ours: Engine = hosts.execution_options(**as_a_whole, **found, **{HOSTS_ENGINE: hosts, _LENDS: lends})
     event.listen(ours, "begin", _begin)
     event.listen(ours, "before_cursor_execute", _name_schema, retval=True)
-    event.listen(engine, "handle_error", _distrust)  # Once, however often this is called.
+    event.listen(hosts, "handle_error", _distrust)  # Once, however often this is called.
     return ours
 
 
@@ -134,7 +146,7 @@ def _begin(connection: Connection) -> None:
         connection.connection.rollback()
         connection.engine.update_execution_options(**{OUR_SCHEMA: found})
         connection.execution_options(**{OUR_SCHEMA: found})
-    settings = "; ".join((_TRANSACTION, *_settings(driver)))
+    settings = "; ".join((_TRANSACTION, *_settings(driver, lends=connection.get_execution_options()[_LENDS])))
     try:
         begun = _begun_at_once(driver, f"BEGIN {settings}")
     except BaseException as interrupt:
@@ -145,7 +157,9 @@ def _begin(connection: Connection) -> None:
             connection.exec_driver_sql(setting)
 
 
-def _settings(driver: Any) -> Iterator[str]:
+def _settings(driver: Any, *, lends: bool) -> Iterator[str]:
+    if lends:
+        yield _KEEP_THE_HOSTS_PATH
     yield f"SET LOCAL search_path = {SAFE_PATH}"
     reported = driver.info.parameter_status
     if not reported("DateStyle").startswith("ISO"):
@@ -159,17 +173,27 @@ def _begun_at_once(driver: Any, begin: str) -> bool:
 
     An obstacle (a lost connection) is met again by the next statement, and told as everything is.
     """
-    from psycopg import Error, generators
-    from psycopg.pq import ExecStatus, TransactionStatus
+    from psycopg import Error
+    from psycopg.pq import TransactionStatus
 
     if driver.pgconn.transaction_status != TransactionStatus.IDLE:
         return False
     try:
-        driver.pgconn.send_query(begin.encode())
-        results = driver.wait(generators.execute(driver.pgconn))
+        send_at_once(driver, begin)
     except Error:
         return False
-    return all(result.status == ExecStatus.COMMAND_OK for result in results)
+    return True
+
+
+def send_at_once(driver: Any, commands: str) -> None:
+    """Send commands as one message, past everything that psycopg would do besides. Raises the driver's error."""
+    from psycopg import errors, generators
+    from psycopg.pq import ExecStatus
+
+    driver.pgconn.send_query(commands.encode())
+    for result in driver.wait(generators.execute(driver.pgconn)):
+        if result.status not in {ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK}:
+            raise errors.error_from_result(result, driver.info.encoding)
 
 
 def _name_schema(connection: Connection, _cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:

@@ -18,7 +18,7 @@ from engagement._operating.masking import masked
 from engagement._sending.protocols import Transport
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
-from engagement.cli.parameters import age_to_prune, duration, positive_duration, transport_named
+from engagement.cli.parameters import age_to_prune, duration, on_settled_named, positive_duration, transport_named
 from engagement.cli.problems import needs_attention
 from engagement.cli.showing import examples, json_option, logging_to_stderr, show
 from engagement.cli.signals import stopped_by_signals
@@ -60,6 +60,12 @@ def delivers(command: F) -> F:
             type=positive_duration,
             metavar="TIME",
             help="A send without an answer for so long is in doubt.",
+        ),
+        click.option(
+            "--on-settled",
+            type=on_settled_named,
+            metavar="MODULE:NAME",
+            help="A function, called in the transaction that settles a message: (connection, message, status).",
         ),
         click.option("--strict", is_flag=True, help="In doubt, unless an exception proves that nothing was sent."),
         click.option("--reveal", is_flag=True, help="Do not mask numbers and addresses in the reasons."),

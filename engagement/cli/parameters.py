@@ -7,9 +7,10 @@ from datetime import UTC, datetime, timedelta
 
 import click
 
+from engagement._delivery.hook import OnSettled, why_no_hook
 from engagement._sending.protocols import Transport
 from engagement.messages.checks import checked_moment
-from engagement.transports import TransportNotFound, load_transport
+from engagement.transports import TransportNotFound, load_transport, named
 
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s|m|h|d)")
 _UNITS = {"ms": "milliseconds", "s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -83,3 +84,14 @@ def transport_named(name: str) -> Transport:
         return load_transport(name)
     except TransportNotFound as error:
         raise click.BadParameter(f"{error}.") from None
+
+
+def on_settled_named(name: str) -> OnSettled:
+    """Load the function that is called for each settlement."""
+    try:
+        found: OnSettled = named(name)
+    except TransportNotFound as error:
+        raise click.BadParameter(f"{error}.") from None
+    if problem := why_no_hook(found):
+        raise click.BadParameter(f"{name} {problem}.")
+    return found

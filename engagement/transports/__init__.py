@@ -12,7 +12,7 @@ from engagement._sending.protocols import Transport
 
 
 class TransportNotFound(ValueError):  # noqa: N818 - named after the event
-    """There is no transport of that name. The text gives the reason on one line (`myapp has no sned`)."""
+    """There is nothing of that name, or no transport. The text gives the reason on one line (`myapp has no sned`)."""
 
 
 def load_transport(name: str) -> Transport:
@@ -22,6 +22,19 @@ def load_transport(name: str) -> Transport:
     another callable without arguments that makes one. A class with `from_environment` is made by that
     (`engagement.transports.webhook:Webhook`). Modules in the current directory are found. Raises `TransportNotFound`.
     """
+    found = named(name)
+    if _is_factory(found):
+        found = _made_by(getattr(found, "from_environment", found), name)
+    if not any(callable(candidate) for candidate in (found, *_sends(found))):
+        raise TransportNotFound(
+            f"{name} is a {type(found).__name__}, not a function or an object with send or send_many"
+        )
+    transport: Transport = found
+    return transport
+
+
+def named(name: str) -> Any:
+    """Return the object that `package.module:name` stands for. Raises `TransportNotFound`."""
     module_name, _, attributes = name.partition(":")
     if not module_name or not attributes:
         raise TransportNotFound("write it as package.module:name")
@@ -31,14 +44,7 @@ def load_transport(name: str) -> Transport:
             found = getattr(found, attribute)
         except AttributeError:
             raise TransportNotFound(f"{module_name} has no {attributes}") from None
-    if _is_factory(found):
-        found = _made_by(getattr(found, "from_environment", found), name)
-    if not any(callable(candidate) for candidate in (found, *_sends(found))):
-        raise TransportNotFound(
-            f"{name} is a {type(found).__name__}, not a function or an object with send or send_many"
-        )
-    transport: Transport = found
-    return transport
+    return found
 
 
 def _import(module_name: str) -> Any:

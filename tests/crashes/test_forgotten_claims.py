@@ -160,7 +160,7 @@ def test_two_verdicts_of_one_message_are_recorded_one_after_the_other(engine):
     sent = Verdict(status="sent", event="sent", has_doubt=False)
 
     with engine.begin() as connection:
-        recorded = claims.settle(connection, [(second, unsent), (first, sent)])
+        recorded = claims.settle(connection, [(second, unsent), (first, sent)]).recorded
 
     assert recorded == {second: "failed", first: "sent"}
     assert row(engine, message_id).status == "sent"
@@ -180,7 +180,7 @@ def called_unsent(engine, message_id):
 
 def settle(engine, claim, verdict=SENT):
     with engine.begin() as connection:
-        return claims.settle(connection, [(claim, verdict)]).get(claim)
+        return claims.settle(connection, [(claim, verdict)]).recorded.get(claim)
 
 
 @pytest.mark.parametrize(

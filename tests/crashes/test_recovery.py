@@ -167,7 +167,7 @@ def test_what_is_known_of_two_attempts_is_recorded_at_once(engine):
     unsent = Verdict(status="failed", event="refused", reason="no such number")
 
     with engine.begin() as connection:
-        recorded = claims.settle(connection, [(latest, sent), (late, unsent)])
+        recorded = claims.settle(connection, [(latest, sent), (late, unsent)]).recorded
 
     assert recorded == {latest: "sent"}
     assert row(engine, message_id).status == "sent"
@@ -208,7 +208,7 @@ def test_a_late_answer_does_not_settle_the_next_attempt(engine, outcome):
             outcome, retry_count=0, max_retries=3, idempotent=False, worker_lost=False, backoff=lambda _: LATER
         )
         with engine.begin() as connection:
-            assert claims.settle(connection, [(late, verdict)]) == {}
+            assert claims.settle(connection, [(late, verdict)]).recorded == {}
         return Sent(f"attempt {message.attempt}")
 
     process_message_queue(engine, send)

@@ -5,7 +5,7 @@ from datetime import time, timedelta
 from typing import assert_type
 from zoneinfo import ZoneInfo
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from engagement import (
@@ -16,6 +16,7 @@ from engagement import (
     MessageStatus,
     NewMessage,
     NotSent,
+    OnSettled,
     OutgoingMessage,
     ProcessResult,
     Queued,
@@ -73,6 +74,11 @@ def send(message: OutgoingMessage) -> Sent | NotSent | InDoubt:
     return Sent(str(message.delivery_id))
 
 
+def note(connection: Connection, message: OutgoingMessage, status: MessageStatus) -> None:
+    if status is MessageStatus.SENT:
+        connection.execute(text("UPDATE visits SET said = now() WHERE user_id = :id"), {"id": message.user_id})
+
+
 def run(engine: Engine, stop: threading.Event) -> None:
     migrations.upgrade(engine)
     result = process_message_queue(engine, send, concurrency=2, limit=100)
@@ -83,4 +89,5 @@ def run(engine: Engine, stop: threading.Event) -> None:
             assert_type(violation.message_id, int | None)
     gateway = WhatsAppGateway(url="http://evolution:8080", key="key", session="main", render=text_of)
     quiet = QuietHours(gateway, lambda _: "America/Sao_Paulo", start=time(21), end=time(8))
-    Worker(engine, quiet, prune_older_than=timedelta(days=90)).run(stop)
+    on_settled: OnSettled = note
+    Worker(engine, quiet, prune_older_than=timedelta(days=90), on_settled=on_settled).run(stop)
