@@ -7,11 +7,11 @@
 | not signed, or wrongly, or too long ago | 401 |
 | it cannot be read, or ends early | 400 |
 | another method | 405 |
-| it comes too slowly (ASGI only) | 408 |
-| in chunks, and the WSGI server does not say where they end | 411 |
-| longer than `MOST_BYTES` | 413 |
-| the database is away, too slow or too busy: send it again | 503 |
-| any other failure | 500 |
+| its body takes longer than `patience` (ASGI only) | 408 |
+| its body has no length, and the WSGI server does not say where it ends | 411 |
+| longer than 3 MiB | 413 |
+| the database is away, too slow or too busy: to be sent again | 503 |
+| any other failure (the table is missing) | 500 |
 
 No server is known here: `asgi` and `wsgi` read a request and write the response.
 """

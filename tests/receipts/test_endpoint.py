@@ -14,7 +14,7 @@ from chaos.proxy import proxied
 from commands import messages
 from conftest import execute, in_thread, row, until, wait_until_blocked
 from crashes.accidents import an_engine
-from served import (
+from receipts.served import (
     KEY,
     NUMBER,
     PATIENCE,
