@@ -141,7 +141,7 @@ class Endpoint:
         length = head.headers.get("content-length")
         if not length:
             return None
-        if not length.isascii() or not length.isdecimal():
+        if not length.isdecimal():
             raise UnreadableReceipts("content-length: must be a number")
         if len(length) > len(str(MOST_BYTES)) or int(length) > MOST_BYTES:
             raise TooLong
@@ -214,6 +214,6 @@ def recorder(engine: Engine, schema: str | None, patience: timedelta) -> Record:
     def record(receipts: Sequence[Receipt]) -> Sequence[Recorded]:
         with connect(ours) as connection, transaction(connection), Session(connection) as session:
             session.execute(receiving.settings(), {"patience": limit})
-            return EngagementMessageRepository(session, schema=schema).record_receipts(receipts)
+            return EngagementMessageRepository(session).record_receipts(receipts)
 
     return record

@@ -5,7 +5,7 @@ import hmac
 import json
 import socket
 import wsgiref.simple_server
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from http.client import HTTPResponse
 from typing import NamedTuple
@@ -104,10 +104,10 @@ def head(method: str = "POST", path: str = "/", **headers: str) -> bytes:
 
 def answer_on(connection: socket.socket, method: str = "POST") -> Answer:
     """Read an answer to its end."""
-    response = HTTPResponse(connection, method=method)
-    response.begin()
-    headers = {name.lower(): value for name, value in response.getheaders()}
-    return Answer(response.status, headers, response.read().decode())
+    with closing(HTTPResponse(connection, method=method)) as response:
+        response.begin()
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, headers, response.read().decode())
 
 
 @contextmanager

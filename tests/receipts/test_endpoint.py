@@ -13,7 +13,7 @@ import pytest
 from chaos.proxy import proxied
 from commands import messages
 from conftest import execute, in_thread, row, until, wait_until_blocked
-from crashes.accidents import an_engine
+from crashes.accidents import an_engine, is_true
 from receipts.served import (
     KEY,
     NUMBER,
@@ -39,6 +39,7 @@ from engagement.receipts.asgi import THREADS
 from engagement.receipts.endpoint import MOST_BYTES
 
 NOWHERE = "postgresql+psycopg://nobody@127.0.0.1:1/nothing"
+GIVES_OPTIONS = pytest.mark.direct("it gives the server options at its start")
 
 
 @pytest.fixture(name="kind", params=["asgi", "wsgi"])
@@ -119,6 +120,7 @@ def test_a_request_without_receipts_touches_no_database(kind, log):
     assert log() == ["engagement.receipts_received provider=tiny receipts=0 recorded=0"]
 
 
+@GIVES_OPTIONS
 def test_the_table_may_lie_in_a_schema(kind, empty_engine):
     """Where `schema` says."""
     migrations.upgrade(empty_engine, schema="crm")
@@ -133,6 +135,7 @@ def test_the_table_may_lie_in_a_schema(kind, empty_engine):
         assert connection.exec_driver_sql("SELECT status FROM crm.engagement_message_queue").scalar() == "sent"
 
 
+@GIVES_OPTIONS
 def test_an_answer_is_given_for_what_is_durable(kind, engine, doubt):
     """Whatever the host's setting: a provider that was told 200 does not repeat it after a crash of the server."""
     seen = []
@@ -299,8 +302,7 @@ def test_a_body_that_comes_too_slowly_is_refused(engine, log):
         provider.connect() as connection,
     ):
         connection.sendall(b"POST / HTTP/1.1\r\nHost: engagement\r\nContent-Length: 100000\r\n\r\n")
-        while not select.select([connection], [], [], 0.02)[0]:
-            connection.sendall(b" ")
+        until(lambda: select.select([connection], [], [], 0)[0] or connection.sendall(b" "))
         answer = answer_on(connection)
         assert (answer.status, answer.headers["connection"]) == (408, "close")
         with suppress(ConnectionResetError):
@@ -364,6 +366,34 @@ def test_a_commit_that_was_not_acknowledged_is_not_answered_with_200(kind, engin
         assert provider.tell(said).status == 200
 
     assert status_of(engine, doubt) == "sent"
+
+
+def test_a_commit_that_no_standby_has_is_not_answered_with_200(kind, server, log):
+    """If the standby is promoted, it did not happen. A server whose wait for it is cancelled warns of that."""
+    with an_engine(server.url) as engine, served(kind, engine, Tiny()) as provider:
+        (message_id,) = messages(engine, "in_doubt")
+        said = about(engine, message_id)
+        set_standbys(server, "nobody")
+        try:
+            answer = in_thread(provider.tell, said)
+            waiting = "FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+            until(lambda: is_true(engine, f"SELECT pg_cancel_backend(pid) {waiting}"))
+            assert answer.result(PATIENCE).status == 503
+        finally:
+            set_standbys(server, "")
+        assert provider.tell(said).status == 200
+        assert status_of(engine, message_id) == "sent"
+        execute(engine, "TRUNCATE engagement_message_queue")
+
+    assert log()[0] == "engagement.receipts_refused provider=tiny status=503 error=NotReplicated"
+
+
+def set_standbys(server, names: str) -> None:
+    """Tell the server which standbys each commit waits for, and return when it knows."""
+    with an_engine(server.url, isolation_level="AUTOCOMMIT") as engine, engine.connect() as connection:
+        connection.exec_driver_sql(f"ALTER SYSTEM SET synchronous_standby_names = '{names}'")
+        connection.exec_driver_sql("SELECT pg_reload_conf()")
+        until(lambda: connection.exec_driver_sql("SHOW synchronous_standby_names").scalar() == names)
 
 
 def test_a_message_that_somebody_holds_for_long_is_waited_for_a_while(kind, engine, doubt, log):
