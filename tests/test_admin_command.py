@@ -14,7 +14,7 @@ from admin_page import fields_of, put, said, send
 from conftest import new_message, queue, row
 from shell import PATIENCE, ROOT, killed_at_the_end, program, url_of
 
-from engagement.admin.serving import is_loopback
+from engagement.cli.listening import is_loopback
 
 
 @contextmanager

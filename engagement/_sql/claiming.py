@@ -83,7 +83,7 @@ _WEAK_COMMITS = ("off", "local", "remote_write")
 _MUTE = ("error", "fatal", "panic")
 
 
-def _durably() -> ColumnElement[Any]:
+def durably() -> ColumnElement[Any]:
     """Make this transaction's commit survive a server crash under any setting of the host: a lost claim is sent again.
 
     And let the server warn of a commit that a standby does not have.
@@ -130,7 +130,7 @@ def claim(*, one_per_destination: bool) -> Executable:
             claimed_by=case((ends, C.claimed_by), else_=text_of("worker")),
             history=case((ends, history_with(event, reason)), else_=C.history),
         )
-        .returning(*OUTGOING, _durably())
+        .returning(*OUTGOING, durably())
     )
 
 
@@ -168,7 +168,7 @@ def take_over_expired_leases() -> Executable:
     so_far = cast(func.substring(C.claimed_by, word(LOST_WORKERS)), Integer)
     lost_workers = func.least(func.coalesce(so_far, number(0)), number(MOST_LOST_WORKERS - 1)) + number(1)
     name = func.concat(text_of("recoverer"), word(RECOVERY), lost_workers)
-    return _leased(lost, name).returning(*OUTGOING, _durably(), C.claimed_by)
+    return _leased(lost, name).returning(*OUTGOING, durably(), C.claimed_by)
 
 
 def _lost() -> Select[Any]:
@@ -196,7 +196,7 @@ def adopt_unacknowledged() -> Executable:
     unacknowledged = C.claimed_by == any_(bindparam("names", type_=ARRAY(Text)))
     # Known verdicts wait behind this to be committed. So a message that somebody has locked is adopted a round later.
     mine = select(C.id).where(C.status == SENDING, unacknowledged).with_for_update(**LOCKED_UNLESS_BY_OTHERS)
-    return _leased(mine, text_of("worker")).returning(*OUTGOING, _durably())
+    return _leased(mine, text_of("worker")).returning(*OUTGOING, durably())
 
 
 def _leased(locked: Select[Any], name: ColumnElement[str]) -> Update:
@@ -221,7 +221,7 @@ def extend_leases() -> Executable:
         .where(C.id == given.c.id, C.claimed_by == given.c.name, C.status == SENDING)
         .with_for_update(of=QUEUE, **LOCKED_UNLESS_BY_OTHERS)
     )
-    return _leased(mine, C.claimed_by).returning(C.id, _durably())
+    return _leased(mine, C.claimed_by).returning(C.id, durably())
 
 
 @cache

@@ -23,6 +23,7 @@ from sqlalchemy import (
     update,
 )
 
+from engagement._sql.claiming import durably
 from engagement._sql.history import history_with
 from engagement._sql.rows import Rows
 from engagement._sql.table import LOCKED, MOMENT, NOW, QUEUE, SENT, C, is_forgotten, word
@@ -44,6 +45,15 @@ class Change(TypedDict):
 
 
 CHANGES = Rows(Change, "changes")
+
+
+@cache
+def settings() -> Executable:
+    """Let each statement of this transaction take `patience` at most, and its commit survive a crash of the server.
+
+    A provider whose request was answered with 200 does not repeat it.
+    """
+    return select(func.set_config(word("statement_timeout"), bindparam("patience", type_=Text), true()), durably())
 
 
 @cache

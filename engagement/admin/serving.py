@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import secrets
-import signal
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta, tzinfo
-from ipaddress import ip_address
 
-import uvicorn
 from sqlalchemy import Engine
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -18,11 +14,11 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Mount
 
 from engagement._claim import clock
+from engagement._operating import serving
 from engagement.admin.application import create_admin
 
 COOKIE = "engagement_admin"
 SESSION = timedelta(hours=8)
-_GRACE_SECONDS = 3
 _OPEN_THE_ADDRESS = "Open the address that `engagement admin` has printed."
 
 
@@ -85,14 +81,6 @@ class TokenInAddress:
         return response
 
 
-def is_loopback(host: str) -> bool:
-    """Tell whether only this machine can reach `host`."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def serve(
     engine: Engine,
     host: str,
@@ -105,32 +93,15 @@ def serve(
     schema: str | None = None,
 ) -> None:
     """Serve the page until the first SIGTERM or SIGINT. `announce` gets its address. `OSError` if the port is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family) as listening:
-        # Without it each page waits 40 ms for the browser. asyncio sets it only on a socket that names its protocol.
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        gate = TokenInAddress()
-        page = create_admin(
-            engine,
-            authentication=gate,
-            may_reveal=may_reveal,
-            may_act=may_act,
-            sign_out=gate.sign_out,
-            tz=tz,
-            schema=schema,
-        )
-        app = Starlette(routes=[Mount(gate.path, page), Mount("", PlainTextResponse(_OPEN_THE_ADDRESS, 403))])
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,  # Addresses hold the searches, and so the names of users.
-            lifespan="off",
-            ws="none",
-            timeout_graceful_shutdown=_GRACE_SECONDS,
-        )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            # uvicorn stops at a signal, and then raises it again for the handler before its own.
-            signal.signal(number, lambda *_: None)
-        name = f"[{host}]" if ":" in host else host
-        announce(f"http://{name}:{listening.getsockname()[1]}{gate.path}/?token={gate.token}")
-        uvicorn.Server(config).run(sockets=[listening])
+    gate = TokenInAddress()
+    page = create_admin(
+        engine,
+        authentication=gate,
+        may_reveal=may_reveal,
+        may_act=may_act,
+        sign_out=gate.sign_out,
+        tz=tz,
+        schema=schema,
+    )
+    app = Starlette(routes=[Mount(gate.path, page), Mount("", PlainTextResponse(_OPEN_THE_ADDRESS, 403))])
+    serving.serve(app, host, port, lambda address: announce(f"{address}{gate.path}/?token={gate.token}"))

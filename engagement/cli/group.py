@@ -31,6 +31,7 @@ SECTIONS = {
         "queue": "queueing:queue",
         "process": "delivering:process",
         "work": "delivering:work",
+        "receive": "receiving:receive",
     },
     "Look": {
         "status": "looking:status",

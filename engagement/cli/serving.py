@@ -10,6 +10,7 @@ import click
 from engagement._operating.jsonl import zone_named
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
+from engagement.cli.listening import check_reach, listens, told_if_taken
 from engagement.cli.problems import Problem
 from engagement.cli.showing import examples, logging_to_stderr
 
@@ -28,9 +29,7 @@ def zone(name: str) -> ZoneInfo:
         "engagement admin", "engagement admin --reveal --tz America/Sao_Paulo", "engagement admin --port 0"
     ),
 )
-@click.option("--host", default="127.0.0.1", metavar="HOST", help="Where to listen.")
-@click.option("--port", default=8025, type=click.IntRange(0, 65_535), metavar="N", help="0 takes any that is free.")
-@click.option("--public", is_flag=True, help="Allow a --host that other machines can reach, over plain HTTP.")
+@listens(8025)
 @click.option("--reveal", is_flag=True, help="Let the page reveal personal data on demand.")
 @click.option("--read-only", is_flag=True, help="Only to look: nothing can be changed.")
 @click.option("--tz", default="UTC", type=zone, metavar="ZONE", help="Times are shown and read in this zone.")
@@ -44,24 +43,20 @@ def admin(
     out. Actions and revealed data are logged to standard error. SIGTERM or Ctrl-C ends it, and the exit status is 0.
     """
     try:
-        from engagement.admin.serving import is_loopback, serve
+        from engagement.admin.serving import serve
     except ModuleNotFoundError as missing:
         raise Problem(f"{missing.name} is missing. Run: pip install 'engagement[admin]'") from None
-    if not public and not is_loopback(host):
-        raise Problem(f"--host {host} can be reached by other machines. If that is meant, add --public")
+    check_reach(host, public=public)
     with database.repository():
         pass  # A database that cannot work is told of before the page is served.
-    with database.engine() as engine, logging_to_stderr(logging.INFO):
-        try:
-            serve(
-                engine,
-                host,
-                port,
-                click.echo,
-                may_reveal=reveal,
-                may_act=not read_only,
-                tz=tz,
-                schema=database.schema,
-            )
-        except (OSError, OverflowError) as error:
-            raise Problem(f"cannot listen on {host} port {port}: {error}") from None
+    with database.engine() as engine, logging_to_stderr(logging.INFO), told_if_taken(host, port):
+        serve(
+            engine,
+            host,
+            port,
+            click.echo,
+            may_reveal=reveal,
+            may_act=not read_only,
+            tz=tz,
+            schema=database.schema,
+        )
