@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 import engagement
 from engagement import AsyncEngagementMessageRepository, process_message_queue
 from engagement.cli import cli
+from engagement.receipts.signed import SignedReceipts
 from engagement.telemetry import EngagementInstrumentor
 
 # Nobody listens there: what would connect fails otherwise.
@@ -25,6 +26,7 @@ GIVEN = {
     "engine": ENGINE, "bind": ENGINE, "session": Session(ENGINE), "output": io.StringIO(), "transport": print,
     "tz_of": print, "limit": 1, "per": "day", "after": 0, "up_to": 1, "since": datetime(2026, 1, 1, tzinfo=UTC),
     "bucket": timedelta(hours=1), "older_than": timedelta(days=1), "authentication": print,
+    "source": SignedReceipts(f"whsec_{'A' * 32}"), "patience": timedelta(seconds=1),
 }  # fmt: skip
 INNER = {
     "act", "copy", "in_session", "is_anothers", "serve", "set_aside", "wait_for_turn", "with_schema",

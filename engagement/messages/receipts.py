@@ -42,13 +42,13 @@ class Receipt:
     code: str | None = None
 
     def __post_init__(self) -> None:
-        if self.event not in RECEIPT_EVENTS:
+        if not isinstance(self.event, str) or self.event not in RECEIPT_EVENTS:
             raise InvalidMessage("event", f"must be one of {', '.join(get_args(ReceiptEvent))}")
         object.__setattr__(self, "at", checked_moment("at", self.at).astimezone(UTC))
         checked_text("provider", self.provider)
         if self.reference is None and self.provider_message_id is None:
             raise InvalidMessage("reference", "is missing, and provider_message_id too: one of them names the message")
-        if self.reference is not None and read_reference(self.reference) is None:
+        if self.reference is not None and read_reference(checked_text("reference", self.reference)) is None:
             raise InvalidMessage("reference", "is no OutgoingMessage.reference")
         if self.provider_message_id is not None:
             checked_text("provider_message_id", self.provider_message_id, max_characters=MOST_ID)

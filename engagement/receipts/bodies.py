@@ -12,8 +12,8 @@ MOST_DIGITS = 11
 """Digits of a number: Unix seconds up to the year 5138. A time with more is in milliseconds."""
 
 
-def json_object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in a body. Raises `UnreadableReceipts`, without a word of the body."""
+def json_object(body: bytes | str) -> dict[str, Any]:
+    """Return the JSON object in a body, or in a field of one. Raises `UnreadableReceipts`, without a word of it."""
     data = _parsed(body)
     if not isinstance(data, dict):
         raise UnreadableReceipts("the body is no JSON object in UTF-8, or it has a key twice")
@@ -33,10 +33,12 @@ def same(given: str, expected: str) -> bool:
     return hmac.compare_digest(given.encode(errors="surrogatepass"), expected.encode(errors="surrogatepass"))
 
 
-def _parsed(body: bytes) -> Any:
+def _parsed(body: bytes | str) -> Any:
     """Return the JSON in a body; None if it is none. A decoder's error has the body in it, so it ends here."""
     try:
-        return json.loads(body.decode(), object_pairs_hook=_once, parse_constant=_refused)
+        return json.loads(
+            body if isinstance(body, str) else body.decode(), object_pairs_hook=_once, parse_constant=_refused
+        )
     except (ValueError, RecursionError):
         return None
 

@@ -25,7 +25,8 @@ from typing import Any
 
 from engagement.messages import Receipt
 from engagement.messages.receipts import ReceiptEvent
-from engagement.receipts.payloads import json_object, moment_after_epoch, receipt_of, value_of
+from engagement.receipts.bodies import json_object
+from engagement.receipts.payloads import moment_after_epoch, receipt_of, value_of
 from engagement.receipts.proofs import Clock, checked_secrets, is_one_of, is_token, utc_now
 from engagement.receipts.sources import UnreadableReceipts, Unsigned
 

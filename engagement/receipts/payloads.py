@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -13,18 +12,6 @@ from engagement.messages import InvalidMessage, Receipt
 from engagement.receipts.sources import UnreadableReceipts
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-def json_object(text: bytes | str) -> Mapping[str, Any]:
-    """Return the JSON object (in UTF-8)."""
-    try:
-        data = json.loads(text if isinstance(text, str) else text.decode())
-    except (ValueError, RecursionError):  # Too deep, too long a number, no UTF-8, no JSON.
-        data = None
-    # Raised out here: the error of the parser holds the body.
-    if not isinstance(data, dict):
-        raise UnreadableReceipts("the body is no JSON object")
-    return data
 
 
 def value_of(data: Mapping[str, Any], name: str, kind: type[Any]) -> Any:

@@ -17,7 +17,8 @@ from typing import Any
 
 from engagement.messages import Receipt
 from engagement.messages.receipts import ReceiptEvent, bare_whatsapp_id
-from engagement.receipts.payloads import json_object, moment_after_epoch, receipt_of, value_of
+from engagement.receipts.bodies import json_object
+from engagement.receipts.payloads import moment_after_epoch, receipt_of, value_of
 from engagement.receipts.proofs import Clock, check_hmac, checked_secrets, utc_now
 from engagement.receipts.sources import Unsigned
 

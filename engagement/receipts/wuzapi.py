@@ -15,7 +15,8 @@ from urllib.parse import parse_qs
 
 from engagement.messages import Receipt
 from engagement.messages.receipts import ReceiptEvent
-from engagement.receipts.payloads import json_object, read_each, receipt_of, value_of
+from engagement.receipts.bodies import json_object
+from engagement.receipts.payloads import read_each, receipt_of, value_of
 from engagement.receipts.proofs import Clock, check_hmac, checked_secrets, utc_now
 from engagement.receipts.sources import UnreadableReceipts
 

@@ -4,7 +4,13 @@ import base64
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from gateway_webhooks import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engagement.messages import Receipt
+from engagement.receipts.evolution import EvolutionReceipts
+from engagement.receipts.sources import UnreadableReceipts, Unsigned
+from receipts.gateway_webhooks import (
     JUNK,
     MALFORMED,
     NOW,
@@ -22,12 +28,6 @@ from gateway_webhooks import (
     token,
     update,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-from engagement.messages import Receipt
-from engagement.receipts.evolution import EvolutionReceipts
-from engagement.receipts.sources import UnreadableReceipts, Unsigned
 
 AUTHORIZATION = f"Bearer {SECRET}"
 PROVEN = {"authorization": AUTHORIZATION}

@@ -257,6 +257,8 @@ def test_many_are_recorded_by_few_statements(engine):
     ("fields", "field"),
     [
         ({"event": "opened"}, "event"),
+        ({"event": []}, "event"),
+        ({"reference": 7}, "reference"),
         ({"at": datetime(2026, 1, 1)}, "at"),  # noqa: DTZ001
         ({"reference": None}, "reference"),
         ({"reference": "7"}, "reference"),

@@ -3,7 +3,14 @@
 from datetime import UTC, datetime
 
 import pytest
-from gateway_webhooks import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engagement.messages import Receipt
+from engagement.receipts.sources import UnreadableReceipts, Unsigned
+from engagement.receipts.waha import WahaReceipts
+from engagement.transports.dialects import WAHA
+from receipts.gateway_webhooks import (
     JUNK,
     MALFORMED,
     NOW,
@@ -19,13 +26,6 @@ from gateway_webhooks import (
     mangled,
     waha_headers,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-from engagement.messages import Receipt
-from engagement.receipts.sources import UnreadableReceipts, Unsigned
-from engagement.receipts.waha import WahaReceipts
-from engagement.transports.dialects import WAHA
 
 SOURCE = WahaReceipts(key=SECRET, now=a_clock)
 GROUP = "120363041234567890@g.us"

@@ -5,7 +5,13 @@ from urllib.parse import quote
 
 import pytest
 from conftest import outgoing
-from gateway_webhooks import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engagement.messages import Receipt
+from engagement.receipts.sources import UnreadableReceipts, Unsigned
+from engagement.receipts.wuzapi import WuzapiReceipts
+from receipts.gateway_webhooks import (
     JUNK,
     MALFORMED,
     NOW,
@@ -23,12 +29,6 @@ from gateway_webhooks import (
     signature,
     wuzapi_headers,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-from engagement.messages import Receipt
-from engagement.receipts.sources import UnreadableReceipts, Unsigned
-from engagement.receipts.wuzapi import WuzapiReceipts
 
 SOURCE = WuzapiReceipts(key=SECRET, now=a_clock)
 AT = datetime(2026, 3, 1, 11, 59, 58, tzinfo=UTC)
