@@ -80,7 +80,7 @@ class Transactions:
             )
             taken.recovered_all = len(lost) + len(taken.claims) < step.wanted
             taken.claims += map(self._unless_it_kills, lost)
-        if step.wanted > len(taken.claims):
+        if step.wanted > len(taken.claims) and not self._stop.is_set():  # A stop may have come meanwhile.
             self._claim(step, holder, taken, how, connection)
 
     def give_back(self, connection: Connection) -> None:

@@ -5,6 +5,7 @@ The events are in `day`, the failures of its sends in `trouble`, and the worker 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -46,6 +47,10 @@ def _unwinding_on_signals() -> Iterator[None]:
     """Let SIGTERM unwind as SIGINT does. Both also if they were ignored (a script's `demo &`)."""
 
     def leave(number: int, _: object) -> NoReturn:
+        # The process ends. SQLAlchemy's pool would tell of each connection that it finds in the middle of a statement.
+        logging.disable()
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         sys.exit(128 + number)
 
     def send_again(lost: sys.UnraisableHookArgs) -> None:
@@ -54,14 +59,17 @@ def _unwinding_on_signals() -> Iterator[None]:
         if number is None:
             sys.__unraisablehook__(lost)
         else:
-            threading.Timer(SEND_AGAIN_SECONDS, os.kill, (os.getpid(), number)).start()
+            timers.append(threading.Timer(SEND_AGAIN_SECONDS, os.kill, (os.getpid(), number)))
+            timers[-1].start()
 
-    wanted = {signal.SIGTERM: leave, signal.SIGINT: signal.default_int_handler}
-    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
+    timers: list[threading.Timer] = []
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
     hook, sys.unraisablehook = sys.unraisablehook, send_again
     try:
         yield
     finally:
+        for timer in timers:
+            timer.cancel()
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
