@@ -12,6 +12,8 @@ from engagement import (
     InDoubt,
     NotSent,
     Postpone,
+    Receipt,
+    Recorded,
     Refused,
     Sent,
     process_message_queue,
@@ -26,6 +28,7 @@ from engagement._operating.overview import activity, overview
 from engagement._queueing import batch
 from engagement._sql.own_transactions import for_own_transactions
 from engagement._watching.metrics import QueueReader
+from engagement.messages import delivery_id, reference
 from engagement.policies import FrequencyCap
 from engagement.verification import verify
 
@@ -86,7 +89,14 @@ def host_calls(session: Session, schema: str | None = None) -> None:
     hour = timedelta(hours=1)
     assert len(activity(session, datetime.now(UTC) - 2 * hour, hour, schema=schema)) == 3
     assert verify(session, schema=schema) == []
+    read = Receipt(event="read", at=LONG_AGO, provider=TEXT, reference=_reference(page[0]), reason=TEXT)
+    assert queue.record_receipts([read, read]) == [Recorded.RECORDED, Recorded.ALREADY_KNOWN]
+    assert queue.get_message(page[0].id).read_at == LONG_AGO
     assert _settings(session) == before
+
+
+def _reference(message) -> str:
+    return reference(message.id, delivery_id(message.idempotency_key))
 
 
 def _settings(session: Session) -> dict[str, str]:

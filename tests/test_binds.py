@@ -19,11 +19,13 @@ from engagement import (
     EngagementMessageMixin,
     EngagementMessageRepository,
     MessageStatus,
+    Receipt,
     migrations,
     verify,
 )
 from engagement._operating.lists import count_messages, count_prunable, list_messages, message_ids
 from engagement._operating.overview import activity, overview
+from engagement.messages import delivery_id, reference
 from engagement.models import EngagementBase
 
 DAY = timedelta(days=1)
@@ -39,6 +41,11 @@ class Visit(HostBase):
     user_id: Mapped[str] = mapped_column(Text)
 
 
+def receipt_of(message_id: int) -> Receipt:
+    name = reference(message_id, delivery_id(new_message().key))
+    return Receipt(event="read", at=datetime.now(UTC), provider="cloud", reference=name)
+
+
 CALLS = {
     "queue_message": lambda repository, _: repository.queue_message(new_message()),
     "queue_messages": lambda repository, _: repository.queue_messages([new_message("ana"), new_message("bob")]),
@@ -51,6 +58,7 @@ CALLS = {
     "cancel_pending_messages": lambda repository, _: repository.cancel_pending_messages("user1"),
     "retry_message": lambda repository, id_: repository.retry_message(id_),
     "resolve_message": lambda repository, id_: repository.resolve_message(id_, sent=True),
+    "record_receipts": lambda repository, id_: repository.record_receipts([receipt_of(id_)]),
     "forget_user": lambda repository, _: repository.forget_user("user1"),
     "prune_messages": lambda repository, _: repository.prune_messages(DAY),
 }

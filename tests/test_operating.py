@@ -105,7 +105,7 @@ def test_no_statement_is_prepared_on_the_server(engine):
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        (["re"], {"reschedule", "retry", "resolve"}),
+        (["re"], {"receive", "reschedule", "retry", "resolve"}),
         (["retry", "--st"], {"--status"}),
         (["retry", "--status", ""], {"failed", "expired"}),
         (["list", "--status", "s"], {"sending", "sent"}),

@@ -338,6 +338,8 @@ NO_ANSWERS = {
         *(("message_id", given, True) for given in IDS),
         *(("sent", 1, given) for given in (None, 0, 1, "sent", "no", "", [], SimpleNamespace())),
     ],
+    "record_receipts": [("receipts", given) for given in (None, 7, "read")]
+    + [("receipt", [given]) for given in (None, {"event": "read"}, "read")],
     "forget_user": [("user_id", given) for given in TEXTS],
     "prune_messages": [
         *(("older_than", given) for given in (None, 90, "90d", timedelta(-1), timedelta(days=36_526))),

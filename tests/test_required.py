@@ -70,7 +70,12 @@ def test_an_empty_text_is_no_answer(run, engine, command, parameter):
     """A variable of a script that is not set is no schema, revision, filter or reason: nothing else is taken for it."""
     queue(engine, new_message())
     before = row(engine, 1)
-    enough = {"process": ["--transport", "json:dumps"], "reschedule": ["--to", "1h"], "prune": ["--older-than", "1h"]}
+    enough = {
+        "process": ["--transport", "json:dumps"],
+        "reschedule": ["--to", "1h"],
+        "prune": ["--older-than", "1h"],
+        "receive": ["--provider", "waha"],
+    }
     enough |= {"work": enough["process"], "resolve": ["--sent"]}
     given = [parameter, ""] if parameter.startswith("-") else [""]
     others = [] if parameter in enough.get(command, []) else enough.get(command, [])
@@ -87,4 +92,5 @@ def test_every_command_asks_itself_for_what_it_requires():
     assert {type(command) for command in COMMANDS.values()} == {Command}
     assert dict(REQUIRED) == {
         "process": "--transport", "work": "--transport", "reschedule": "--to", "prune": "--older-than",
+        "receive": "--provider",
     }  # fmt: skip

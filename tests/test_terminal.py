@@ -31,7 +31,14 @@ COMMANDS = {
     "resolve": ["--all", "--yes", "--sent"],
     "forget-user": ["ana", "--yes"],
     "prune": ["--older-than", "1h", "--yes"],
+    "receive": ["--provider", "waha"],
 }
+
+
+@pytest.fixture(name="secret", autouse=True)
+def _secret(monkeypatch):
+    """What `receive` asks for before it asks a database."""
+    monkeypatch.setenv("ENGAGEMENT_RECEIPTS_SECRET", "a-key-of-sixteen-characters")
 
 
 @pytest.fixture(name="collect")

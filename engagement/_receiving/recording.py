@@ -24,6 +24,8 @@ AT_ONCE = 1_000
 
 def record(host: HostSession, receipts: Iterable[Receipt]) -> list[Recorded]:
     """Record receipts, and return the answer to each."""
+    if isinstance(receipts, str) or not isinstance(receipts, Iterable):
+        raise InvalidMessage("receipts", f"must be an iterable of Receipt, not {type(receipts).__name__}")
     given = [_checked(receipt) for receipt in receipts]
     answers: list[Recorded] = []
     left = iter(given)
