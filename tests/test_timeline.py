@@ -17,6 +17,7 @@ from engagement import (
     InDoubt,
     NotSent,
     Postpone,
+    Receipt,
     Refused,
     Sent,
     Withdraw,
@@ -368,3 +369,19 @@ def test_a_pseudonym_is_made_with_a_secret():
     code = "from engagement._operating.masking import pseudonym; print(pseudonym('447700900101'))"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT) for _ in range(2)]
     assert len({run.stdout for run in runs}) == 2
+
+
+def test_receipts_are_told(engine):
+    """Delivered and read after sent; and a message that was given up, with the provider's words and no gap."""
+    ids = queue(engine, new_message("reader"), new_message("away"))
+    deliver(engine, Sent("id-1"), Sent("id-2"))
+    given = {"at": datetime.now(UTC) + A_DAY, "provider": "cloud"}
+    read = Receipt(event="read", provider_message_id="id-1", **given)
+    away = Receipt(event="undeliverable", provider_message_id="id-2", reason="blocked", **given)
+
+    act(engine, "record_receipts", [read, away])
+
+    assert [what for what, *_ in told(engine, ids[0])][-3:] == ["sent", "delivered", "read"]
+    assert told(engine, ids[0])[-1] == ("read", 1, "as the provider says")
+    assert told(engine, ids[1])[-1] == ("undeliverable", 1, "by cloud: blocked")
+    assert {what for what, *_ in told(engine, ids[1])} == {"queued", "scheduled", "undeliverable"}

@@ -16,7 +16,7 @@ from engagement.messages.checks import checked_flag
 from engagement.models import EngagementMessage, MessageStatus
 
 NOT_KEPT = "unknown"
-_OUTCOMES = frozenset({"not_sent", "in_doubt", "refused", "postponed", "withdrawn", "resolved"})
+_OUTCOMES = frozenset({"not_sent", "in_doubt", "refused", "postponed", "withdrawn", "resolved", "undeliverable"})
 _BLANKINGS = frozenset({"forgotten", "pruned"})
 _EVENTS = _OUTCOMES | _BLANKINGS | {"cancelled", "expired", "not_ready", "retried", "sent_twice"}
 
@@ -27,8 +27,8 @@ class Moment:
 
     at: datetime | None
     what: str
-    """`queued`, `scheduled`, `claimed`, `sent`, an event of the history, an event to come (`due`, `lease_ends`,
-    `expires`), or `unknown`."""
+    """`queued`, `scheduled`, `claimed`, `sent`, `delivered`, `read`, an event of the history, an event to come (`due`,
+    `lease_ends`, `expires`), or `unknown`."""
     attempt: int | None
     detail: str | None
 
@@ -55,6 +55,7 @@ def timeline(message: EngagementMessage, *, reveal: bool = False) -> list[Moment
             known += _in_hand(message, max(at for at, _ in history + known[:1]))
         case MessageStatus.SENT:
             known.append((_sent_at(message), _sent(message, history)))
+            known += _receipts(message)
         case ended:
             if all(moment.what in _BLANKINGS for _, moment in history):
                 lost = Moment(None, str(ended), message.attempt or None, "when and why is not kept")
@@ -112,6 +113,13 @@ def _sent(message: EngagementMessage, history: Sequence[tuple[datetime, Moment]]
     is_found_out = any(moment.what == "resolved" and at > _sent_at(message) for at, moment in history)
     detail = "at the latest, as was found out later" if is_found_out else _by(message)
     return Moment(message.sent_at, "sent", message.attempt, detail)
+
+
+def _receipts(message: EngagementMessage) -> Iterator[tuple[datetime, Moment]]:
+    # By the provider's clock, which may be behind ours.
+    for at, what in ((message.delivered_at, "delivered"), (message.read_at, "read")):
+        if at is not None:
+            yield max(at, _sent_at(message)), Moment(at, what, message.attempt, "as the provider says")
 
 
 def _sent_at(message: EngagementMessage) -> datetime:

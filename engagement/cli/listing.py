@@ -165,5 +165,7 @@ def facts_of(message: EngagementMessage, *, reveal: bool) -> dict[str, Any]:
         "claimed_by": message.claimed_by,
         "lease_expires_at": message.lease_expires_at,
         "sent_at": message.sent_at,
+        "delivered_at": message.delivered_at,
+        "read_at": message.read_at,
         "error_message": error,
     }
