@@ -19,6 +19,7 @@ from engagement._logging import logger
 from engagement._sql import claiming, parameters, settling
 from engagement.messages import OutgoingMessage
 from engagement.messages.checks import DESTINATIONS
+from engagement.messages.receipts import MOST_ID
 from engagement.models import MessageStatus
 from engagement.outcomes import Outcome, Refused, Verdict, clean_reason
 
@@ -239,6 +240,7 @@ def _claim(row: Sequence[Any], claimed_by: str, held_until: float, *, lost_worke
 
 
 def _settlement(claim: Claim, verdict: Verdict) -> settling.Settlement:
+    provider_id = clean_reason(verdict.provider_message_id)
     return {
         "id": claim.message.id,
         "attempt": claim.message.attempt,
@@ -250,7 +252,7 @@ def _settlement(claim: Claim, verdict: Verdict) -> settling.Settlement:
         "delay": None if verdict.delay is None else verdict.delay.total_seconds(),
         "until": None if verdict.until is None else parameters.moment_text(verdict.until),
         "reason": clean_reason(verdict.reason),
-        "provider_message_id": clean_reason(verdict.provider_message_id),
+        "provider_message_id": provider_id and provider_id[:MOST_ID],
     }
 
 

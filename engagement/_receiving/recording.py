@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
 from datetime import datetime
 from itertools import islice
+from typing import Any
 from uuid import UUID
 
 from engagement._logging import logger
-from engagement._receiving.weighing import Told, weigh
+from engagement._receiving.weighing import Told, past_attempts, weigh
 from engagement._sql import receiving
 from engagement._sql.host_sessions import HostSession
 from engagement._sql.parameters import moment_text
 from engagement.messages import InvalidMessage, Receipt, Recorded, delivery_id, whatsapp_message_id
 from engagement.messages.receipts import message_id_in, read_reference
-from engagement.models import EARLIEST
 from engagement.outcomes import clean_reason
 
 AT_ONCE = 1_000
-"""Receipts that are recorded by one pair of statements."""
+"""Messages that one statement changes."""
 
 
 def record(host: HostSession, receipts: Iterable[Receipt]) -> list[Recorded]:
@@ -27,10 +26,21 @@ def record(host: HostSession, receipts: Iterable[Receipt]) -> list[Recorded]:
     if isinstance(receipts, str) or not isinstance(receipts, Iterable):
         raise InvalidMessage("receipts", f"must be an iterable of Receipt, not {type(receipts).__name__}")
     given = [_checked(receipt) for receipt in receipts]
-    answers: list[Recorded] = []
-    left = iter(given)
-    while some := list(islice(left, AT_ONCE)):
-        answers += _record_some(host, some)
+    # All of them at once: locked in pieces, two calls with the same messages in another order would deadlock.
+    found = _Found(host, given)
+    changes: list[tuple[Told, Receipt]] = []
+    answers = []
+    for receipt in given:
+        row = found.row_of(receipt)
+        answer, after = (Recorded.UNKNOWN_MESSAGE, None) if row is None else weigh(row, receipt)
+        if after is not None and answer is Recorded.RECORDED:
+            found.keep(after)
+            changes.append((after, receipt))
+        message_id = None if row is None else row.id
+        logger.info("engagement.receipt message_id=%s event=%s answer=%s", message_id, receipt.event, answer)
+        answers.append(answer)
+    for some in _each_row_once(changes):
+        host.execute(receiving.record(), receiving.CHANGES.parameter(_change(host, *each) for each in some))
     return answers
 
 
@@ -40,52 +50,53 @@ def _checked(receipt: object) -> Receipt:
     return receipt
 
 
-def _record_some(host: HostSession, receipts: Sequence[Receipt]) -> list[Recorded]:
-    found = _Found(host, receipts)
-    answers = []
-    changes: list[tuple[Told, Receipt]] = []
-    for receipt in receipts:
-        row = found.row_of(receipt)
-        answer = Recorded.UNKNOWN_MESSAGE
-        if row is not None:
-            answer, after = weigh(row, receipt, found.now)
-            if answer is Recorded.RECORDED:
-                found.rows[row.id] = after
-                changes.append((after, receipt))
-        message_id = None if row is None else row.id
-        logger.info("engagement.receipt message_id=%s event=%s answer=%s", message_id, receipt.event, answer)
-        answers.append(answer)
-    for some in _each_row_once(changes):
-        host.execute(receiving.record(), receiving.CHANGES.parameter(_change(host, *each) for each in some))
-    return answers
-
-
 class _Found:
     """The rows that receipts may speak of, locked, and how each receipt finds its own."""
 
     def __init__(self, host: HostSession, receipts: Sequence[Receipt]) -> None:
-        provider_ids = {receipt.provider_message_id for receipt in receipts} - {None}
+        provider_ids = {name for receipt in receipts if (name := receipt.provider_message_id) is not None}
         values = {
             "ids": sorted({id_ for receipt in receipts if (id_ := _named_id(receipt)) is not None}),
             # None that the database cannot store is there.
-            "provider_ids": sorted(name for name in provider_ids if name is not None and host.storable(name) == name),
+            "provider_ids": sorted(name for name in provider_ids if host.storable(name) == name),
         }
-        locked = host.rows(receiving.lock_told(), values)
-        self.now: datetime = locked[0].now if locked else EARLIEST
-        self.rows = {row.id: Told(*row[: len(_COLUMNS)]) for row in locked}
-        self._deliveries = {row.id: delivery_id(row.idempotency_key) for row in locked}
-        self._by_provider_id = {row.provider_message_id: row.id for row in locked}
+        self._rows: dict[int, Told] = {}
+        self._deliveries: dict[int, UUID] = {}
+        self._by_provider_id: dict[str, set[int]] = {}
+        for row in host.rows(receiving.lock_told(), values) if receipts else ():
+            self._deliveries[row.id] = delivery_id(row.idempotency_key)
+            self.keep(_told(row))
+
+    def keep(self, row: Told) -> None:
+        """Keep a row as a receipt has left it, for those that follow."""
+        self._rows[row.id] = row
+        if row.provider_message_id is not None:
+            self._by_provider_id.setdefault(row.provider_message_id, set()).add(row.id)
 
     def row_of(self, receipt: Receipt) -> Told | None:
-        """Return the row that a receipt speaks of, as the receipts before have left it."""
+        """Return the row that a receipt speaks of. None if it may be either of two with one provider's id."""
         named = _named_id(receipt)
-        if named is not None and named in self.rows and _proves(receipt, named, self._deliveries[named]):
-            return self.rows[named]
-        found = None if receipt.reference else self._by_provider_id.get(receipt.provider_message_id)
-        return None if found is None else self.rows[found]
+        if named is not None and named in self._rows and _proves(receipt, named, self._deliveries[named]):
+            return self._rows[named]
+        if receipt.reference is not None or receipt.provider_message_id is None:
+            return None
+        ids = self._by_provider_id.get(receipt.provider_message_id, set())
+        return self._rows[next(iter(ids))] if len(ids) == 1 else None
 
 
-_COLUMNS = fields(Told)
+def _told(row: Any) -> Told:
+    asked_again_at, was_doubted = past_attempts(row.history, row.attempt)
+    return Told(
+        id=row.id,
+        status=row.status,
+        attempt=row.attempt,
+        delivered_at=row.delivered_at,
+        read_at=row.read_at,
+        undeliverable_at=row.undeliverable_at,
+        provider_message_id=row.provider_message_id,
+        asked_again_at=asked_again_at,
+        was_doubted=was_doubted,
+    )
 
 
 def _named_id(receipt: Receipt) -> int | None:
@@ -103,11 +114,13 @@ def _proves(receipt: Receipt, message_id: int, delivery: UUID) -> bool:
 
 
 def _each_row_once(changes: list[tuple[Told, Receipt]]) -> Iterator[list[tuple[Told, Receipt]]]:
-    """Yield the changes in groups, in which no row stands twice: an UPDATE would take one of them."""
+    """Yield the changes in pieces, in which no row stands twice: an UPDATE would take one of them."""
     while changes:
         first: dict[int, tuple[Told, Receipt]] = {}
         later = [change for change in changes if first.setdefault(change[0].id, change) is not change]
-        yield list(first.values())
+        whole = iter(first.values())
+        while piece := list(islice(whole, AT_ONCE)):
+            yield piece
         changes = later
 
 
@@ -116,7 +129,7 @@ def _change(host: HostSession, row: Told, receipt: Receipt) -> receiving.Change:
     return {
         "id": row.id,
         "status": row.status,
-        "sent_at": _text(row.sent_at),
+        "at": moment_text(receipt.at),
         "delivered_at": _text(row.delivered_at),
         "read_at": _text(row.read_at),
         "undeliverable_at": _text(row.undeliverable_at),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from typing import Any
 
 from engagement.messages import Receipt, Recorded
 from engagement.models import MessageStatus
@@ -11,6 +13,7 @@ from engagement.models import MessageStatus
 INEXACT = timedelta(seconds=5)
 """Between a provider's clock, which may show whole seconds only, and the database's."""
 _ENDED_UNSENT = frozenset({MessageStatus.CANCELLED, MessageStatus.EXPIRED})
+_NOT_SETTLED = frozenset({MessageStatus.PENDING, MessageStatus.SENDING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,29 +23,32 @@ class Told:
     id: int
     status: MessageStatus
     attempt: int
-    next_attempt_at: datetime
-    sent_at: datetime | None
     delivered_at: datetime | None
     read_at: datetime | None
     undeliverable_at: datetime | None
     provider_message_id: str | None
+    asked_again_at: datetime | None = None
+    """When the attempt before the latest one was over: from then on receipts may be of that one."""
+    was_doubted: bool = False
+    """Whether an earlier attempt may have left."""
 
 
-def weigh(row: Told, receipt: Receipt, now: datetime) -> tuple[Recorded, Told]:
+def weigh(row: Told, receipt: Receipt) -> tuple[Recorded, Told]:
     """Return the answer to a receipt, and the row after it: the same if nothing changes.
 
     The end does not depend on the order of receipts. `delivered` and `read` are facts. `undeliverable` is one unless
     the message was delivered; `accepted` says less than either.
     """
-    is_undeliverable = receipt.event == "undeliverable"
-    answer, told = _undeliverable(row, receipt) if is_undeliverable else _arrived(row, receipt, now)
-    if answer is Recorded.RECORDED and told.provider_message_id is None:
-        told = replace(told, provider_message_id=receipt.provider_message_id)
+    answer, told = (_undeliverable if receipt.event == "undeliverable" else _arrived)(row, receipt)
+    if answer is Recorded.RECORDED and (told.provider_message_id is None or row.status in _NOT_SETTLED):
+        # Before a settlement, an id that is there is that of an earlier attempt.
+        told = replace(told, provider_message_id=receipt.provider_message_id or told.provider_message_id)
     return answer, told
 
 
-def _arrived(row: Told, receipt: Receipt, now: datetime) -> tuple[Recorded, Told]:
-    if receipt.event == "accepted" and row.undeliverable_at is not None and receipt.at <= row.undeliverable_at:
+def _arrived(row: Told, receipt: Receipt) -> tuple[Recorded, Told]:
+    given_up = row.undeliverable_at
+    if receipt.event == "accepted" and given_up is not None and receipt.at <= given_up and not _is_later(row, receipt):
         return Recorded.ALREADY_KNOWN, row  # Accepted first, and undeliverable then.
     delivered_at, read_at = row.delivered_at, row.read_at
     if receipt.event != "accepted":
@@ -52,10 +58,9 @@ def _arrived(row: Told, receipt: Receipt, now: datetime) -> tuple[Recorded, Told
     told = replace(
         row,
         status=MessageStatus.SENT,
-        sent_at=row.sent_at or min(receipt.at, now),
         delivered_at=delivered_at,
         read_at=read_at,
-        undeliverable_at=row.undeliverable_at if delivered_at is None else None,
+        undeliverable_at=given_up if delivered_at is None else None,
     )
     return (Recorded.ALREADY_KNOWN if told == row else Recorded.RECORDED), told
 
@@ -64,13 +69,42 @@ def _undeliverable(row: Told, receipt: Receipt) -> tuple[Recorded, Told]:
     if row.delivered_at is not None or row.attempt == 0:
         return Recorded.CONTRADICTS, row
     was_told = row.undeliverable_at is not None and receipt.at <= row.undeliverable_at
-    if was_told or row.status in _ENDED_UNSENT or _is_of_earlier_attempt(row, receipt):
+    if was_told or row.status in _ENDED_UNSENT or _is_earlier(row, receipt):
         return Recorded.ALREADY_KNOWN, row
-    return Recorded.RECORDED, replace(row, status=MessageStatus.FAILED, sent_at=None, undeliverable_at=receipt.at)
+    # It speaks of one attempt: the doubt about another one stays, and is a person's.
+    status = MessageStatus.IN_DOUBT if row.was_doubted else MessageStatus.FAILED
+    return Recorded.RECORDED, replace(row, status=status, undeliverable_at=receipt.at)
 
 
-def _is_of_earlier_attempt(row: Told, receipt: Receipt) -> bool:
-    """Whether a person has had the message tried again since: `retry_message` forgets the provider's id."""
+def _is_earlier(row: Told, receipt: Receipt) -> bool:
+    """Whether the receipt speaks of an attempt before the latest one."""
     if row.provider_message_id is not None and receipt.provider_message_id is not None:
-        return row.provider_message_id != receipt.provider_message_id
-    return row.attempt > 1 and receipt.at < row.next_attempt_at - INEXACT
+        is_same = row.provider_message_id == receipt.provider_message_id
+        if row.status not in _NOT_SETTLED:
+            return not is_same  # A settlement leaves the id of its own attempt.
+        if is_same and row.asked_again_at is not None:
+            return True
+    return row.asked_again_at is not None and receipt.at < row.asked_again_at - INEXACT
+
+
+def _is_later(row: Told, receipt: Receipt) -> bool:
+    """Whether the receipt speaks of another attempt than the one that was given up, and of no earlier one."""
+    ids = {row.provider_message_id, receipt.provider_message_id} - {None}
+    return len(ids) > 1 and (row.asked_again_at is None or receipt.at >= row.asked_again_at - INEXACT)
+
+
+def past_attempts(history: Iterable[Any], attempt: int) -> tuple[datetime | None, bool]:
+    """Return when the attempt before the latest one was over, if there was one, and whether one may have left."""
+    over: list[datetime] = []
+    was_doubted = False
+    for entry in history:
+        try:
+            at, event = datetime.fromisoformat(entry["at"]), entry["event"]
+            is_past = int(entry["attempt"]) < attempt
+            if is_past or event == "retried" or (event == "resolved" and entry.get("sent") is False):
+                over.append(at)
+            # A person who resolved it, or had it tried again, answers for the doubts before.
+            was_doubted = (was_doubted or (is_past and event == "in_doubt")) and event not in {"resolved", "retried"}
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+            continue  # Anybody may have written it.
+    return max((at for at in over if at.tzinfo is not None), default=None), was_doubted

@@ -117,8 +117,6 @@ def retry_if_ended() -> Executable:
             retry_count=0,
             next_attempt_at=NOW,
             expires_at=case((C.expires_at > NOW, C.expires_at)),
-            # It was that of an attempt which is over: a receipt of it speaks no longer of this message's latest one.
-            provider_message_id=null(),
             history=history_with(word("retried"), null(), by=text_of("by")),
         )
         .returning(C.id)

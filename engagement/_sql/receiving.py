@@ -14,7 +14,6 @@ from sqlalchemy import (
     any_,
     bindparam,
     case,
-    false,
     func,
     null,
     or_,
@@ -26,7 +25,7 @@ from sqlalchemy import (
 from engagement._sql.claiming import durably
 from engagement._sql.history import history_with
 from engagement._sql.rows import Rows
-from engagement._sql.table import LOCKED, MOMENT, NOW, QUEUE, SENT, C, is_forgotten, word
+from engagement._sql.table import IN_DOUBT, LOCKED, MOMENT, NOW, QUEUE, SENT, C, is_forgotten, word
 
 
 class Change(TypedDict):
@@ -34,7 +33,7 @@ class Change(TypedDict):
 
     id: Annotated[int, BigInteger()]
     status: Annotated[str, Text()]
-    sent_at: Annotated[str | None, MOMENT]
+    at: Annotated[str, MOMENT]
     delivered_at: Annotated[str | None, MOMENT]
     read_at: Annotated[str | None, MOMENT]
     undeliverable_at: Annotated[str | None, MOMENT]
@@ -61,10 +60,9 @@ def lock_told() -> Executable:
     """Lock the messages with one of the `ids`, or of the `provider_ids`, and return the columns of `Told`."""
     ids = C.id == any_(bindparam("ids", type_=ARRAY(BigInteger)))
     provider_ids = C.provider_message_id == any_(bindparam("provider_ids", type_=ARRAY(Text)))
-    moments = C.sent_at, C.delivered_at, C.read_at, C.undeliverable_at
+    moments = C.delivered_at, C.read_at, C.undeliverable_at
     return (
-        select(C.id, C.status, C.attempt, C.next_attempt_at, *moments, C.provider_message_id)
-        .add_columns(C.idempotency_key, NOW.label("now"))
+        select(C.id, C.status, C.attempt, *moments, C.provider_message_id, C.idempotency_key, C.history)
         # In one order everywhere, or two statements over the same rows would deadlock.
         .where(or_(ids, and_(C.provider_message_id.is_not(None), provider_ids)))
         .order_by(C.id)
@@ -76,8 +74,8 @@ def lock_told() -> Executable:
 def record() -> Executable:
     """Record receipts, one for each message at most. They are locked.
 
-    A message ends with it, as sent or as failed. The history of one that has not been sent so far keeps how it was
-    resolved, in the words of `resolve_message`.
+    A message ends with it, as sent or as failed, or in doubt of an earlier attempt. The history of one that was not sent
+    so far keeps how it was resolved, in the words of `resolve_message`.
     """
     given = CHANGES.given().c
     is_sent = given.status == SENT
@@ -87,9 +85,9 @@ def record() -> Executable:
         update(QUEUE)
         .values(
             status=given.status,
-            has_doubt=false(),
+            has_doubt=given.status == IN_DOUBT,
             lease_expires_at=null(),
-            sent_at=given.sent_at,
+            sent_at=case((is_sent, func.coalesce(C.sent_at, func.least(given.at, NOW)))),
             delivered_at=given.delivered_at,
             read_at=given.read_at,
             undeliverable_at=given.undeliverable_at,

@@ -19,6 +19,7 @@ from sqlalchemy import (
     bindparam,
     case,
     cast,
+    false,
     func,
     literal_column,
     not_,
@@ -92,8 +93,7 @@ def settle_if_claimed() -> Executable:
     resolves = and_(given.status == SENT, or_(C.status != SENDING, C.claimed_by != given.name))
     reason = case((is_forgotten, null()), else_=given.reason)
     # docs/decisions.md#2026-11-27--a-late-sent-also-corrects-a-mistake
-    is_known_to_have_failed = and_(C.status == FAILED, C.undeliverable_at.is_not(None))
-    is_late_but_sent = and_(given.status == SENT, C.status != SENT, ~is_known_to_have_failed)
+    is_late_but_sent = and_(given.status == SENT, C.status != SENT, not_(_was_given_up(given)))
     return (
         update(QUEUE)
         .values(
@@ -125,6 +125,16 @@ def settle_if_claimed() -> Executable:
         )
         .returning(C.id, C.status)
     )
+
+
+def _was_given_up(given: Any) -> ColumnElement[bool]:
+    """Whether the provider was quicker than the answer, and has said of this attempt that it will not arrive."""
+    last = C.history[-1]
+    # A history that somebody wrote may have no such entry, and two ids of which one is missing do not differ.
+    is_last = func.coalesce(last["event"].astext == word("undeliverable"), false())
+    is_of_this = func.coalesce(last["attempt"].astext == cast(given.attempt, Text), false())
+    is_its_id = func.coalesce(C.provider_message_id == given.provider_message_id, true())
+    return and_(C.status == FAILED, is_last, is_of_this, is_its_id)
 
 
 def _next_attempt(given: Any) -> ColumnElement[Any]:

@@ -50,6 +50,9 @@ class Receipt:
             raise InvalidMessage("reference", "is missing, and provider_message_id too: one of them names the message")
         if self.reference is not None and read_reference(checked_text("reference", self.reference)) is None:
             raise InvalidMessage("reference", "is no OutgoingMessage.reference")
+        for name in ("reason", "code"):
+            if not isinstance(getattr(self, name), str | None):
+                raise InvalidMessage(name, f"must be text, not {type(getattr(self, name)).__name__}")
         if self.provider_message_id is not None:
             checked_text("provider_message_id", self.provider_message_id, max_characters=MOST_ID)
 

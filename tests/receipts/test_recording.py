@@ -8,6 +8,7 @@ import pytest
 from conftest import execute, new_message, queue, row, wait_until_blocked
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from engagement import (
@@ -17,7 +18,9 @@ from engagement import (
     NotSent,
     Receipt,
     Recorded,
+    Refused,
     Sent,
+    Withdraw,
     process_message_queue,
     verify,
 )
@@ -127,7 +130,7 @@ def test_an_undeliverable_message_has_failed_and_is_not_tried_again(engine):
     with Session(engine) as session, session.begin():
         assert EngagementMessageRepository(session).retry_message(message_id)
     again = receipt("undeliverable", reference=named(engine, message_id), at=told.at)
-    assert record(engine, told, again) == [Recorded.UNKNOWN_MESSAGE, Recorded.ALREADY_KNOWN]
+    assert record(engine, told, again) == [Recorded.ALREADY_KNOWN] * 2
     assert process_message_queue(engine, lambda _: Sent("second")).succeeded == 1
     assert record(engine, again) == [Recorded.ALREADY_KNOWN]
     assert row(engine, message_id).status == "sent"
@@ -169,6 +172,208 @@ def test_a_receipt_of_a_message_that_was_never_claimed_contradicts(engine):
 
     assert record(engine, receipt("undeliverable", reference=named(engine, message_id))) == [Recorded.CONTRADICTS]
     assert row(engine, message_id).status == "pending"
+
+
+# Which attempt
+
+
+def tried_again(engine, message_id: int, method: str = "retry_message", **given) -> None:
+    with Session(engine) as session, session.begin():
+        assert getattr(EngagementMessageRepository(session), method)(message_id, **given)
+
+
+def test_a_message_that_arrived_after_all_is_not_tried_again(engine):
+    """Given up, tried again by a person, and then delivered, as the provider's own id says."""
+    message_id = sent(engine)
+    record(engine, receipt("undeliverable", provider_message_id=WAMID))
+    tried_again(engine, message_id)
+
+    assert record(engine, receipt("delivered", provider_message_id=WAMID)) == [Recorded.RECORDED]
+
+    assert process_message_queue(engine, lambda _: Sent()).processed == 0
+    assert (row(engine, message_id).status, row(engine, message_id).undeliverable_at) == ("sent", None)
+
+
+def test_a_late_failure_of_an_earlier_attempt_does_not_undo_the_latest(engine):
+    """The first one was called unsent, and its failure comes while the second is on its way, whose answer counts."""
+    message_id = sent(engine, InDoubt("no answer"))
+    tried_again(engine, message_id, "resolve_message", sent=False)
+
+    def send(message):
+        late = receipt("undeliverable", 1, reference=message.reference, provider_message_id="first")
+        assert record(engine, late) == [Recorded.RECORDED]
+        return "second"
+
+    process_message_queue(engine, send)
+
+    found = row(engine, message_id)
+    assert (found.status, found.provider_message_id) == ("sent", "second")
+
+
+def test_accepted_counts_of_an_attempt_that_was_not_given_up(engine):
+    """It came before the failure of the other one, by the provider's clock, and has another id."""
+    message_id = sent(engine, InDoubt("no answer"))
+    tried_again(engine, message_id, "resolve_message", sent=False)
+    process_message_queue(engine, lambda _: InDoubt("no answer"))
+    name = named(engine, message_id)
+
+    answers = record(
+        engine,
+        receipt("undeliverable", 2, reference=name, provider_message_id="first"),
+        receipt("accepted", 1, reference=name, provider_message_id="first"),
+        receipt("accepted", 1, reference=name, provider_message_id="second"),
+    )
+
+    assert answers == [Recorded.RECORDED, Recorded.ALREADY_KNOWN, Recorded.RECORDED]
+    assert row(engine, message_id).status == "sent"
+
+
+@pytest.mark.parametrize("minutes", [-9, 9])
+def test_a_failure_from_before_a_retry_is_known(engine, minutes):
+    """By the reference alone, the moment of the receipt says which attempt it speaks of."""
+    (message_id,) = queue(engine, new_message())
+    process_message_queue(engine, lambda _: Refused("no"))
+    tried_again(engine, message_id)
+
+    answers = record(engine, receipt("undeliverable", minutes, reference=named(engine, message_id)))
+
+    assert answers == [Recorded.ALREADY_KNOWN if minutes < 0 else Recorded.RECORDED]
+    assert row(engine, message_id).status == ("pending" if minutes < 0 else "failed")
+
+
+def test_a_few_seconds_between_the_clocks_are_no_other_attempt(engine):
+    """A provider that shows whole seconds seems to have given up before it was asked."""
+    (message_id,) = queue(engine, new_message())
+    process_message_queue(engine, lambda _: NotSent("down"), limit=1, backoff=at_once)
+    process_message_queue(engine, lambda _: WAMID)
+    at = datetime.now(UTC) - timedelta(seconds=3)
+
+    assert record(engine, receipt("undeliverable", at=at, reference=named(engine, message_id))) == [Recorded.RECORDED]
+
+
+def test_the_failure_of_one_attempt_does_not_end_the_doubt_about_another(engine):
+    """A person decides about the first one, whose worker was lost."""
+
+    class Idempotent:
+        idempotent = True
+
+        def send(self, message):
+            return InDoubt("no answer") if message.attempt == 1 else NotSent("down")
+
+    (message_id,) = queue(engine, new_message())
+    for _ in range(2):
+        process_message_queue(engine, Idempotent(), limit=1, backoff=at_once)
+
+    assert record(engine, receipt("undeliverable", 1, reference=named(engine, message_id))) == [Recorded.RECORDED]
+
+    found = row(engine, message_id)
+    assert (found.status, found.has_doubt) == ("in_doubt", True)
+
+
+def test_a_late_sent_counts_though_another_attempt_was_given_up_before(engine):
+    """The row has the mark of that one for good, and failed again since; only the last entry says why."""
+    message_id = sent(engine)
+    record(engine, receipt("undeliverable", provider_message_id=WAMID))
+    tried_again(engine, message_id)
+
+    def send(_message):
+        # As recovery does, and a later attempt that is refused.
+        execute(
+            engine,
+            "UPDATE engagement_message_queue SET status = 'failed', attempt = 3, lease_expires_at = NULL,"
+            " history = history || jsonb_build_object('at', now(), 'attempt', 3, 'event', 'refused')",
+        )
+        return "second"
+
+    process_message_queue(engine, send)
+
+    assert row(engine, message_id).status == "sent"
+
+
+def test_a_cancelled_message_stays_so(engine):
+    """It is unsent, and a receipt that says the same adds nothing."""
+    (message_id,) = queue(engine, new_message())
+    process_message_queue(engine, lambda _: Withdraw("opted out"))
+
+    answers = record(engine, receipt("undeliverable", 1, reference=named(engine, message_id)))
+
+    assert (answers, row(engine, message_id).status) == ([Recorded.ALREADY_KNOWN], "cancelled")
+
+
+def test_a_history_that_somebody_wrote_is_passed_over(engine):
+    """What cannot be read says nothing of attempts."""
+    message_id = sent(engine)
+    execute(
+        engine, """UPDATE engagement_message_queue SET history = '[7, {"at": "x", "attempt": 0, "event": "retried"}]'"""
+    )
+
+    told = receipt("undeliverable", provider_message_id=WAMID)
+
+    assert record(engine, told) == [Recorded.RECORDED]
+
+
+# Several in one call
+
+
+def test_a_receipt_is_found_by_the_id_that_one_before_it_brought(engine):
+    """In one call as in two."""
+    message_id = sent(engine, InDoubt("no answer"))
+    first = receipt("accepted", reference=named(engine, message_id), provider_message_id=WAMID)
+
+    assert record(engine, first, receipt("delivered", provider_message_id=WAMID)) == [Recorded.RECORDED] * 2
+
+    assert row(engine, message_id).provider_message_id == WAMID
+
+
+def test_an_id_of_two_messages_names_neither(engine):
+    """A gateway that gives one id twice is no reason to change the wrong message."""
+    ids = [sent(engine, user_id=user) for user in ("user1", "user2")]
+
+    assert record(engine, receipt("undeliverable", provider_message_id=WAMID)) == [Recorded.UNKNOWN_MESSAGE]
+    assert {row(engine, message_id).status for message_id in ids} == {"sent"}
+
+
+def test_a_wrong_reference_is_not_mended_by_an_id(engine):
+    """Of both, the reference is the one that has a proof."""
+    message_id = sent(engine)
+    wrong = reference(message_id, delivery_id("user9:goodbye:2026-01-01"))
+
+    answers = record(engine, receipt("read", reference=wrong, provider_message_id=WAMID))
+
+    assert answers == [Recorded.UNKNOWN_MESSAGE]
+
+
+def test_calls_with_the_same_messages_in_another_order_wait_for_each_other(engine):
+    """All are locked at once, by their ids, so there is no deadlock."""
+    ids = [sent(engine, f"id-{number}", user_id=f"user{number}") for number in range(2)]
+    first, second = (receipt("read", reference=named(engine, message_id)) for message_id in ids)
+    locked = "SELECT FROM engagement_message_queue WHERE id = :id FOR UPDATE"
+    with ThreadPoolExecutor(2) as pool, Session(engine) as session:
+        session.execute(text(locked), {"id": ids[0]})
+        both = [pool.submit(record, engine, *told) for told in ((second, first), (first, second))]
+        wait_until_blocked(engine, 2)
+        # Neither holds the second row: it comes after the first, which both wait for.
+        session.execute(text(f"{locked} NOWAIT"), {"id": ids[1]})
+        session.commit()
+
+        answers = sorted(done.result(60) for done in both)
+    assert answers == [[Recorded.ALREADY_KNOWN] * 2, [Recorded.RECORDED] * 2]
+
+
+def test_a_moment_in_the_future_is_not_when_it_was_sent(engine):
+    """The provider's clock is ahead: the database's counts, and `verify` finds no send that is to come."""
+    message_id = sent(engine, InDoubt("no answer"))
+
+    record(engine, receipt("accepted", 60, reference=named(engine, message_id)))
+
+    assert broken(engine) == []
+
+
+def test_an_id_is_cut_to_the_length_that_a_receipt_may_have(engine):
+    """And that an index entry may have, whatever its characters."""
+    message_id = sent(engine, "\N{CJK UNIFIED IDEOGRAPH-4E00}" * 900)
+
+    assert len(row(engine, message_id).provider_message_id) == 512
 
 
 # Races
@@ -264,6 +469,8 @@ def test_many_are_recorded_by_few_statements(engine):
         ({"reference": "7"}, "reference"),
         ({"reference": f"99{'9' * 17}.{delivery_id('a:b:2026-01-01')}"}, "reference"),
         ({"provider_message_id": "x" * 513}, "provider_message_id"),
+        ({"code": 131026}, "code"),
+        ({"reason": b"no"}, "reason"),
         ({"provider": ""}, "provider"),
     ],
 )
@@ -297,12 +504,12 @@ def test_the_end_does_not_depend_on_the_order(receipts, status):
     # A provider gives up after it accepted.
     gave_up = [told.at for told in receipts if told.event == "undeliverable"]
     receipts = [told for told in receipts if told.event != "accepted" or all(told.at <= at for at in gave_up)]
-    begun = Told(1, status, 1, NOW, NOW if status is MessageStatus.SENT else None, None, None, None, None)
+    begun = Told(1, status, 1, None, None, None, None)
     ends = set()
     for order in itertools.permutations(receipts):
         after = begun
         for told in (*order, *order):
-            _, after = weigh(after, told, NOW + timedelta(days=1))
+            _, after = weigh(after, told)
         ends.add((after.status, after.delivered_at, after.read_at))
 
     assert len(ends) == 1
