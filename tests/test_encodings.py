@@ -1,12 +1,22 @@
 """Databases that were not made in UTF-8: what cannot be stored is refused before anything is touched."""
 
+from datetime import UTC, datetime
+
 import pytest
-from conftest import new_message, row
+from conftest import new_message, queue, row
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from engagement import EngagementMessageRepository, InvalidMessage, Sent, migrations, process_message_queue
+from engagement import (
+    EngagementMessageRepository,
+    InvalidMessage,
+    Receipt,
+    Recorded,
+    Sent,
+    migrations,
+    process_message_queue,
+)
 
 
 @pytest.fixture(name="made_in")
@@ -68,6 +78,27 @@ def test_a_text_that_the_encoding_lacks_is_refused_and_poisons_nothing(made_in, 
     assert (found.user_id, found.message_params, found.status) == ("é", {"name": "Zoë"}, "cancelled")
     assert found.history[-1]["reason"] == "\\u2192 too late"
     assert found.history[-1]["by"] == "Zoë"
+
+
+def test_a_receipt_in_words_that_the_encoding_lacks_is_recorded_all_the_same(made_in):
+    """Its words are replaced, and an id that cannot be stored is that of no message."""
+    engine = made_in("LATIN1")
+    (message_id,) = queue(engine, new_message())
+    process_message_queue(engine, lambda _: Sent("wamid"))
+    given = {"event": "undeliverable", "at": datetime.now(UTC), "reason": "→ away"}
+
+    with Session(engine) as session, session.begin():
+        answers = EngagementMessageRepository(session).record_receipts(
+            [
+                Receipt(provider="é", provider_message_id="→", **given),
+                Receipt(provider="→", provider_message_id="wamid", **given),
+            ]
+        )
+
+    assert answers == [Recorded.UNKNOWN_MESSAGE, Recorded.RECORDED]
+    with Session(engine) as session:
+        found = EngagementMessageRepository(session).get_message(message_id)
+    assert (found.error_message, found.history[-1]["by"]) == ("\\u2192 away", "\\u2192")
 
 
 def test_sql_ascii_stores_what_it_is_given(made_in):

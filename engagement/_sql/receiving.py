@@ -74,8 +74,8 @@ def lock_told() -> Executable:
 def record() -> Executable:
     """Record receipts, one for each message at most. They are locked.
 
-    A message ends with it, as sent or as failed, or in doubt of an earlier attempt. The history of one that was not sent
-    so far keeps how it was resolved, in the words of `resolve_message`.
+    A message ends with it, as sent or as failed, or in doubt of an earlier attempt. The history of a message that was
+    not sent so far keeps how it was resolved, in the words of `resolve_message`.
     """
     given = CHANGES.given().c
     is_sent = given.status == SENT

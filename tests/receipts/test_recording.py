@@ -1,6 +1,7 @@
 """Receipts reach their messages: in any order, twice, from many sessions at once, and before a send was settled."""
 
 import itertools
+import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
@@ -228,6 +229,68 @@ def test_accepted_counts_of_an_attempt_that_was_not_given_up(engine):
     assert row(engine, message_id).status == "sent"
 
 
+def test_a_settled_message_keeps_to_the_receipts_of_its_own_attempt(engine):
+    """The first attempt was resolved as unsent, and the second one's id is known: only that one can be given up."""
+    message_id = sent(engine, InDoubt("no answer"))
+    tried_again(engine, message_id, "resolve_message", sent=False)
+    process_message_queue(engine, lambda _: "second")
+    name = named(engine, message_id)
+
+    first = receipt("undeliverable", 1, reference=name, provider_message_id="first")
+    assert record(engine, first) == [Recorded.ALREADY_KNOWN]
+    assert row(engine, message_id).status == "sent"
+    second = receipt("undeliverable", 1, reference=name, provider_message_id="second")
+    assert record(engine, second) == [Recorded.RECORDED]
+    assert row(engine, message_id).status == "failed"
+    early = receipt("accepted", -9, reference=name, provider_message_id="first")
+    assert record(engine, early) == [Recorded.ALREADY_KNOWN]
+    assert row(engine, message_id).status == "failed"
+
+
+def test_a_failure_that_is_told_again_does_not_undo_a_retry(engine):
+    """With another moment, but of the attempt that is over: the row has its id until the next settlement."""
+    message_id = sent(engine)
+    record(engine, receipt("undeliverable", provider_message_id=WAMID))
+    tried_again(engine, message_id)
+
+    assert record(engine, receipt("undeliverable", 1, provider_message_id=WAMID)) == [Recorded.ALREADY_KNOWN]
+    assert row(engine, message_id).status == "pending"
+
+
+def test_a_quick_receipt_brings_the_id_of_its_own_attempt(engine):
+    """In the place of that of the one before."""
+    message_id = sent(engine)
+    record(engine, receipt("undeliverable", provider_message_id=WAMID))
+    tried_again(engine, message_id)
+
+    def send(message):
+        record(engine, receipt("accepted", 1, reference=message.reference, provider_message_id="second"))
+        return InDoubt("no answer")
+
+    process_message_queue(engine, send)
+
+    assert row(engine, message_id).provider_message_id == "second"
+
+
+def test_a_failure_from_before_a_decision_is_known(engine):
+    """A person has said that it was not sent, and it is tried again."""
+    message_id = sent(engine, InDoubt("no answer"))
+    tried_again(engine, message_id, "resolve_message", sent=False)
+
+    answers = record(engine, receipt("undeliverable", -1, reference=named(engine, message_id)))
+
+    assert (answers, row(engine, message_id).status) == ([Recorded.ALREADY_KNOWN], "pending")
+
+
+def test_a_doubt_is_ended_by_a_failure_from_before_it_was_noted(engine):
+    """The provider gave up first, and the worker's time-out came after."""
+    message_id = sent(engine, InDoubt("no answer"))
+
+    answers = record(engine, receipt("undeliverable", -1, reference=named(engine, message_id)))
+
+    assert (answers, row(engine, message_id).status) == ([Recorded.RECORDED], "failed")
+
+
 @pytest.mark.parametrize("minutes", [-9, 9])
 def test_a_failure_from_before_a_retry_is_known(engine, minutes):
     """By the reference alone, the moment of the receipt says which attempt it speaks of."""
@@ -270,8 +333,9 @@ def test_the_failure_of_one_attempt_does_not_end_the_doubt_about_another(engine)
     assert (found.status, found.has_doubt) == ("in_doubt", True)
 
 
-def test_a_late_sent_counts_though_another_attempt_was_given_up_before(engine):
-    """The row has the mark of that one for good, and failed again since; only the last entry says why."""
+@pytest.mark.parametrize("event", ["refused", "undeliverable"])
+def test_a_late_sent_counts_though_another_attempt_was_given_up(engine, event):
+    """The row has the mark of an earlier one for good; only the last entry says why it failed, and at which attempt."""
     message_id = sent(engine)
     record(engine, receipt("undeliverable", provider_message_id=WAMID))
     tried_again(engine, message_id)
@@ -281,7 +345,8 @@ def test_a_late_sent_counts_though_another_attempt_was_given_up_before(engine):
         execute(
             engine,
             "UPDATE engagement_message_queue SET status = 'failed', attempt = 3, lease_expires_at = NULL,"
-            " history = history || jsonb_build_object('at', now(), 'attempt', 3, 'event', 'refused')",
+            " history = history || jsonb_build_object('at', now(), 'attempt', 3, 'event', CAST(:event AS text))",
+            event=event,
         )
         return "second"
 
@@ -302,10 +367,11 @@ def test_a_cancelled_message_stays_so(engine):
 
 def test_a_history_that_somebody_wrote_is_passed_over(engine):
     """What cannot be read says nothing of attempts."""
-    message_id = sent(engine)
-    execute(
-        engine, """UPDATE engagement_message_queue SET history = '[7, {"at": "x", "attempt": 0, "event": "retried"}]'"""
-    )
+    sent(engine)
+    entries = [7, {"at": "x", "attempt": 0, "event": "retried"}, {"at": "2026-01-01", "attempt": 0, "event": "retried"}]
+    aware = {"at": "2026-01-01T00:00:00Z", "attempt": 0, "event": "not_sent"}
+    update = "UPDATE engagement_message_queue SET history = CAST(:history AS jsonb)"
+    execute(engine, update, history=json.dumps([*entries, aware]))
 
     told = receipt("undeliverable", provider_message_id=WAMID)
 
@@ -322,7 +388,10 @@ def test_a_receipt_is_found_by_the_id_that_one_before_it_brought(engine):
 
     assert record(engine, first, receipt("delivered", provider_message_id=WAMID)) == [Recorded.RECORDED] * 2
 
-    assert row(engine, message_id).provider_message_id == WAMID
+    found = row(engine, message_id)
+    assert found.provider_message_id == WAMID
+    assert found.delivered_at is not None
+    assert [entry["reason"] for entry in found.history] == ["no answer", "accepted"]
 
 
 def test_an_id_of_two_messages_names_neither(engine):
