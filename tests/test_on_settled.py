@@ -11,6 +11,7 @@ import pytest
 from conftest import execute, new_message, queue, row, until
 from crashes.accidents import LATER, PATIENCE_SECONDS, Running, Transport, an_engine, lose
 from goodbyes import Hook, _host, fail, hide, note_if_sent, noted, run_sql  # noqa: F401 - the fixture
+from psycopg import generators
 from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import Session
@@ -474,3 +475,20 @@ def test_the_example_of_the_page_does_what_it_says(host):
         assert execute(host, "SELECT goodbye_sent_at FROM users").scalar_one() is not None
     finally:
         execute(host, "DROP TABLE users")
+
+
+def test_an_interrupt_after_a_call_is_told_as_itself(engine, caplog, monkeypatch):
+    """The answer to the end of the savepoint is still to come: nothing more is asked on this connection."""
+    queue(engine, new_message())
+
+    def interrupted(_: object):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    def note(*_: object) -> None:
+        monkeypatch.setattr(generators, "execute", interrupted)
+
+    with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
+        process_message_queue(engine, lambda _: Sent(), on_settled=note)
+
+    assert [record for record in caplog.records if record.name.startswith("sqlalchemy")] == []

@@ -70,6 +70,9 @@ class Lender:
         except (Exception, SystemExit, CancelledError) as error:  # noqa: BLE001 - the host's code
             self._undo(error)
             return error
+        except BaseException as interrupt:
+            self._connection.invalidate(interrupt)  # As in `_begin`: an answer may be still to come.
+            raise
         return None
 
     def _call(self, work: Callable[[Connection], None], lent: _Lent) -> None:
