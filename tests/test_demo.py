@@ -1,16 +1,22 @@
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
+from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
 
+import httpx
 import pytest
+from conftest import until
 
 from engagement._operating.jsonl import read_messages
+from engagement.demo.today import of_today
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 60
@@ -35,17 +41,33 @@ main()
 """
 
 
-def start(parent, program=("-m", "engagement.cli", "demo")):
-    environment = os.environ | {"TMPDIR": str(parent), "PYTHONPATH": str(ROOT)}
+def start(parent, program=("-m", "engagement.cli", "demo"), stdin=None, **variables):
+    environment = os.environ | {"TMPDIR": str(parent), "PYTHONPATH": str(ROOT)} | variables
     environment.pop("ENGAGEMENT_DATABASE_URL", None)
     return subprocess.Popen(
         [sys.executable, *program],
         env=environment,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+def until_shown(process, words):
+    """Read what the demo prints, which may end in a question, to these words."""
+    shown = ""
+    while words not in shown:
+        character = process.stdout.read(1)
+        assert character, shown
+        shown += character
+    return shown
+
+
+def unread(pipe):
+    """Return how many bytes of a pipe nobody has read."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def what_is_left(parent):
@@ -113,10 +135,76 @@ def test_the_second_daily_job_queues_nothing_and_says_so(shown):
     """The job queues each key once; run again, it finds all of them."""
     queueing = part(shown, 2)
 
-    assert ["Ana", "Fri 21 Nov 22:30", "ana:goodbye:2025-11-21", "queued"] in rows(queueing)
-    assert ["Ana", "Fri 21 Nov 09:00", "ana:goodbye:2025-11-21", "duplicate"] in rows(queueing)
+    evening, morning = [line for line in rows(queueing) if line[0] == "Ana" and ":goodbye:" in line[2]]
+    assert [evening[1][-5:], evening[3], morning[1][-5:], morning[3]] == ["22:30", "queued", "09:00", "duplicate"]
+    assert evening[1:3] == [f"{evening[1][:-5]}22:30", morning[2]]
     assert "first run: 13 queued, 1 duplicate." in queueing
     assert "by mistake: 0 queued, 14 duplicates. Nothing was queued" in queueing
+
+
+@pytest.mark.parametrize("hour", range(24))
+def test_the_day_is_today(hour):
+    """All messages are due, the last one since a day at most, and each at the hour that the file has."""
+    now = datetime(2026, 3, 29, hour, 30, tzinfo=UTC)  # the clocks are changed in Europe
+    with (files("engagement.demo") / "messages.jsonl").open("rb") as lines:
+        before = list(read_messages(lines, pytest.fail))
+    after = of_today(before, now)
+
+    for was, message in zip(before, after, strict=True):
+        assert message.scheduled_for.astimezone(message.tz).time() == was.scheduled_for.astimezone(was.tz).time()
+        assert message.key != was.key
+        assert message.scheduled_for <= now
+    last = max(message.scheduled_for for message in after)
+    assert now - last < timedelta(hours=26)
+    (late,) = [message for message in after if message.expires_at]
+    assert late.expires_at - late.scheduled_for == timedelta(hours=1)
+    assert late.expires_at <= now
+
+
+def test_it_waits_on_each_step(parent):
+    """With `--step` a line from the person begins each step, and the next one is asked for at its end."""
+    reads, writes = os.pipe()
+    with start(parent, ("-m", "engagement.cli", "demo", "--step"), stdin=reads) as process:
+        try:
+            for number in range(1, 5):
+                until_shown(process, "Enter goes on: ")
+                os.write(writes, b"\n")
+                until_shown(process, f"{number}. ")
+                assert unread(reads) == 0
+            os.close(writes)  # Nobody is there any more: it goes on to its end.
+            out, err = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+            os.close(reads)
+
+    assert (process.returncode, err) == (0, "")
+    assert "5. How the day ended" in out
+    assert_nothing_is_left(parent)
+
+
+def test_it_ends_in_a_page_that_a_browser_opens(parent):
+    """With `--page` the admin page of the day is served and opened, until a signal; nothing is left."""
+    browser, opened = parent / "browser", parent / "opened"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}.new && mv {opened}.new {opened}\n')
+    browser.chmod(0o755)
+    with start(parent, ("-m", "engagement.cli", "demo", "--page"), BROWSER=f"{browser} %s") as process:
+        try:
+            address = until_shown(process, "Ctrl-C ends it").rpartition("The page of this day: ")[2].split()[0]
+            until(opened.exists)
+            with httpx.Client(timeout=PATIENCE, trust_env=False, follow_redirects=True) as visitor:
+                page = visitor.get(address)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+
+    assert (process.returncode, err) == (0, "")
+    assert "its files are gone" in out
+    assert (page.status_code, opened.read_text().strip()) == (200, address)
+    assert "in doubt" in page.text
+    browser.unlink()
+    opened.unlink()
+    assert_nothing_is_left(parent)
 
 
 def test_every_outcome_is_shown(shown):

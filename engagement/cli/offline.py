@@ -45,18 +45,23 @@ def lint_catalogues(folder: str, default: str, fallback: tuple[tuple[str, list[s
     click.echo("no problem found")
 
 
-@command()
-def demo() -> None:
+@command(epilog=examples("engagement demo", "engagement demo --step --page"))
+@click.option("--step", is_flag=True, help="Wait for Enter before each step.")
+@click.option(
+    "--page/--no-page", default=None, help="End in the admin page of the day, or not. A person at a terminal is asked."
+)
+def demo(*, step: bool, page: bool | None) -> None:
     """See the queue at work, on a database of its own.
 
     Messages are queued twice and sent once, fail and are retried, and a worker is killed in the middle of a send.
-    It starts a PostgreSQL for itself, and leaves nothing behind.
+    At the end the day can be looked at on the admin page, until Ctrl-C. The demo starts a PostgreSQL for itself, and
+    leaves nothing behind.
     """
     from engagement._operating.temporary_postgres import PostgresNotFound
     from engagement.demo import run_demo
 
     try:
-        run_demo()
+        run_demo(waits=step, with_page=page)
     except ModuleNotFoundError as missing:
         raise Problem(f"{missing.name} is missing. Run: pip install 'engagement[demo]'") from None
     except (PostgresNotFound, RuntimeError) as error:

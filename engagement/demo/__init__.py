@@ -1,6 +1,7 @@
 """`engagement demo`: a day of the queue, on a PostgreSQL that is gone afterwards.
 
-The events are in `day`, the failures of its sends in `trouble`, and the worker that is killed in `lost_worker`.
+The events are in `day`, the failures of its sends in `trouble`, the worker that is killed in `lost_worker`, the page of
+its day in `page`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import NoReturn
 
 from rich.console import Console
@@ -20,17 +22,20 @@ from sqlalchemy import create_engine
 from engagement import migrations
 from engagement._operating.temporary_postgres import temporary_postgres
 from engagement.demo.day import Day
+from engagement.demo.page import is_wanted, show_page
 
 WIDTH_WHEN_PIPED = 110
 SEND_AGAIN_SECONDS = 0.5
 """A lost signal is sent again after this time. Until then Python reports the loss, and would lose it again."""
 
 
-def run_demo() -> None:
-    """Run the demo on standard output. It leaves no process and no file, also when it is interrupted."""
-    screen = Console(highlight=False)
-    if not screen.is_terminal:
-        screen = Console(highlight=False, width=WIDTH_WHEN_PIPED)
+def run_demo(screen: Console | None = None, *, waits: bool = False, with_page: bool | None = None) -> None:
+    """Run the demo on standard output, or on `screen`. It leaves no process and no file, also when it is interrupted.
+
+    If it `waits`, Enter begins each step. It ends in the admin page of its day if it is told so; with None a person at
+    a terminal is asked.
+    """
+    screen = screen or _standard_output()
     with _unwinding_on_signals(), ExitStack() as stack:
         screen.print("[bold]A day of the queue.[/] Everybody here is made up, and nothing leaves this terminal.")
         with screen.status("starting a PostgreSQL"):
@@ -38,8 +43,20 @@ def run_demo() -> None:
             engine = create_engine(server.url)
             stack.callback(engine.dispose)
             migrations.upgrade(engine)
-        Day(screen, engine).run()
+        Day(screen, engine, partial(_wait_for_enter, screen) if waits else lambda: None).run()
+        if is_wanted(screen) if with_page is None else with_page:
+            show_page(screen, engine)
     screen.print("\nThe PostgreSQL of this demo is stopped, and its files are gone.", style="dim")
+
+
+def _standard_output() -> Console:
+    screen = Console(highlight=False)
+    return screen if screen.is_terminal else Console(highlight=False, width=WIDTH_WHEN_PIPED)
+
+
+def _wait_for_enter(screen: Console) -> None:
+    with suppress(EOFError):  # Nobody is there to wait for.
+        screen.input("\n[dim]Enter goes on: [/]")
 
 
 @contextmanager

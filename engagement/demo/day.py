@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from zoneinfo import ZoneInfo
@@ -14,6 +15,7 @@ from engagement import migrations
 from engagement._operating.jsonl import read_messages
 from engagement.demo.lost_worker import LEASE, kill_a_worker_in_a_send
 from engagement.demo.queue import M, Queue
+from engagement.demo.today import of_today
 from engagement.demo.trouble import DemoTransport
 from engagement.demo.wording import COLOURS, local, name_of, reason_of, state_of, summary, table_of
 from engagement.messages import NewMessage, Queued
@@ -39,13 +41,14 @@ LEA = NewMessage(
 class Day:
     """The events of the demo, in their order."""
 
-    def __init__(self, screen: Console, engine: Engine) -> None:
+    def __init__(self, screen: Console, engine: Engine, before_each_step: Callable[[], object]) -> None:
         self._screen = screen
+        self._before_each_step = before_each_step
         self._engine = engine
         self._queue = Queue(engine)
         self._transport = DemoTransport(screen)
         with (files("engagement.demo") / MESSAGES).open("rb") as lines:
-            self._messages = list(read_messages(lines, screen.print))
+            self._messages = of_today(list(read_messages(lines, screen.print)), datetime.now(UTC))
         self._people = {message.user_id: message for message in (*self._messages, LEA)}
 
     def run(self) -> None:
@@ -172,6 +175,7 @@ class Day:
     # Small things
 
     def _title(self, title: str) -> None:
+        self._before_each_step()
         self._screen.print(f"\n[bold cyan]{title}[/]")
 
     def _say(self, line: str) -> None:
