@@ -56,7 +56,8 @@ class Worker:
       `goodbye_sent_at` if `status` is `sent`). Its error undoes its own part, is logged, and changes nothing else. It
       can neither commit nor keep the connection; see `docs/settling.md`.
     - `worker_name`: what `claimed_by` begins with; default: host and process.
-    - `poll_interval`: how soon a message that becomes due is noticed by an idle worker.
+    - `poll_interval`: how soon an idle worker notices a message that was queued as due. One that becomes due later is
+      sent at that moment.
     - `schema`: where the table is, if not on the search path.
     - `prune_older_than`: every hour, blank finished messages that were last due longer ago. None leaves that to you.
     - `verify_every`: how often to look for broken promises, each of which is logged. None leaves that to you.

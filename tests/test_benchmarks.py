@@ -23,7 +23,7 @@ TOLD = {
     ],
     "crowd": ["5,000 finished", "1,000 scheduled for later", "LockRows", "engagement_message_queue_due"],
     "old-snapshot": ["plain claims of 100", "send_many of 1,000", "≥ 5", "after the vacuum"],
-    "idle": ["statements for each poll", "from due to sent, longest", "burst of"],
+    "idle": ["statements for each poll", "from due to sent, median", "burst of"],
     "vacuum": ["PostgreSQL's defaults", "vacuum at 2 %", "pages for 100 due", "HOT"],
     "send": ["aiohttp alone", "WhatsAppGateway", "WhatsAppCloud", "Webhook", "500 at once", "≥ 0.95", "≥ 0.8"],
 }

@@ -9,7 +9,7 @@ from engagement._claim import Claim
 from engagement._delivery.options import Options
 from engagement._delivery.schedule import next_step
 from engagement._delivery.state import State
-from engagement._delivery.steps import Collect, GiveUp, Over, Peek, Taken, Transact
+from engagement._delivery.steps import Collect, GiveUp, Nap, Over, Peek, Taken, Transact
 from engagement._delivery.verdicts import Verdicts
 from engagement.outcomes import InDoubt, Sent
 
@@ -33,6 +33,16 @@ class Handle:
 def claim(number: int, now: float) -> Claim:
     message = outgoing(id=number)
     return Claim(message, (message.scheduled_for, number), "w/1", now + 100, started_at=now, handle=Handle())
+
+
+AN_HOUR = 3600.0
+
+
+def peeked(state, now: float, waits: float) -> None:
+    """Do the next step, a question to the database; something is due in so many seconds."""
+    step = next_step(state, now)
+    assert isinstance(step, Peek)
+    state.peeked(step, waits, took=0.0, now=now)
 
 
 @pytest.fixture(name="state")
@@ -76,8 +86,46 @@ def test_the_destination_of_a_call_that_was_given_up_is_looked_at_when_it_ends(s
     assert next_step(state, 10.0) == GiveUp([late])
     state.given_up(late, outcome, verdicts.of(late, outcome), goes_on=True)
     committed(state, 10.0)
+    peeked(state, 10.0, AN_HOUR)
     assert isinstance(next_step(state, 11.0), Collect)
 
     state.answered(late, outcome, verdicts.of(late, outcome))
 
     assert isinstance(next_step(state, 11.0), Peek)
+
+
+def test_a_message_that_becomes_due_is_waited_for_by_a_timer(state):
+    """One question says how long the worker may sleep, and no poll comes before that moment."""
+    committed(state, 0.0)
+    peeked(state, 0.0, 7.25)
+    assert next_step(state, 0.0) == Nap(7.25)
+
+    peeked(state, 7.25, 0.0)
+
+    assert next_step(state, 7.25).wanted == 2
+
+
+def test_claims_in_vain_become_rarer(state):
+    """A due message that another session has locked is tried again soon, then ever later, and at each poll at last."""
+    now, waits = 0.0, []
+    for _ in range(16):
+        committed(state, now)
+        peeked(state, now, 0.0)
+        assert isinstance(next_step(state, now), Nap)
+        waits.append(round(state.look_at - now, 6))
+        now = state.look_at
+
+    assert waits[:4] == [0.01, 0.02, 0.04, 0.08]
+    assert waits[-2:] == [60.0, 60.0]
+
+
+def test_a_place_that_becomes_free_ends_the_wait_after_claims_in_vain(state):
+    """The messages that were skipped went to the destination of the call that has ended."""
+    verdicts, late, outcome = Verdicts(OPTIONS, idempotent=False), claim(1, 0.0), InDoubt("no answer")
+    committed(state, 0.0, late)
+    state.given_up(late, outcome, verdicts.of(late, outcome), goes_on=True)
+    committed(state, 10.0)
+    peeked(state, 10.0, 0.0)
+    state.answered(late, outcome, verdicts.of(late, outcome))
+
+    assert next_step(state, 10.0).wanted == 2

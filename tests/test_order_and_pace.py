@@ -494,3 +494,16 @@ def test_a_reason_that_breaks_ends_no_run(engine):
     assert waits_for(engine) == "the transport is not ready"
     assert process_message_queue(engine, Gate(_Waiting())).processed == 0
     assert [entry["reason"] for entry in row(engine, message_id).history][1:] == [_Waiting.why_not_ready]
+
+
+def test_what_becomes_due_is_sent_by_a_timer(engine):
+    """No poll finds it, nor a notification: the worker has asked once when the next message is due."""
+    soon = datetime.now(UTC) + timedelta(seconds=1)
+    queue(engine, new_message("a", scheduled_for=soon), new_message("b", scheduled_for=soon + timedelta(seconds=0.5)))
+    sent: SimpleQueue[int] = SimpleQueue()
+    stop, thread = running(Worker(engine, lambda message: sent.put(message.id), poll_interval=timedelta(hours=1)))
+
+    assert [sent.get(timeout=PATIENCE), sent.get(timeout=PATIENCE)] == [1, 2]
+
+    stop.set()
+    thread.join(PATIENCE)

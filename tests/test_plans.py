@@ -98,7 +98,7 @@ def _reads(plan: dict):
             lambda session: claims.adopt(session.connection(), HOLDER, names=["x"]), {"lease", "pkey"}, id="adopt"
         ),
         pytest.param(
-            lambda session: claims.is_work_waiting(session.connection(), (NOON, 7)), {"due", "lease"}, id="peek"
+            lambda session: claims.seconds_to_work(session.connection(), (NOON, 7)), {"due", "lease"}, id="peek"
         ),
         pytest.param(repeat("get_message", 1), {"pkey"}, id="get"),
         pytest.param(repeat("get_message_by_key", "1"), {"idempotency_key_key"}, id="get by key"),

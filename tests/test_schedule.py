@@ -282,8 +282,11 @@ class World:
             self._fails(self.state.undone, DatabaseError(), will_mend=True)
             return
         self.failed_at = -1.0
-        is_waiting = any(row.place > step.after for row in self.table.due()) or bool(self.table.expired())
-        self.state.peeked(step, is_waiting=is_waiting, took=self.choose(3) * 0.1, now=self.now)
+        rows = self.table.unlocked()
+        moments = [row.due_at for row in rows if row.status == "pending" and row.place > step.after]
+        moments += [row.lease_until for row in rows if row.status == "sending"]
+        waits = min([3600.0, *(max(0.0, moment - self.now) for moment in moments)])
+        self.state.peeked(step, waits, took=self.choose(3) * 0.1, now=self.now)
 
     def _note_start(self, starts):
         if START in starts:

@@ -187,9 +187,10 @@ def _not_recorded(
             connection.execute(settling.doubt_if_not_sent(), lost | {"reason": clean_reason(verdict.reason)})
 
 
-def is_work_waiting(connection: Connection, after: Position) -> bool:
-    """Whether a message is due behind `after`, or a lease has run out."""
-    return bool(connection.execute(claiming.peek(), {"after_at": after[0], "after_id": after[1]}).scalar_one())
+def seconds_to_work(connection: Connection, after: Position) -> float:
+    """Return in how many seconds a message behind `after` is due, or a lease runs out; 0 if one is or has."""
+    waits: timedelta = connection.execute(claiming.peek(), {"after_at": after[0], "after_id": after[1]}).scalar_one()
+    return waits.total_seconds()
 
 
 def _held_until(lease: timedelta) -> float:

@@ -175,11 +175,11 @@ class Delivery:
     def _peek(self, step: Peek) -> None:
         asked_at = clock()
         try:
-            is_waiting = self._in_transaction(partial(database.is_work_waiting, after=step.after))
+            waits = self._in_transaction(partial(database.seconds_to_work, after=step.after))
         except SQLAlchemyError as error:
             self._failed(error)
         else:
-            self._state.peeked(step, is_waiting=is_waiting, took=clock() - asked_at, now=clock())
+            self._state.peeked(step, waits, took=clock() - asked_at, now=clock())
 
     def _extend(self, claims: Sequence[Claim]) -> None:
         now = clock()

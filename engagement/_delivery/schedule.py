@@ -58,9 +58,10 @@ def _database_step(state: State, now: float) -> Step | None:
     is_to_give_back = bool(state.names.unacknowledged) and now >= state.give_back_at
     wanted = 0
     if hand.verdicts or is_to_look:
-        if state.is_idle and hand.is_empty and not is_to_give_back:
-            return Peek(state.cursor.start(now))
         wanted = _wanted(state, now)
+        has_time = hand.is_empty or bool(wanted and not hand.verdicts and not state.until_empty)
+        if state.is_idle and has_time and not is_to_give_back:
+            return Peek(state.cursor.start(now))
         if wanted and state.readiness.is_to_be_asked(now):
             return Ask()
         if not state.readiness.is_ready:

@@ -20,6 +20,10 @@ from engagement.outcomes import Outcome, Refused, Sent, Verdict, Withdraw
 # A tuple: to make a union of them takes longer than to look.
 _FINAL = (Sent, Refused, Withdraw)
 
+VAIN_SECONDS = 0.01
+"""How soon to claim again if a message is due and none could be claimed: another session has it locked, or its
+destination is busy. Each further claim in vain doubles it, up to the poll interval."""
+
 
 class State:
     """The state of one run. Each method folds in an event; `now` is the time by `clock`."""
@@ -57,6 +61,8 @@ class State:
         """Whether the last look found nothing that could be sent. The next one peeks before it claims."""
         self.look_at = 0.0
         """When to claim again without an answer that makes room."""
+        self._vain_wait = 0.0
+        """How long to wait with the next claim if something is due: the last one claimed nothing."""
         self.recover_at = 0.0
         """When to take over from lost workers again."""
         self.give_back_at = 0.0
@@ -78,7 +84,7 @@ class State:
         if self.hand.overdue and claim in self.hand.overdue:
             self.hand.overdue.remove(claim)
             self.cursor.go_back([claim.place])
-            self.look_at = 0.0
+            self.look_at = self._vain_wait = 0.0
         if claim.is_overdue and not isinstance(outcome, Sent):
             return  # The message is in doubt already.
         self.hand.keep(claim, verdict)
@@ -105,13 +111,15 @@ class State:
         """Note that a person can read why nothing is claimed."""
         self.readiness.told(now)
 
-    def peeked(self, step: Peek, *, is_waiting: bool, took: float, now: float) -> None:
-        """Note whether the database has anything to do."""
+    def peeked(self, step: Peek, waits: float, *, took: float, now: float) -> None:
+        """Note in how many seconds the database has something to do."""
         self.outage.over()
-        if is_waiting:
-            self.is_idle, self.look_at, self.recover_at = False, 0.0, 0.0
+        if waits <= 0:
+            self.is_idle, self.look_at, self.recover_at = False, now + self._vain_wait, 0.0
             return
-        self.look_at = now + self.poll_interval
+        # A timer, and no luck with a poll: it is claimed at the moment at which it is due.
+        self.look_at = now + min(self.poll_interval, waits)
+        self._vain_wait = 0.0
         if step.after == START:
             self.cursor.claimed(None, took, now)
 
@@ -132,8 +140,13 @@ class State:
             self.pace.started(own[-1])
             self.left -= len(own)
         if taken.name:
-            self.is_idle = not taken.any
-            self.look_at = now + self.poll_interval if self.is_idle else 0.0
+            self.is_idle, self.look_at = not taken.any, 0.0  # Idle, it asks how long it may sleep.
+            if taken.any:
+                self._vain_wait = 0.0
+            elif self.until_empty:
+                self.look_at = now + self.poll_interval
+            else:
+                self._vain_wait = min(max(2 * self._vain_wait, VAIN_SECONDS), self.poll_interval)
         elif step.verdicts:
             # It claimed nothing, since there was no room, or no time yet: now there may be.
             self.is_idle, self.look_at = self.readiness.is_refused, 0.0

@@ -29,7 +29,7 @@ class Transact:
 
 @dataclass(frozen=True, slots=True)
 class Peek:
-    """Ask the database whether a message is due behind a place, or a lease has run out."""
+    """Ask the database when a message behind a place is due, or a lease runs out."""
 
     after: Position
 

@@ -24,6 +24,7 @@ from sqlalchemy import (
     cast,
     column,
     func,
+    literal_column,
     null,
     or_,
     select,
@@ -41,6 +42,7 @@ from engagement._sql.table import (
     LOCKED_UNLESS_BY_OTHERS,
     MOMENT,
     NOW,
+    PENDING,
     QUEUE,
     SENDING,
     C,
@@ -48,6 +50,7 @@ from engagement._sql.table import (
     is_due,
     is_lost,
     number,
+    time_until,
     unless_in_doubt,
     word,
 )
@@ -226,8 +229,16 @@ def extend_leases() -> Executable:
 
 @cache
 def peek() -> Executable:
-    """Return whether there is anything to do: a message is due after (`after_at`, `after_id`), or a lease ran out."""
-    return select(or_(select(C.id).where(is_due, _after()).exists(), select(C.id).where(is_lost).exists()))
+    """Return how long until there is anything to do: a message due after (`after_at`, `after_id`), or a lease run out.
+
+    Zero is now, and an hour is later than anybody waits. So no moment is subtracted that a hand made infinite.
+    """
+    latest = NOW + literal_column("interval '1 hour'")
+    due = select(C.next_attempt_at).where(C.status == PENDING, C.next_attempt_at <= latest, _after())
+    lease = select(C.lease_expires_at).where(C.status == SENDING, C.lease_expires_at <= latest)
+    first_due = due.order_by(C.next_attempt_at, C.id).limit(number(1)).scalar_subquery()
+    first_lease = lease.order_by(C.lease_expires_at).limit(number(1)).scalar_subquery()
+    return select(time_until(func.greatest(NOW, func.least(first_due, first_lease, latest))))
 
 
 @cache

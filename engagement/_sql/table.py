@@ -61,6 +61,11 @@ def time_since(moment: ColumnElement[Any]) -> ColumnElement[timedelta]:
     return type_coerce(func.extract("epoch", NOW - moment), Length)
 
 
+def time_until(moment: ColumnElement[Any]) -> ColumnElement[timedelta]:
+    """Return how long it is until a moment, by the database's clock."""
+    return type_coerce(func.extract("epoch", moment - NOW), Length)
+
+
 def word(text: str) -> ColumnElement[Any]:
     """Return a literal of a word of ours."""
     return literal_column(f"'{text}'", Text)

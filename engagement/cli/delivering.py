@@ -123,7 +123,7 @@ def process(
     default="5s",
     type=positive_duration,
     metavar="TIME",
-    help="How soon a message that becomes due is noticed.",
+    help="How soon a new message is noticed. One that becomes due later is sent at that moment.",
 )
 @click.option(
     "--prune-older-than",
