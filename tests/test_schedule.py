@@ -203,7 +203,7 @@ class World:
                 self.is_asked = True
                 self.state.asked(self.now)
             case Tell():
-                self.state.told(self.now)
+                self.state.readiness.told(self.now)
             case Collect(until) | Nap(until):
                 assert until > self.now
                 if self.state.hand.claims:

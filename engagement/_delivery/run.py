@@ -203,7 +203,7 @@ class Delivery:
             self._in_transaction(partial(database.note_not_ready, reason=why))
         except Exception as error:  # noqa: BLE001 - it is for people only, also if the encoding lacks a character of it
             logger.warning("engagement.not_ready_not_told error=%s", type(error).__name__)
-        self._state.told(clock())
+        self._state.readiness.told(clock())
 
     def give_back_unstarted(self) -> None:
         """Give back claims whose commit was not acknowledged, at the end."""

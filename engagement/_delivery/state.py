@@ -14,15 +14,12 @@ from engagement._delivery.options import Options
 from engagement._delivery.outage import Outage
 from engagement._delivery.pace import Pace
 from engagement._delivery.readiness import Readiness
+from engagement._delivery.sleep import Sleep
 from engagement._delivery.steps import Peek, Taken, Transact
 from engagement.outcomes import Outcome, Refused, Sent, Verdict, Withdraw
 
 # A tuple: to make a union of them takes longer than to look.
 _FINAL = (Sent, Refused, Withdraw)
-
-VAIN_SECONDS = 0.01
-"""How soon to claim again if a message is due and none could be claimed: another session has it locked, or its
-destination is busy. Each further claim in vain doubles it, up to the poll interval."""
 
 
 class State:
@@ -47,6 +44,7 @@ class State:
         self.cursor = Cursor()
         self.names = Names(options.name)
         self.outage = Outage()
+        self.sleep = Sleep(self.poll_interval)
         self.pace = Pace(options.min_interval.total_seconds())
         self.readiness = Readiness(can_be_asked=can_be_asked)
         self.leases = Leases(options.lease.total_seconds(), now)
@@ -61,8 +59,6 @@ class State:
         """Whether the last look found nothing that could be sent. The next one peeks before it claims."""
         self.look_at = 0.0
         """When to claim again without an answer that makes room."""
-        self._vain_wait = 0.0
-        """How long to wait with the next claim if something is due: the last one claimed nothing."""
         self.recover_at = 0.0
         """When to take over from lost workers again."""
         self.give_back_at = 0.0
@@ -84,7 +80,7 @@ class State:
         if self.hand.overdue and claim in self.hand.overdue:
             self.hand.overdue.remove(claim)
             self.cursor.go_back([claim.place])
-            self.look_at = self._vain_wait = 0.0
+            self.sleep.after_vain = self.look_at = 0.0
         if claim.is_overdue and not isinstance(outcome, Sent):
             return  # The message is in doubt already.
         self.hand.keep(claim, verdict)
@@ -107,21 +103,20 @@ class State:
         if why_not is not None:
             self.is_idle, self.look_at = True, now + self.poll_interval
 
-    def told(self, now: float) -> None:
-        """Note that a person can read why nothing is claimed."""
-        self.readiness.told(now)
+    def woken(self, *, hears: bool) -> None:
+        """Look at once: something may be new. `hears` says whether the next wake-up would be heard."""
+        self.sleep.woken(hears=hears)
+        self.is_idle, self.look_at = False, 0.0
 
     def peeked(self, step: Peek, waits: float, *, took: float, now: float) -> None:
         """Note in how many seconds the database has something to do."""
         self.outage.over()
         if waits <= 0:
-            self.is_idle, self.look_at, self.recover_at = False, now + self._vain_wait, 0.0
+            self.is_idle, self.look_at, self.recover_at = False, now + self.sleep.after_vain, 0.0
             return
-        # A timer, and no luck with a poll: it is claimed at the moment at which it is due.
-        self.look_at = now + min(self.poll_interval, waits)
-        self._vain_wait = 0.0
         if step.after == START:
             self.cursor.claimed(None, took, now)
+        self.look_at = now + self.sleep.peeked(waits, step.after)
 
     def committed(self, step: Transact, taken: Taken, now: float) -> None:
         """Note that a transaction was committed: the messages that it claimed may be started."""
@@ -140,13 +135,9 @@ class State:
             self.pace.started(own[-1])
             self.left -= len(own)
         if taken.name:
-            self.is_idle, self.look_at = not taken.any, 0.0  # Idle, it asks how long it may sleep.
-            if taken.any:
-                self._vain_wait = 0.0
-            elif self.until_empty:
-                self.look_at = now + self.poll_interval
-            else:
-                self._vain_wait = min(max(2 * self._vain_wait, VAIN_SECONDS), self.poll_interval)
+            self.is_idle = not taken.any
+            self.sleep.claimed(any_=taken.any)  # Idle, a worker asks how long it may sleep.
+            self.look_at = now + self.poll_interval if self.is_idle and self.until_empty else 0.0
         elif step.verdicts:
             # It claimed nothing, since there was no room, or no time yet: now there may be.
             self.is_idle, self.look_at = self.readiness.is_refused, 0.0
