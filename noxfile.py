@@ -50,9 +50,17 @@ def tests(session: nox.Session) -> None:
     _run(session, "pytest", *(session.posargs or ["-n", "auto"]))
 
 
+@nox.session(venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """Build the site of the documentation in build/site, and look whether all that is public is in it."""
+    build = ("sphinx", "--fail-on-warning", "--keep-going", "--quiet", "--builder=html", "--conf-dir=docs")
+    _run(session, *build, ".", "build/site")
+    _run(session, "pytest", "-q", "tests/test_site.py")
+
+
 @nox.session
 def package(session: nox.Session) -> None:
-    """Build the wheel and the sdist, and see the demo of the installed wheel."""
+    """Build the wheel and the sdist, see the demo of the installed wheel, and the quick start of a checkout."""
     built = Path(session.create_tmp())
     for left in built.iterdir():
         left.unlink()
@@ -65,6 +73,8 @@ def package(session: nox.Session) -> None:
     with session.chdir(built):
         session.run("python", "-W", "error", "-c", PROVE_THE_WHEEL)
         session.run("engagement", "demo", silent=True)
+    session.env["ENGAGEMENT_TEST_INSTALL"] = "1"
+    _run(session, "pytest", "-q", "-p", "no:cacheprovider", "tests/test_readme.py", "-k", "as_it_is_printed")
 
 
 @nox.session(venv_backend="none")
@@ -73,7 +83,9 @@ def advisories(session: nox.Session) -> None:
     place = Path(session.create_tmp())
     oldest, report = place / "oldest.txt", place / "report.json"
     extras = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
-    for_hosts = [f"--extra={extra}" for extra in extras if extra not in {"bench", "demo", "dev", "peers", "test"}]
+    for_hosts = [
+        f"--extra={extra}" for extra in extras if extra not in {"bench", "demo", "dev", "docs", "peers", "test"}
+    ]
     resolve = ("uv", "pip", "compile", "--quiet", "--resolution=lowest-direct")
     _run(session, *resolve, *for_hosts, "pyproject.toml", "--output-file", str(oldest))
     report.unlink(missing_ok=True)

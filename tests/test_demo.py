@@ -1,4 +1,5 @@
 import fcntl
+import html
 import os
 import re
 import signal
@@ -159,6 +160,19 @@ def test_the_day_is_today(hour):
     (late,) = [message for message in after if message.expires_at]
     assert late.expires_at - late.scheduled_for == timedelta(hours=1)
     assert late.expires_at <= now
+
+
+def test_the_recording_is_one_of_this_demo(shown):
+    """The picture in the README has each heading of the demo and its sentences without figures, or is made anew."""
+    picture = (ROOT / "docs" / "images" / "demo.svg").read_text()
+    recorded = html.unescape("".join(re.findall(r">([^<]*)</text>", picture))).replace("\xa0", " ")
+    headings = re.findall(r"^\d\. .*", shown, re.MULTILINE)
+    sentences = re.findall(r"[A-Z][a-z' ]{30,}[.:]", shown)
+
+    assert len(headings) >= 5
+    assert len(sentences) >= 3
+    missing = [line for line in (*headings, *sentences) if line not in recorded]
+    assert missing == [], "run: python -m docs.recording"
 
 
 def test_it_waits_on_each_step(parent):

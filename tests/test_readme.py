@@ -3,18 +3,26 @@
 import ast
 import asyncio
 import inspect
+import os
 import re
 import shutil
+import subprocess
+import sys
+import tomllib
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from zoneinfo import ZoneInfo
 
+import pytest
 from conftest import row
 from sqlalchemy import MetaData, Text, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
+from test_prose import anchor
+
+from engagement._operating import temporary_postgres
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -51,7 +59,8 @@ def test_the_readmes_python_runs(engine, tmp_path, monkeypatch):
         "provider": SimpleNamespace(post=lambda **_: answer),
         "message_id": 1,
     }
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    text_below = README.read_text().partition("## When to use it")[2]
+    blocks = re.findall(r"^```python\n(.*?)^```", text_below, re.DOTALL | re.MULTILINE)
     for locale in ("en", "pt-BR"):
         shutil.copytree(README.parent / "engagement" / "catalogues" / locale, tmp_path / "locales" / locale)
     monkeypatch.chdir(tmp_path)
@@ -70,11 +79,90 @@ def test_the_readmes_python_runs(engine, tmp_path, monkeypatch):
     assert row(engine, 2).status == "in_doubt"
 
 
-def test_the_readme_names_every_command_that_ci_runs():
-    """The two commands stand in the README as CI takes them from there."""
+QUICK_START = README.read_text().partition("## Quick start")[2].partition("\n## ")[0]
+IS_ASKED_FOR = "ENGAGEMENT_TEST_INSTALL" in os.environ
+
+
+def as_one_program(text: str, *, without: str = "") -> str:
+    """Return the blocks of a page as one program of the shell. A block of Python is a file, named in its first line."""
+    program = ["set -euo pipefail"]
+    for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        if language == "python":
+            name = re.match(r"# (\S+)\n", block)[1]
+            program.append(f"cat > {name} <<'END'\n{block}END")
+        elif not without or without not in block:
+            program.append(block)
+    return "\n".join(program)
+
+
+def run_in(folder: Path, program: str, engine, **variables: str) -> str:
+    """Run a program on an empty database, and return what it prints."""
+    url = engine.url.render_as_string(hide_password=False)
+    environment = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "VIRTUAL_ENV"}}
+    environment |= {"ENGAGEMENT_DATABASE_URL": url} | variables
+    done = subprocess.run(
+        ["bash", "-c", program], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def assert_as_the_readme_says(printed: str) -> None:
+    (wanted,) = re.findall(r"^```text\n(.*?)^```", QUICK_START, re.DOTALL | re.MULTILINE)
+    assert wanted in printed
+    (listed,) = [line for line in printed.partition(wanted)[2].splitlines() if "welcome" in line]
+    assert "sent" in listed
+
+
+def test_the_quick_start_runs_in_an_empty_folder(empty_engine, tmp_path):
+    """Its blocks, pasted in their order, print the text beside them. Here with the installed package."""
+    bin_of_this = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    program = as_one_program(QUICK_START, without="pip install")
+    assert_as_the_readme_says(run_in(tmp_path, program, empty_engine, PATH=bin_of_this))
+
+
+@pytest.mark.skipif(not IS_ASKED_FOR, reason="installs the package: nox -s package asks for it")
+def test_the_quick_start_runs_as_it_is_printed(empty_engine, tmp_path):
+    """Its blocks, with the one that installs, run from a checkout that has nothing else."""
+    checkout = tmp_path / "checkout"
+    for folder in ("alembic", "engagement"):
+        shutil.copytree(README.parent / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(README.parent / name, checkout)
+    assert_as_the_readme_says(run_in(checkout, as_one_program(QUICK_START), empty_engine))
+
+
+def test_the_links_of_the_readme_lead_somewhere():
+    """Each link and picture is a file of the repository, or an address that is not ours; anchors are headings there."""
+    targets = re.findall(r"\]\(([^)]+)\)", README.read_text())
+
+    assert len(targets) > 20
+    for target in targets:
+        if target.startswith("https://"):
+            continue
+        path, _, heading = target.partition("#")
+        assert (README.parent / path).is_file(), target
+        headings = re.findall(r"^#+ (.*)$", (README.parent / path).read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in map(anchor, headings), target
+
+
+def test_the_readme_names_the_commands_that_ci_runs():
+    """The demo and the tests stand in the README as CI takes them from there."""
     commands = re.findall(r"^```sh\n(.*?)\n```", README.read_text(), re.DOTALL | re.MULTILINE)
 
-    assert [command.rsplit("/", 1)[-1] for command in commands] == ["engagement demo", "pytest -n auto"]
+    assert commands[0].endswith("/engagement demo")
+    assert commands[-1].endswith("/pytest -n auto")
+
+
+def test_the_requirements_are_those_of_the_package():
+    """The line of the README, what pip is told, and the oldest server that is looked for are one."""
+    project = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]
+    (line,) = re.findall(r"^\*\*Needs\*\* (.*?)\n", README.read_text(), re.MULTILINE)
+    postgresql, python, sqlalchemy = re.findall(r"[\d.]+\d", line)
+
+    assert int(postgresql) == temporary_postgres._OLDEST_VERSION  # noqa: SLF001
+    assert project["requires-python"] == f">={python}"
+    assert f"sqlalchemy>={sqlalchemy},<3" in project["dependencies"]
 
 
 def test_the_tests_that_security_names_are_there():

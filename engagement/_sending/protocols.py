@@ -24,8 +24,9 @@ class BatchTransport(Protocol):
     def send_many(self, messages: Sequence[OutgoingMessage], /) -> Any:
         """Send all, and return an outcome for each, in their order, or one for all.
 
-        An exception speaks of all; but a generator's only of those that it had not come to (of the last three of five,
-        if it had yielded two outcomes).
+        A plain function that raises has no outcomes to give: its exception counts for all messages. A generator may
+        have yielded some before: if it yields two outcomes of five and raises, the first two count as they are, and
+        the exception counts for the last three.
         """
 
 
