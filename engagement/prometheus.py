@@ -19,8 +19,7 @@ from sqlalchemy import Engine
 from engagement._watching import observers as observing
 from engagement._watching.metrics import (
     COUNTERS,
-    DUE_TO_SENT,
-    DUE_TO_SENT_BUCKETS,
+    HISTOGRAMS,
     QUEUE,
     Counting,
     Labels,
@@ -31,7 +30,9 @@ from engagement._watching.metrics import (
 
 
 class EngagementCollector(Collector):
-    """Counts the messages that this process queues and sends from now on. With an `engine`, reads the queue as well.
+    """Counts the messages that this process queues and sends, and their receipts, from now on.
+
+    With an `engine`, reads the queue as well.
 
     Each scrape is one round trip, which ends after `timeout`. A database that is away makes `engagement_up` 0, and the
     queue's other metrics absent: stale numbers would be worse than none.
@@ -42,13 +43,7 @@ class EngagementCollector(Collector):
     ) -> None:
         self._reader = None if engine is None else QueueReader(engine, schema=schema, timeout=timeout)
         self._counters = {metric: _counter(metric) for metric in COUNTERS}
-        self._histogram = Histogram(
-            DUE_TO_SENT.prometheus_name,
-            DUE_TO_SENT.help,
-            DUE_TO_SENT.labels,
-            registry=None,
-            buckets=DUE_TO_SENT_BUCKETS,
-        )
+        self._histograms = {metric: _histogram(metric, buckets) for metric, buckets in HISTOGRAMS.items()}
         self._counting = Counting(add=self._add, record=self._record)
         observing.observe(self._counting)
 
@@ -58,14 +53,14 @@ class EngagementCollector(Collector):
 
     def describe(self) -> Iterator[Family]:
         """Name the metrics. A registry asks for it, and would scrape otherwise."""
-        for own in (*self._counters.values(), self._histogram):
+        for own in (*self._counters.values(), *self._histograms.values()):
             yield from own.describe()
         if self._reader is not None:
             yield from _families([])
 
     def collect(self) -> Iterator[Family]:
         """Return the metrics as they are now."""
-        for own in (*self._counters.values(), self._histogram):
+        for own in (*self._counters.values(), *self._histograms.values()):
             yield from own.collect()
         if self._reader is not None:
             yield from _families(self._reader.read())
@@ -74,12 +69,16 @@ class EngagementCollector(Collector):
         counter = self._counters[metric]
         (counter.labels(**labels) if labels else counter).inc(amount)
 
-    def _record(self, _: Metric, seconds: float, labels: Labels) -> None:
-        self._histogram.labels(**labels).observe(seconds)
+    def _record(self, metric: Metric, seconds: float, labels: Labels) -> None:
+        self._histograms[metric].labels(**labels).observe(seconds)
 
 
 def _counter(metric: Metric) -> Counter:
     return Counter(metric.prometheus_name, metric.help, metric.labels, registry=None)
+
+
+def _histogram(metric: Metric, buckets: tuple[float, ...]) -> Histogram:
+    return Histogram(metric.prometheus_name, metric.help, metric.labels, registry=None, buckets=buckets)
 
 
 def _families(samples: Iterable[Sample]) -> Iterator[Family]:

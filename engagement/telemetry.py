@@ -1,4 +1,4 @@
-"""OpenTelemetry: spans of queue, claim, send and settle by its messaging conventions, and the metrics of `metrics`.
+"""OpenTelemetry: spans of queue, claim, send, settle and receipts by its conventions, and the metrics of `metrics`.
 
     EngagementInstrumentor().instrument()
 
@@ -11,7 +11,7 @@ See docs/decisions.md#2026-11-24--the-trace-context-is-a-column-and-delivery-is-
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from threading import Lock
 from typing import ClassVar, NamedTuple
@@ -37,15 +37,14 @@ from engagement._claim import Claim
 from engagement._watching import observers as observing
 from engagement._watching.metrics import (
     COUNTERS,
-    DUE_TO_SENT,
-    DUE_TO_SENT_BUCKETS,
+    HISTOGRAMS,
     QUEUE,
     Counting,
     Metric,
     QueueReader,
     Sample,
 )
-from engagement._watching.observers import Observer, QueueEnd, Round, SendEnd
+from engagement._watching.observers import Heard, Observer, QueueEnd, Round, SendEnd
 from engagement.messages import Queued, QueuedMany
 from engagement.models import TABLE_NAME
 from engagement.outcomes import InDoubt, NotSent, Outcome, Refused
@@ -110,6 +109,7 @@ CLAIMING = Operation("claim", "receive", SpanKind.CLIENT)
 SENDING = Operation("send", "process", SpanKind.CONSUMER)
 LOOKING_UP = Operation("look_up", None, SpanKind.INTERNAL)
 SETTLING = Operation("settle", "settle", SpanKind.CLIENT)
+RECEIVING = Operation("record_receipts", None, SpanKind.INTERNAL)
 
 _TROUBLE = (NotSent, Refused, InDoubt)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
@@ -121,7 +121,9 @@ class Tracing:
     def __init__(self, tracer: Tracer, meter: Meter) -> None:
         self._tracer = tracer
         self._operation_duration = _durations(
-            meter, "messaging.client.operation.duration", "Duration of queue, claim, settle and look_up."
+            meter,
+            "messaging.client.operation.duration",
+            "Duration of queue, claim, settle, look_up and record_receipts.",
         )
         self._process_duration = _durations(meter, "messaging.process.duration", "Duration of send.")
 
@@ -133,7 +135,7 @@ class Tracing:
 
     def sending(self, claims: Sequence[Claim]) -> SendEnd:
         """Start a span and make it current: spans of the transport are its children."""
-        step = self._begin(LOOKING_UP if claims[0].lost_workers else SENDING, _about(claims), claims)
+        step = self._begin(LOOKING_UP if claims[0].lost_workers else SENDING, _about(claims), _links(claims))
         attach(set_span_in_context(step.span))
         return partial(_answered, step)
 
@@ -141,14 +143,23 @@ class Tracing:
         """Make the spans of the settlements and claims: each is as long as their transaction."""
         if round_.settled:
             claims = [claim for claim, _, _ in round_.settled]
-            step = self._begin(SETTLING, _about(claims, is_batch=True), claims, round_.started_at)
+            step = self._begin(SETTLING, _about(claims, is_batch=True), _links(claims), round_.started_at)
             is_lost = any(status is None for _, _, status in round_.settled)
             step.end(_settlement(round_), error="claim_lost" if is_lost else None)
         if round_.claimed:
-            self._begin(CLAIMING, _about(round_.claimed, is_batch=True), round_.claimed, round_.started_at).end({})
+            about, links = _about(round_.claimed, is_batch=True), _links(round_.claimed)
+            self._begin(CLAIMING, about, links, round_.started_at).end({})
+
+    def heard(self, receipts: Sequence[Heard], started_at: int) -> None:
+        """Make a span of the call that recorded them, with an event for each."""
+        links = _links_to((each.message_id, each.trace_context) for each in receipts)
+        step = self._begin(RECEIVING, {"messaging.batch.message_count": len(receipts)}, links, started_at)
+        for each in receipts:
+            step.span.add_event(f"engagement.{each.receipt.event}", _receipt(each))
+        step.end(_receipt(receipts[0]) if len(receipts) == 1 else {})
 
     def _begin(
-        self, operation: Operation, about: Attributes, claims: Sequence[Claim] = (), started_at: int | None = None
+        self, operation: Operation, about: Attributes, links: Sequence[Link] = (), started_at: int | None = None
     ) -> _Step:
         named: dict[str, AttributeValue] = {
             "messaging.system": "engagement",
@@ -162,7 +173,7 @@ class Tracing:
             f"{operation.name} {TABLE_NAME}",
             kind=operation.kind,
             attributes={**named, **about},
-            links=_links(claims),
+            links=links,
             start_time=started_at,
         )
         durations = self._process_duration if operation is SENDING else self._operation_duration
@@ -230,15 +241,28 @@ def _about(claims: Sequence[Claim], *, is_batch: bool = False) -> Attributes:
     return about
 
 
+def _receipt(heard: Heard) -> Attributes:
+    return {
+        "messaging.message.id": str(heard.message_id),
+        "engagement.message_type": heard.message_type,
+        "engagement.receipt": heard.receipt.event,
+        "engagement.status": str(heard.status),
+    }
+
+
 def _links(claims: Sequence[Claim]) -> list[Link]:
-    """Return links to the spans that queued the messages."""
+    return _links_to((claim.message.id, claim.trace_context) for claim in claims)
+
+
+def _links_to(messages: Iterable[tuple[int, str | None]]) -> list[Link]:
+    """Return links to the spans that queued the messages, which are given by id and trace context."""
     links = []
-    for claim in claims:
-        if claim.trace_context is not None:
-            context = _PROPAGATOR.extract({"traceparent": claim.trace_context}, Context())
+    for message_id, trace_context in dict(messages).items():
+        if trace_context is not None:
+            context = _PROPAGATOR.extract({"traceparent": trace_context}, Context())
             queued_by = get_current_span(context).get_span_context()
             if queued_by.is_valid:  # Somebody may have written anything there.
-                links.append(Link(queued_by, {"messaging.message.id": str(claim.message.id)}))
+                links.append(Link(queued_by, {"messaging.message.id": str(message_id)}))
     return links
 
 
@@ -268,15 +292,15 @@ def _durations(meter: Meter, name: str, description: str) -> Histogram:
 
 def _counting(meter: Meter) -> Counting:
     counters = {metric: meter.create_counter(metric.name, metric.unit, metric.help) for metric in COUNTERS}
-    histogram = meter.create_histogram(
-        DUE_TO_SENT.name,
-        DUE_TO_SENT.unit,
-        DUE_TO_SENT.help,
-        explicit_bucket_boundaries_advisory=DUE_TO_SENT_BUCKETS,
-    )
+    histograms = {
+        metric: meter.create_histogram(
+            metric.name, metric.unit, metric.help, explicit_bucket_boundaries_advisory=buckets
+        )
+        for metric, buckets in HISTOGRAMS.items()
+    }
     return Counting(
         add=lambda metric, amount, labels: counters[metric].add(amount, labels),
-        record=lambda _, seconds, labels: histogram.record(seconds, labels),
+        record=lambda metric, seconds, labels: histograms[metric].record(seconds, labels),
     )
 
 

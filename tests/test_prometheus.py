@@ -6,21 +6,31 @@ import re
 import tempfile
 import time
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from conftest import execute, new_message, queue
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.orm import Session
 
-from engagement import EngagementMessageRepository, InDoubt, NotSent, Refused, Sent, migrations, process_message_queue
+from engagement import (
+    EngagementMessageRepository,
+    InDoubt,
+    NotSent,
+    Receipt,
+    Refused,
+    Sent,
+    migrations,
+    process_message_queue,
+)
 from engagement._sql.schemas import with_schema
 from engagement._watching import metrics
-from engagement._watching.metrics import COUNTERS, DUE_TO_SENT, QUEUE, QueueReader
-from engagement.models import TABLE_NAME
+from engagement._watching.metrics import COUNTERS, HISTOGRAMS, QUEUE, QueueReader
+from engagement.messages import delivery_id, reference
+from engagement.models import TABLE_NAME, EngagementMessage
 from engagement.prometheus import EngagementCollector
 
 ROOT = Path(__file__).parent.parent
@@ -405,8 +415,8 @@ def test_nothing_personal_is_exposed(engine, caplog):
 
 def exposed() -> set[str]:
     """Return the names of all series that a collector can expose."""
-    histogram = {f"{DUE_TO_SENT.prometheus_name}_{part}" for part in ("bucket", "sum", "count")}
-    return {f"{metric.prometheus_name}_total" for metric in COUNTERS} | histogram | GAUGES
+    histograms = {f"{metric.prometheus_name}_{part}" for metric in HISTOGRAMS for part in ("bucket", "sum", "count")}
+    return {f"{metric.prometheus_name}_total" for metric in COUNTERS} | histograms | GAUGES
 
 
 def expressions(panels) -> list[str]:
@@ -417,9 +427,21 @@ def expressions(panels) -> list[str]:
 def test_the_names_are_those_of_the_collector(engine):
     """What this file calls exposed is what a scrape returns once everything has happened."""
     with scraping(engine) as scrape:
-        queue(engine, new_message("a"), new_message("a"), new_message("b"), new_message("c"))
-        answers = {"a": Sent(), "b": Refused("x"), "c": InDoubt("x")}
+        queue(engine, *(new_message(user_id) for user_id in "aabcd"))
+        answers = {"a": Sent(), "b": Refused("x"), "c": InDoubt("x"), "d": InDoubt("x")}
         process_message_queue(engine, lambda message: answers[message.user_id])
+        told = ("a", "delivered"), ("a", "read"), ("d", "undeliverable")
+        with Session(engine) as session, session.begin():
+            rows = {each.user_id: each for each in session.scalars(select(EngagementMessage))}
+            EngagementMessageRepository(session).record_receipts(
+                Receipt(
+                    event=event,
+                    at=datetime.now(UTC),
+                    provider="cloud",
+                    reference=reference(rows[user_id].id, delivery_id(rows[user_id].idempotency_key)),
+                )
+                for user_id, event in told
+            )
         names = {name for name, _ in scrape() if not name.endswith("_created")}
 
     assert names == exposed()
@@ -465,7 +487,7 @@ def test_each_metric_is_explained_in_one_line():
     """docs/watching.md says of each metric what the metric says of itself."""
     page = (DOCS / "watching.md").read_text()
 
-    for metric in (*COUNTERS, DUE_TO_SENT, *QUEUE):
+    for metric in (*COUNTERS, *HISTOGRAMS, *QUEUE):
         suffix = "_total" if metric in COUNTERS else ""
         labels = ", ".join(f"`{label}`" for label in metric.labels)
         assert f"| `{metric.prometheus_name}{suffix}` | {labels} | {metric.help} |" in page

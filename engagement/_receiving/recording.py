@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any
 from uuid import UUID
 
 from engagement._logging import logger
-from engagement._receiving.weighing import Told, past_attempts, weigh
+from engagement._receiving.weighing import Told, fate, past_attempts, weigh
 from engagement._sql import receiving
 from engagement._sql.host_sessions import HostSession
 from engagement._sql.parameters import moment_text
+from engagement._watching import observers
+from engagement._watching.observers import Heard
 from engagement.messages import InvalidMessage, Receipt, Recorded, delivery_id, whatsapp_message_id
 from engagement.messages.receipts import message_id_in, read_reference
+from engagement.models import MessageStatus
 from engagement.outcomes import clean_reason
 
 AT_ONCE = 1_000
@@ -26,21 +30,26 @@ def record(host: HostSession, receipts: Iterable[Receipt]) -> list[Recorded]:
     if isinstance(receipts, str) or not isinstance(receipts, Iterable):
         raise InvalidMessage("receipts", f"must be an iterable of Receipt, not {type(receipts).__name__}")
     given = [_checked(receipt) for receipt in receipts]
+    started_at = time.time_ns()
     # All of them at once: locked in pieces, two calls with the same messages in another order would deadlock.
     found = _Found(host, given)
     changes: list[tuple[Told, Receipt]] = []
+    heard: list[Heard] = []
     answers = []
     for receipt in given:
         row = found.row_of(receipt)
         answer, after = (Recorded.UNKNOWN_MESSAGE, None) if row is None else weigh(row, receipt)
-        if after is not None and answer is Recorded.RECORDED:
+        if row is not None and after is not None and answer is Recorded.RECORDED:
             found.keep(after)
+            heard.append(_heard(found.locked[row.id], row, after, receipt))
             changes.append((after, receipt))
         message_id = None if row is None else row.id
         logger.info("engagement.receipt message_id=%s event=%s answer=%s", message_id, receipt.event, answer)
         answers.append(answer)
     for some in _each_row_once(changes):
         host.execute(receiving.record(), receiving.CHANGES.parameter(_change(host, *each) for each in some))
+    if heard:
+        observers.heard(heard, started_at)
     return answers
 
 
@@ -61,9 +70,12 @@ class _Found:
             "provider_ids": sorted(name for name in provider_ids if host.storable(name) == name),
         }
         self._rows: dict[int, Told] = {}
+        self.locked: dict[int, Any] = {}
+        """By id, the rows as they were found."""
         self._deliveries: dict[int, UUID] = {}
         self._by_provider_id: dict[str, set[int]] = {}
         for row in host.rows(receiving.lock_told(), values) if receipts else ():
+            self.locked[row.id] = row
             self._deliveries[row.id] = delivery_id(row.idempotency_key)
             self.keep(_told(row))
 
@@ -138,6 +150,28 @@ def _change(host: HostSession, row: Told, receipt: Receipt) -> receiving.Change:
         "reason": reason and host.storable(reason),
         "provider": host.storable(receipt.provider),
     }
+
+
+def _heard(found: Any, before: Told, after: Told, receipt: Receipt) -> Heard:
+    was_known = {"delivered": before.delivered_at, "read": before.read_at}
+    is_known = {"delivered": after.delivered_at, "read": after.read_at}
+    news = {event for event, at in is_known.items() if at is not None and was_known[event] is None}
+    if fate(after) == "undeliverable" != fate(before):
+        news.add("undeliverable")
+    is_timed = receipt.event == "delivered" and "delivered" in news and found.sent_at is not None
+    return Heard(
+        receipt=receipt,
+        message_id=before.id,
+        message_type=found.message_type,
+        trace_context=found.trace_context,
+        status=after.status,
+        news=frozenset(news),
+        # By two clocks, of which the provider's may be behind.
+        sent_to_delivered=max(receipt.at - found.sent_at, timedelta(0)) if is_timed else None,
+        # A receipt ends the status in which `has_doubt` was found.
+        resolves_doubt=(before.status == MessageStatus.IN_DOUBT or (found.has_doubt and before.status == found.status))
+        and after.status != MessageStatus.IN_DOUBT,
+    )
 
 
 def _text(moment: datetime | None) -> str | None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 from engagement.messages import Receipt, Recorded
-from engagement.models import MessageStatus
+from engagement.models import EngagementMessage, MessageStatus
 
 INEXACT = timedelta(seconds=5)
 """Between a provider's clock, which may show whole seconds only, and the database's."""
+UNDELIVERABLE = (MessageStatus.FAILED, MessageStatus.IN_DOUBT)
+"""The statuses in which `undeliverable_at` still holds. In any other, the message was tried again since."""
 _ENDED_UNSENT = frozenset({MessageStatus.CANCELLED, MessageStatus.EXPIRED})
 _NOT_SETTLED = frozenset({MessageStatus.PENDING, MessageStatus.SENDING})
 
@@ -31,6 +33,13 @@ class Told:
     """When the attempt before the latest one was over: from then on receipts may be of that one."""
     was_doubted: bool = False
     """Whether an earlier attempt may have left."""
+
+
+def fate(row: Told | EngagementMessage) -> Literal["delivered", "read", "undeliverable"] | None:
+    """Return the latest fate of a message that its provider told; None if it told none, or of an earlier try only."""
+    if row.delivered_at is not None:
+        return "delivered" if row.read_at is None else "read"
+    return "undeliverable" if row.undeliverable_at is not None and row.status in UNDELIVERABLE else None
 
 
 def weigh(row: Told, receipt: Receipt) -> tuple[Recorded, Told]:

@@ -6,7 +6,8 @@ are words in the host's code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -35,7 +36,7 @@ from engagement._sql.errors import describe
 from engagement._sql.own_transactions import SAFE_PATH, check_engine
 from engagement._sql.schemas import find_schema, schema_in_force, with_schema
 from engagement._sql.table import FAILED, IN_DOUBT, NOW, PENDING, SENDING, C, is_due, is_lost, number, word
-from engagement._watching.observers import QueueEnd, Round
+from engagement._watching.observers import Heard, QueueEnd, Round
 from engagement.messages import Queued, QueuedMany
 from engagement.models import MessageStatus
 
@@ -47,6 +48,12 @@ COUNTED_BY_TYPE_UP_TO = 10_000
 """A count by type ends sooner: the type is in the table, not in the index, and each message may be another page."""
 FAILED_DAYS = 7
 """A failure counts for so long. It stays in the table for ever, and old ones would fill the count in the end."""
+
+
+MOST_CODES = 50
+"""Codes of providers that a process counts apart. Meta has about 60, of which a webhook tells a part."""
+_CODE = re.compile("[0-9]{1,6}")
+"""Too short for a number of a person's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +85,34 @@ OUTCOMES = Metric(
 DUE_TO_SENT = Metric(
     "engagement.due_to_sent", "s", "Time from when a message was last due until it was recorded as sent.", _BY_TYPE
 )
-COUNTERS = (QUEUED, DUPLICATES, OUTCOMES)
-DUE_TO_SENT_BUCKETS = (1, 2.5, 5, 10, 30, 60, 150, 300, 900, 1_800, 3_600, 14_400, 43_200, 86_400)
+DELIVERED = Metric(
+    "engagement.delivered", _MESSAGES, "Messages that a receipt called delivered or read for the first time.", _BY_TYPE
+)
+READ = Metric("engagement.read", _MESSAGES, "Messages that a receipt called read for the first time.", _BY_TYPE)
+UNDELIVERABLE = Metric(
+    "engagement.undeliverable",
+    _MESSAGES,
+    "Messages that a receipt called undeliverable: the provider's code, `none`, or `other`.",
+    ("message_type", "code"),
+)
+DOUBTS_RESOLVED = Metric(
+    "engagement.doubts_resolved",
+    _MESSAGES,
+    "Messages in doubt that a receipt resolved, and the status of the message now.",
+    ("message_type", "status"),
+)
+SENT_TO_DELIVERED = Metric(
+    "engagement.sent_to_delivered",
+    "s",
+    "Time from when a message was recorded as sent until it was delivered, as its first receipt of that says.",
+    _BY_TYPE,
+)
+COUNTERS = (QUEUED, DUPLICATES, OUTCOMES, DELIVERED, READ, UNDELIVERABLE, DOUBTS_RESOLVED)
+HISTOGRAMS = {
+    DUE_TO_SENT: (1, 2.5, 5, 10, 30, 60, 150, 300, 900, 1_800, 3_600, 14_400, 43_200, 86_400),
+    SENT_TO_DELIVERED: (1, 2.5, 5, 10, 30, 60, 300, 900, 3_600, 14_400, 43_200, 86_400, 259_200, 604_800),
+}
+"""And the upper bounds of their buckets."""
 
 UP = Metric("engagement.up", "", "Whether the queue could be read: 1, or 0 and nothing else of the queue.")
 OLDEST_DUE_AGE = Metric("engagement.oldest_due_age", "s", "How long the oldest due message has waited; 0 if none.")
@@ -108,6 +141,7 @@ class Counting:
     def __init__(self, *, add: Measure, record: Measure) -> None:
         self._add = add
         self._record = record
+        self._codes: set[str] = set()
 
     def queueing(self, message_type: str | None) -> tuple[None, QueueEnd]:  # noqa: ARG002 - a batch has many types
         """Count the messages, once they are queued."""
@@ -128,6 +162,29 @@ class Counting:
                 self._record(DUE_TO_SENT, waited.total_seconds(), {"message_type": message_type})
         for message, status in round_.ended.items():
             self._count_outcome(message.message_type, status, status)
+
+    def heard(self, receipts: Sequence[Heard], started_at: int) -> None:  # noqa: ARG002 - a count has no beginning
+        """Count what the receipts tell."""
+        for heard in receipts:
+            labels = {"message_type": heard.message_type}
+            for metric, event in ((DELIVERED, "delivered"), (READ, "read")):
+                if event in heard.news:
+                    self._add(metric, 1, labels)
+            if "undeliverable" in heard.news:
+                self._add(UNDELIVERABLE, 1, labels | {"code": self._code(heard.receipt.code)})
+            if heard.sent_to_delivered is not None:
+                self._record(SENT_TO_DELIVERED, heard.sent_to_delivered.total_seconds(), labels)
+            if heard.resolves_doubt:
+                self._add(DOUBTS_RESOLVED, 1, labels | {"status": str(heard.status)})
+
+    def _code(self, code: str | None) -> str:
+        """Return the label of a provider's code. A code may be any text of any length, and a label may not."""
+        if code is None:
+            return "none"
+        if _CODE.fullmatch(code) and (code in self._codes or len(self._codes) < MOST_CODES):
+            self._codes.add(code)
+            return code
+        return "other"
 
     def _count_outcome(self, message_type: str, outcome: str, status: str) -> None:
         self._add(OUTCOMES, 1, {"message_type": message_type, "outcome": str(outcome), "status": str(status)})

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 from engagement._logging import logger
 
 if TYPE_CHECKING:
     from engagement._claim import Claim
-    from engagement.messages import OutgoingMessage, Queued, QueuedMany
+    from engagement.messages import OutgoingMessage, Queued, QueuedMany, Receipt
     from engagement.models import MessageStatus
     from engagement.outcomes import Outcome, Verdict
 
@@ -42,6 +43,23 @@ class Round:
     """The messages that ended instead of being claimed: expired, or in doubt of an earlier attempt."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """A receipt that told something new of its message."""
+
+    receipt: Receipt
+    message_id: int
+    message_type: str
+    trace_context: str | None
+    status: MessageStatus
+    """The status of the message now."""
+    news: frozenset[str]
+    """Which of `delivered`, `read` and `undeliverable` the message was not before. `read` is a delivery too."""
+    sent_to_delivered: timedelta | None
+    """None unless this is the first word of a delivery, and the send was settled before."""
+    resolves_doubt: bool
+
+
 class Observer(Protocol):
     """The calls of an observer. The thread that does the work makes them, and waits for each.
 
@@ -60,6 +78,12 @@ class Observer(Protocol):
 
     def committed(self, round_: Round) -> None:
         """Hear of one transaction: its settlements, its claims, and the messages that ended instead."""
+
+    def heard(self, receipts: Sequence[Heard], started_at: int) -> None:
+        """Hear of the receipts that one call recorded, in the host's transaction: that may still fail.
+
+        `started_at` is in nanoseconds since the epoch.
+        """
 
 
 _observers: tuple[Observer, ...] = ()
@@ -122,6 +146,12 @@ def committed(round_: Round) -> None:
     """Tell the observers."""
     for observer in _observers:
         _guarded(observer.committed, round_)
+
+
+def heard(receipts: Sequence[Heard], started_at: int) -> None:
+    """Tell the observers."""
+    for observer in _observers:
+        _guarded(observer.heard, receipts, started_at)
 
 
 def _guarded(told: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
