@@ -127,14 +127,14 @@ def test_a_run_that_gives_up_finishes_what_it_has_in_hand(engine):
         is_sending.set()
         assert may_end.wait(PATIENCE_SECONDS)
 
-    with an_engine(engine.url, connect_args={"options": "-c statement_timeout=200"}) as hasty:
-        run = in_thread(process_message_queue, hasty, send, lease=timedelta(seconds=1), concurrency=2)
+    with an_engine(engine.url, connect_args={"options": "-c statement_timeout=600"}) as hasty:
+        run = in_thread(process_message_queue, hasty, send, lease=timedelta(seconds=2), concurrency=2)
         assert is_sending.wait(PATIENCE_SECONDS)
         execute(engine, SLOW_CLAIM)
         (waiting,) = queue(engine, new_message("waiting"))
         with heard("engagement.database_lost") as is_lost:
             assert is_lost.wait(PATIENCE_SECONDS)
-        for _ in range(6):  # Two seconds: a third of a lease each.
+        for _ in range(6):  # Two leases: a third of one each.
             lease = row(engine, in_hand).lease_expires_at
             until(lambda lease=lease: row(engine, in_hand).lease_expires_at > lease)
         may_end.set()

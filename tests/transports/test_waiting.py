@@ -308,9 +308,10 @@ print(*outcomes)
 
 def test_what_waited_for_a_thread_that_fails_was_not_sent():
     """What had not begun when it failed has not left."""
-    goes_on = threading.Event()
+    is_failing, goes_on = threading.Event(), threading.Event()
 
     def fail(_):
+        is_failing.set()
         goes_on.wait(10)
         raise OSError
 
@@ -320,6 +321,7 @@ def test_what_waited_for_a_thread_that_fails_was_not_sent():
         deliver(one)
         waiter = the_waiter()
         waiter.soon(fail, None)
+        assert is_failing.wait(10)  # Else it may be what stands there below.
         two = client(server.url, answer_within=A_MINUTE)
         thread = threading.Thread(target=lambda: outcomes.append(deliver(two)))
         thread.start()
