@@ -12,7 +12,7 @@ from alembic import context
 from sqlalchemy import TextClause, create_engine, pool, text
 
 from engagement.migrations import VERSION_TABLE, includes_ours, wait_for_turn
-from engagement.models import TABLE_NAME, EngagementBase, checked_schema, qualified_name
+from engagement.models import TABLE_NAMES, EngagementBase, checked_schema, qualified_name
 
 config = context.config
 given = context.get_x_argument(as_dictionary=True)
@@ -76,11 +76,12 @@ def giving_up_soon():
 def enable_row_level_security(migration) -> None:
     """Leave our tables to their owner and to the roles that bypass it: there is no policy for anybody else."""
     is_on = text("SELECT relrowsecurity FROM pg_class WHERE oid = to_regclass(:table)")
-    for name in (TABLE_NAME, VERSION_TABLE):
+    for name in (*TABLE_NAMES, VERSION_TABLE):
         table = qualified_name(schema, name)
         # Even in vain, ALTER TABLE would make everybody wait for every open transaction.
         if migration.as_sql or not migration.connection.scalar(is_on, {"table": table}):
-            context.execute(literally(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY"))
+            # An earlier revision has not all of them.
+            context.execute(literally(f"ALTER TABLE IF EXISTS {table} ENABLE ROW LEVEL SECURITY"))
 
 
 def run_offline() -> None:

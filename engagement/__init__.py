@@ -13,12 +13,21 @@ from engagement.messages import (
     Receipt,
     Recorded,
     StatusCounts,
+    Suppressed,
     idempotency_key,
     weekly_idempotency_key,
 )
-from engagement.models import Destination, EngagementMessage, EngagementMessageMixin, MessageStatus
+from engagement.models import (
+    Destination,
+    EngagementMessage,
+    EngagementMessageMixin,
+    EngagementSuppression,
+    EngagementSuppressionMixin,
+    MessageStatus,
+)
 from engagement.outcomes import InDoubt, NotSent, Outcome, Postpone, Refused, Sent, Withdraw, exponential_backoff
 from engagement.repository import AsyncEngagementMessageRepository, EngagementMessageRepository
+from engagement.suppression import AsyncSuppressionList, SuppressionList
 from engagement.verification import Violation, verify
 from engagement.worker import Worker, process_message_queue
 
@@ -26,11 +35,14 @@ from engagement.worker import Worker, process_message_queue
 # docs/decisions.md#2026-11-29--private-packages-begin-with-an-underscore
 __all__ = [
     "AsyncEngagementMessageRepository",
+    "AsyncSuppressionList",
     "Cancellation",
     "Destination",
     "EngagementMessage",
     "EngagementMessageMixin",
     "EngagementMessageRepository",
+    "EngagementSuppression",
+    "EngagementSuppressionMixin",
     "Forgotten",
     "InDoubt",
     "InvalidMessage",
@@ -49,6 +61,8 @@ __all__ = [
     "Refused",
     "Sent",
     "StatusCounts",
+    "Suppressed",
+    "SuppressionList",
     "Violation",
     "Withdraw",
     "Worker",

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from sqlalchemy import Connection, Engine, text
 
+from engagement._columns import ReadableJson, TextOf
 from engagement._logging import logger
 from engagement._sql import adopting, turns
 from engagement._sql.errors import sqlstate
 from engagement._sql.own_transactions import SAFE_PATH
 from engagement._sql.schemas import find_schema, schema_in_force
-from engagement.models import TABLE_NAME, ReadableJson, TextOf, checked_schema
+from engagement.models import TABLE_NAME, TABLE_NAMES, checked_schema
 
 if TYPE_CHECKING:
     from alembic.autogenerate.api import AutogenContext
@@ -149,7 +150,7 @@ def render_plain_types(type_: str, item: Any, autogen_context: AutogenContext) -
 
 def _is_ours(name: str | None, type_: str, parent_names: Mapping[Any, Any]) -> bool:
     table = name if type_ == "table" else parent_names.get("table_name")
-    return table in {TABLE_NAME, VERSION_TABLE}
+    return table in {*TABLE_NAMES, VERSION_TABLE}
 
 
 def wait_for_turn(connection: Connection, schema: str | None = None) -> None:

@@ -1,14 +1,12 @@
-"""The table: the columns of a message, and the constraints that keep the promises.
+"""The tables: the columns of a message and of a suppressed address, and the constraints that keep the promises.
 
 Every promise that a hand-written UPDATE could break is a named constraint here (`sent_iff_sent_at`). `alembic/` creates
-the same, and a test compares the two. All names start with `engagement`, since the table is a guest in the host's
+the same, and a test compares the two. All names start with `engagement`, since the tables are guests in the host's
 database.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -18,24 +16,24 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     CheckConstraint,
-    Dialect,
     Index,
     Integer,
     MetaData,
     PrimaryKeyConstraint,
     Text,
     UniqueConstraint,
-    cast,
     text,
-    type_coerce,
 )
-from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column
 from sqlalchemy.schema import SchemaItem
 from sqlalchemy.sql.elements import conv
-from sqlalchemy.types import TypeDecorator
+
+from engagement._columns import ReadableJson, TextOf
 
 TABLE_NAME = "engagement_message_queue"
+SUPPRESSION_TABLE_NAME = "engagement_suppression"
+TABLE_NAMES = (TABLE_NAME, SUPPRESSION_TABLE_NAME)
 
 EARLIEST = datetime(1, 1, 2, tzinfo=UTC)
 LATEST = datetime(9999, 12, 30, tzinfo=UTC)
@@ -44,6 +42,10 @@ LATEST = datetime(9999, 12, 30, tzinfo=UTC)
 
 MOST_COUNTED = 1_000_000_000
 """The most that `attempt` and `retry_count` can be: far enough from the largest integer that adding one never fails."""
+
+
+MOST_REASON = 500
+"""Characters of the reason of a suppression."""
 
 
 class MessageStatus(StrEnum):
@@ -76,85 +78,11 @@ class Destination(StrEnum):
     GROUP = "group"
 
 
-class TextOf(TypeDecorator[Any]):
-    """A text column whose values are the members of a `StrEnum`."""
-
-    impl = Text
-    cache_ok = True
-
-    def __init__(self, words: type[StrEnum]) -> None:
-        super().__init__()
-        self.words = words
-        self._members = {word.value: word for word in words}  # Calling the enum takes four times as long.
-
-    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:  # noqa: ARG002
-        """Give the driver a plain `str`: psycopg would dump the enum's name."""
-        return None if value is None else str(self.words(value))
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> Any:  # noqa: ARG002
-        """Return the member."""
-        return None if value is None else self._members[value]
-
-
 def checked_schema(schema: str | None) -> str | None:
     """Return the schema; None is the search path. Raises `ValueError` for an empty one: a variable that was not set."""
     if schema is not None and not (isinstance(schema, str) and schema):
         raise ValueError("schema: must be the name of a schema, or None for the search path")
     return schema
-
-
-class ReadableJson(TypeDecorator[Any]):
-    """A JSONB column that can always be read. A value that Python cannot read is `UNREADABLE`.
-
-    It is read as text: drivers take JSON for UTF-8 in every client encoding, and a number of 5,000 digits, or a list of
-    5,000 levels, written by hand, would break the fetch of every row beside it.
-    See docs/decisions.md#2026-11-29--json-is-selected-as-text.
-    """
-
-    impl = JSONB
-    cache_ok = True
-
-    def column_expression(self, column: Any) -> Any:
-        """Select the text."""
-        return type_coerce(cast(column, Text), self)
-
-    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any]:  # noqa: ARG002
-        """Return the function that reads the text."""
-        return _read_json
-
-    def coerce_compared_value(self, op: Any, value: Any) -> Any:
-        """Index and compare as JSONB does."""
-        return self.impl_instance.coerce_compared_value(op, value)
-
-
-UNREADABLE = "cannot be read by Python"
-_DEEPEST = 500
-"""Levels of a JSON value. Python's JSON writer, and the page, get through as many."""
-
-
-def _read_json(text: Any) -> Any:
-    try:
-        value = json.loads(text) if isinstance(text, str) else text
-        if not _is_deeper(value, _DEEPEST):
-            return value
-    except (ValueError, RecursionError):
-        pass
-    return {UNREADABLE: True} if text[:1] == "{" else [UNREADABLE]
-
-
-def _is_deeper(value: Any, levels: int) -> bool:
-    level = [value]
-    for _ in range(levels):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
-        if not level:
-            return False
-    return True
 
 
 def qualified_name(schema: str | None, table: str = TABLE_NAME) -> str:
@@ -163,8 +91,8 @@ def qualified_name(schema: str | None, table: str = TABLE_NAME) -> str:
     return table if schema is None else '"{}".{}'.format(schema.replace('"', '""'), table)
 
 
-def _check(name: str, sql: str) -> CheckConstraint:
-    return CheckConstraint(sql, name=conv(f"{TABLE_NAME}_{name}"))
+def _check(name: str, sql: str, table: str = TABLE_NAME) -> CheckConstraint:
+    return CheckConstraint(sql, name=conv(f"{table}_{name}"))
 
 
 def _index(name: str, *columns: str, where: str | None = None) -> Index:
@@ -305,8 +233,36 @@ class EngagementMessageMixin:
         )
 
 
+class EngagementSuppressionMixin:
+    """The columns and constraints of an address that is not to be sent to, for hosts with a `Base` of their own.
+
+    Map it as `EngagementMessageMixin`. The address itself is not here, only its hash.
+    """
+
+    __tablename__ = SUPPRESSION_TABLE_NAME
+
+    address_hash: Mapped[str] = mapped_column(Text(collation="C"))
+    """The SHA-256 of the address, in hexadecimal."""
+    reason: Mapped[str | None] = mapped_column(Text)
+    """None once a person of this address was forgotten."""
+    since: Mapped[datetime] = mapped_column(_MOMENT, server_default=text("now()"))
+    until: Mapped[datetime | None] = mapped_column(_MOMENT)
+    """From this moment on it may be sent to again. None is for good."""
+
+    @declared_attr.directive
+    @classmethod
+    def __table_args__(cls) -> tuple[SchemaItem, ...]:
+        """Return new constraints for each class that is mapped."""
+        return (
+            PrimaryKeyConstraint("address_hash", name=conv(f"{SUPPRESSION_TABLE_NAME}_pkey")),
+            _check("address_hash_form", "address_hash ~ '^[0-9a-f]{64}$'", SUPPRESSION_TABLE_NAME),
+            _check("reason_length", f"char_length(reason) <= {MOST_REASON}", SUPPRESSION_TABLE_NAME),
+            _check("times_readable", f"{_between('since')} AND {_between('until')}", SUPPRESSION_TABLE_NAME),
+        )
+
+
 class EngagementBase(DeclarativeBase):
-    """The registry of our own table; a host's Base stays the host's."""
+    """The registry of our own tables; a host's Base stays the host's."""
 
     metadata = MetaData()
 
@@ -317,3 +273,7 @@ class EngagementMessage(EngagementMessageMixin, EngagementBase):
     Read it and query it as any entity. Change it through `EngagementMessageRepository`, whose statements are right
     under concurrency. The table's constraints refuse a plain UPDATE that breaks a promise (`sent` without `sent_at`).
     """
+
+
+class EngagementSuppression(EngagementSuppressionMixin, EngagementBase):
+    """One address that is not to be sent to: a row of `engagement_suppression`. Change it by `SuppressionList`."""

@@ -180,7 +180,7 @@ class EngagementMessageRepository:
         """Cancel the user's pending messages, and blank params, destination, errors and provider ids everywhere.
 
         The user id stays, and so do the keys, which still block (`user123:goodbye:2025-11-21`). A message that is being
-        sent at this moment is blanked too, and not tried again.
+        sent at this moment is blanked too, and not tried again. Of an address on the suppression list the hash stays.
         """
         forgotten = self._host.execute(changing.forget_user(), {"of_user": checked_user_id(user_id)}).scalars().all()
         return Forgotten(cancelled=sum(forgotten), blanked=len(forgotten))

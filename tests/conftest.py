@@ -30,6 +30,7 @@ from xdist.scheduler import WorkStealingScheduling
 from engagement import Destination, EngagementMessageRepository, NewMessage, OutgoingMessage, migrations
 from engagement._operating.temporary_postgres import temporary_postgres
 from engagement.cli import cli
+from engagement.models import TABLE_NAMES
 
 # How long an example takes says more of the machine than of us.
 settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -173,7 +174,7 @@ def _engine(shared_engine: Engine) -> Iterator[Engine]:
     _begin_with_message_1(shared_engine)
     yield shared_engine
     with shared_engine.begin() as connection:
-        connection.execute(text("TRUNCATE engagement_message_queue RESTART IDENTITY"))
+        connection.execute(text(f"TRUNCATE {', '.join(TABLE_NAMES)} RESTART IDENTITY"))
 
 
 @pytest.fixture(name="session")

@@ -16,6 +16,7 @@ from engagement import (
     Recorded,
     Refused,
     Sent,
+    SuppressionList,
     process_message_queue,
 )
 from engagement._claim import START
@@ -29,7 +30,7 @@ from engagement._queueing import batch
 from engagement._sql.own_transactions import for_own_transactions
 from engagement._watching.metrics import QueueReader
 from engagement.messages import delivery_id, reference
-from engagement.policies import FrequencyCap
+from engagement.policies import FrequencyCap, Suppression
 from engagement.verification import verify
 
 LONG_AGO = datetime(2020, 2, 29, 23, 30, 15, 123456, UTC)
@@ -92,6 +93,12 @@ def host_calls(session: Session, schema: str | None = None) -> None:
     read = Receipt(event="read", at=LONG_AGO, provider=TEXT, reference=_reference(page[0]), reason=TEXT)
     assert queue.record_receipts([read, read]) == [Recorded.RECORDED, Recorded.ALREADY_KNOWN]
     assert queue.get_message(page[0].id).read_at == LONG_AGO
+    suppressed, address = SuppressionList(session, schema=schema), new_message("late").destination_jid
+    for until in (LATER, None, LATER):
+        suppressed.suppress(address, TEXT, until=until)
+    entry = suppressed.find(address)
+    assert (entry.reason, entry.until, suppressed.unsuppress(address)) == (TEXT, None, True)
+    assert suppressed.find(address) is None
     assert _settings(session) == before
 
 
@@ -127,7 +134,11 @@ def worker_calls(engine: Engine, host: Engine, schema: str | None = None, *, hos
     capped = FrequencyCap(send, engine, lambda _: UTC, limit=1, per="day", resume_at=time(9), schema=schema)
     told = []
     result = process_message_queue(
-        engine, capped, schema=schema, concurrency=3, on_settled=lambda *given: told.append(given[1:])
+        engine,
+        Suppression(capped, engine, schema=schema),
+        schema=schema,
+        concurrency=3,
+        on_settled=lambda *given: told.append(given[1:]),
     )
 
     statuses = _statuses(host, host_schema or schema, ids)

@@ -6,9 +6,9 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Column, Engine, Integer, MetaData, Table, text
 
 from engagement import migrations
-from engagement.models import EngagementBase
+from engagement.models import TABLE_NAMES, EngagementBase
 
-OURS = {"engagement_message_queue", "engagement_alembic_version"}
+OURS = {*TABLE_NAMES, migrations.VERSION_TABLE}
 
 
 @pytest.fixture(name="hosts_metadata")

@@ -20,6 +20,7 @@ from engagement import (
     Recorded,
     Refused,
     Sent,
+    SuppressionList,
     migrations,
     process_message_queue,
 )
@@ -28,7 +29,7 @@ from engagement._operating.overview import activity, overview
 from engagement._sql.errors import sqlstate
 from engagement._watching.metrics import QueueReader
 from engagement.messages import delivery_id, reference
-from engagement.policies import FrequencyCap
+from engagement.policies import FrequencyCap, Suppression
 from engagement.verification import verify
 
 pytestmark = pytest.mark.direct("roles are made and taken on the server")
@@ -36,6 +37,8 @@ pytestmark = pytest.mark.direct("roles are made and taken on the server")
 DOCUMENT = Path(__file__).parent.parent / "docs" / "roles.md"
 ROLES = ["owner", "host", "caller", "worker", "pruner", "receiver", "watcher"]
 QUEUE = "app.engagement_message_queue"
+SUPPRESSION = "app.engagement_suppression"
+ADDRESS = "5511999990001@s.whatsapp.net"
 DENIED = "42501"
 
 
@@ -132,7 +135,7 @@ def _stocked(server):
     }
     server.as_admin(*(f"UPDATE {QUEUE} SET {values} WHERE user_id = '{user}'" for user, values in state.items()))
     yield server
-    server.as_admin(f"TRUNCATE {QUEUE}")
+    server.as_admin(f"TRUNCATE {QUEUE}, {SUPPRESSION}")
 
 
 # What each does ------------------------------------------------------------------------------------------------------
@@ -170,19 +173,24 @@ def call(engine):
         [doubted] = list_messages(session, user_id="doubted")
         assert queue.retry_message(failed.id)
         assert queue.resolve_message(doubted.id, sent=True)
+        suppressed = SuppressionList(session)
+        suppressed.suppress(ADDRESS, "answered STOP")
+        assert suppressed.find(ADDRESS).reason == "answered STOP"
+        assert suppressed.unsuppress(ADDRESS)
         assert queue.forget_user("pending").blanked == 1
         queue.prune_messages(timedelta(0))
 
 
 def work(engine):
-    """Deliver with each outcome, under a cap; recover what was lost."""
+    """Deliver with each outcome, under a cap and past the suppression list; recover what was lost."""
     outcomes = {"not_sent": NotSent("x"), "refused": Refused("x"), "in_doubt": InDoubt("x")}
 
     def send(message):
         return outcomes.get(message.user_id) or Sent("id")
 
     capped = FrequencyCap(send, engine, lambda _: UTC, limit=3, per="day")
-    assert process_message_queue(engine, capped).succeeded == 1
+    if process_message_queue(engine, Suppression(capped, engine)).succeeded != 1:
+        raise PermissionError  # The policy was denied the list, and so nothing is sent.
 
 
 def prune(engine):
@@ -203,6 +211,7 @@ def receive(engine):
                 provider="cloud",
                 reference=reference(message_id, delivery_id(key)),
                 reason="x",
+                unreachable=key.startswith("failed"),
             )
             for message_id, key in keys
             if key.startswith(tuple(events))
@@ -262,6 +271,7 @@ def test_nobody_gets_further(stocked, role):
         f"CREATE TRIGGER mine BEFORE UPDATE ON {QUEUE} EXECUTE FUNCTION suppress_redundant_updates_trigger()",
         f"DELETE FROM {QUEUE}",
         f"TRUNCATE {QUEUE}",
+        f"TRUNCATE {SUPPRESSION}",
         "SELECT setval('app.engagement_message_queue_id_seq', 1)",
     ]
     if role != "caller":
@@ -280,17 +290,18 @@ def test_nobody_gets_further(stocked, role):
 @pytest.mark.parametrize("role", ROLES)
 def test_with_row_level_security_a_policy_is_all_that_is_added(stocked, role):
     """The documented one; without it nothing is found, and nothing can be queued."""
-    [policy] = re.findall(r"`(CREATE POLICY[^`]*)`", DOCUMENT.read_text())
+    policies = re.findall(r"`(CREATE POLICY[^`]*)`", DOCUMENT.read_text())
     for each, name in stocked.names.items():
-        policy = re.sub(rf"(?<=[ ,]){each}(?=[ ,])", name, policy)
-    stocked.as_admin(f"ALTER TABLE {QUEUE} ENABLE ROW LEVEL SECURITY")
+        policies = [re.sub(rf"(?<=[ ,]){each}(?=[ ,])", name, policy) for policy in policies]
+    stocked.as_admin(*(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY" for table in (QUEUE, SUPPRESSION)))
     try:
         if role != "owner":
             with Session(stocked.engine_of(role)) as session:
                 assert session.connection().exec_driver_sql(f"SELECT count(id) FROM {QUEUE}").scalar() == 0
-        stocked.as_admin(policy)
+        stocked.as_admin(*policies)
         WORK[role](stocked.engine_of(role))
     finally:
-        stocked.as_admin(
-            f"DROP POLICY IF EXISTS engagement_ours ON {QUEUE}", f"ALTER TABLE {QUEUE} DISABLE ROW LEVEL SECURITY"
-        )
+        for table in (QUEUE, SUPPRESSION):
+            stocked.as_admin(
+                f"DROP POLICY IF EXISTS engagement_ours ON {table}", f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY"
+            )

@@ -10,7 +10,7 @@ from pytest_postgresql.janitor import DatabaseJanitor
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.orm import Session
 
-from engagement import EngagementMessageRepository
+from engagement import EngagementMessageRepository, SuppressionList
 from engagement._delivery import database as claims
 from engagement.models import MessageStatus
 from engagement.outcomes import Verdict
@@ -109,7 +109,17 @@ def _reads(plan: dict):
         pytest.param(repeat("reschedule_message", 1, NOON), {"pkey"}, id="reschedule"),
         pytest.param(repeat("retry_message", 1), {"pkey"}, id="retry"),
         pytest.param(repeat("resolve_message", 1, sent=False), {"pkey"}, id="resolve"),
-        pytest.param(repeat("forget_user", "user7"), {"user", "pkey"}, id="forget"),
+        pytest.param(repeat("forget_user", "user7"), {"user", "pkey", "engagement_suppression_pkey"}, id="forget"),
+        pytest.param(
+            lambda session: SuppressionList(session).unsuppress("5511999990001@s.whatsapp.net"),
+            {"engagement_suppression_pkey"},
+            id="unsuppress",
+        ),
+        pytest.param(
+            lambda session: SuppressionList(session).find("5511999990001@s.whatsapp.net"),
+            {"engagement_suppression_pkey"},
+            id="find in the suppression list",
+        ),
         pytest.param(repeat("prune_messages", timedelta(days=30)), {"prunable", "pkey"}, id="prune"),
         pytest.param(repeat("count_by_status"), {"user", "due"}, id="count"),
     ],

@@ -56,7 +56,7 @@ def _database_step(state: State, now: float) -> Step | None:
     """Return the work for the database, or the question to the transport that comes before it."""
     hand = state.hand
     is_to_give_back = bool(state.names.unacknowledged) and now >= state.give_back_at
-    # Rather a claim, which adopts and sends what would be given back, though nothing else is due.
+    # Rather a claim, which adopts and sends those claims, though nothing else is due.
     is_to_look = now >= state.look_at or is_to_give_back
     wanted = 0
     if hand.verdicts or is_to_look:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any
@@ -11,14 +11,14 @@ from uuid import UUID
 
 from engagement._logging import logger
 from engagement._receiving.weighing import Told, fate, past_attempts, weigh
-from engagement._sql import receiving
+from engagement._sql import receiving, suppressing
 from engagement._sql.host_sessions import HostSession
 from engagement._sql.parameters import moment_text
 from engagement._watching import observers
 from engagement._watching.observers import Heard
-from engagement.messages import InvalidMessage, Receipt, Recorded, delivery_id, whatsapp_message_id
+from engagement.messages import InvalidMessage, Receipt, Recorded, address_hash, delivery_id, whatsapp_message_id
 from engagement.messages.receipts import message_id_in, read_reference
-from engagement.models import MessageStatus
+from engagement.models import MOST_REASON, MessageStatus
 from engagement.outcomes import clean_reason
 
 AT_ONCE = 1_000
@@ -48,9 +48,22 @@ def record(host: HostSession, receipts: Iterable[Receipt]) -> list[Recorded]:
         answers.append(answer)
     for some in _each_row_once(changes):
         host.execute(receiving.record(), receiving.CHANGES.parameter(_change(host, *each) for each in some))
+    unreachable = [(found.locked[row.id].destination_jid, receipt) for row, receipt in changes if receipt.unreachable]
+    _suppress(host, {address: receipt for address, receipt in unreachable if address is not None})
     if heard:
         observers.heard(heard, started_at)
     return answers
+
+
+def _suppress(host: HostSession, unreachable: Mapping[str, Receipt]) -> None:
+    """Put addresses onto the suppression list, for good."""
+    if unreachable:
+        given: list[suppressing.Suppression] = [
+            {"address_hash": address_hash(address), "reason": _reason(host, receipt)[:MOST_REASON], "until": None}
+            for address, receipt in unreachable.items()
+        ]
+        host.execute(suppressing.suppress(), suppressing.SUPPRESSIONS.parameter(given))
+        logger.info("engagement.suppressed addresses=%s", len(given))
 
 
 def _checked(receipt: object) -> Receipt:
@@ -134,6 +147,11 @@ def _each_row_once(changes: list[tuple[Told, Receipt]]) -> Iterator[list[tuple[T
         while piece := list(islice(whole, AT_ONCE)):
             yield piece
         changes = later
+
+
+def _reason(host: HostSession, receipt: Receipt) -> str:
+    reason = clean_reason(": ".join(filter(None, (receipt.code, receipt.reason))))
+    return host.storable(reason or receipt.provider)
 
 
 def _change(host: HostSession, row: Told, receipt: Receipt) -> receiving.Change:

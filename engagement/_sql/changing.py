@@ -24,6 +24,7 @@ from sqlalchemy import (
 
 from engagement._sql.history import doubted_at, entry, history_with
 from engagement._sql.parameters import limit, text_of
+from engagement._sql.suppressing import forget_reasons_of_user
 from engagement._sql.table import (
     CANCELLED,
     EXPIRED,
@@ -152,7 +153,10 @@ def _blanked(event: str) -> dict[str, ColumnElement[Any]]:
 
 @cache
 def forget_user() -> Executable:
-    """Cancel a user's pending messages, blank all of them, and return for each whether it was cancelled now."""
+    """Cancel a user's pending messages, blank all of them, and return for each whether it was cancelled now.
+
+    So are the reasons in the suppression list, by the addresses that the messages have until then.
+    """
     locked = _locked(C.user_id == bindparam("of_user"), C.destination_jid.is_not(None))
     was_pending = locked.c.status == PENDING
     return (
@@ -167,6 +171,7 @@ def forget_user() -> Executable:
             **_blanked("forgotten"),
         )
         .returning(and_(was_pending, ~locked.c.has_doubt))
+        .add_cte(forget_reasons_of_user().cte("reasons"))
     )
 
 

@@ -57,16 +57,14 @@ def settings() -> Executable:
 
 @cache
 def lock_told() -> Executable:
-    """Lock the messages with one of the `ids`, or of the `provider_ids`.
-
-    Return the columns of `Told`, and those that observers are told.
-    """
+    """Lock the messages with one of the `ids`, or of the `provider_ids`, and return them."""
     ids = C.id == any_(bindparam("ids", type_=ARRAY(BigInteger)))
     provider_ids = C.provider_message_id == any_(bindparam("provider_ids", type_=ARRAY(Text)))
     moments = C.delivered_at, C.read_at, C.undeliverable_at
-    observed = C.message_type, C.sent_at, C.has_doubt, C.trace_context
+    # For observers, and for the suppression list.
+    more = C.message_type, C.sent_at, C.has_doubt, C.trace_context, C.destination_jid
     return (
-        select(C.id, C.status, C.attempt, *moments, C.provider_message_id, C.idempotency_key, C.history, *observed)
+        select(C.id, C.status, C.attempt, *moments, C.provider_message_id, C.idempotency_key, C.history, *more)
         # In one order everywhere, or two statements over the same rows would deadlock.
         .where(or_(ids, and_(C.provider_message_id.is_not(None), provider_ids)))
         .order_by(C.id)

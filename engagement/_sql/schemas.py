@@ -1,4 +1,4 @@
-"""Finds the table: in the schema that is named, or on the search path."""
+"""Finds our tables: in the schema that is named, or on the search path."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, text
 
-from engagement.models import TABLE_NAME, checked_schema
+from engagement.models import TABLE_NAME, TABLE_NAMES, checked_schema
 
 OUR_SCHEMA = "engagement_schema"
 """The execution option that says where our own transactions have found the table; None if they have not yet."""
@@ -20,7 +20,7 @@ JOIN pg_catalog.pg_class ON pg_namespace.oid OPERATOR(pg_catalog.=) relnamespace
 WHERE pg_class.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass(CAST(:table AS pg_catalog.text))
 """)
 # FOR UPDATE OF takes no schema.
-_TABLE = re.compile(rf"(?<![.\w])(?<!OF ){TABLE_NAME}\b")
+_TABLE = re.compile(rf"(?<![.\w])(?<!OF )(?:{'|'.join(TABLE_NAMES)})\b")
 
 
 def in_schema(schema: str | None) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def find_schema(connection: Connection, table: str = TABLE_NAME) -> str | None:
 
 
 def with_schema(statement: str, schema: str, connection: Connection) -> str:
-    """Return the text of a statement that names the table with its schema."""
+    """Return the text of a statement that names our tables with their schema."""
     return _with_schema(statement, connection.dialect.identifier_preparer.quote_schema(schema))
 
 

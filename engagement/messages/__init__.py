@@ -4,9 +4,16 @@ All input is checked when a value is made, so that nothing bad ever reaches the 
 """
 
 from engagement.messages.checks import InvalidMessage
-from engagement.messages.keys import DELIVERY_NAMESPACE, delivery_id, idempotency_key, key_hash, weekly_idempotency_key
+from engagement.messages.keys import (
+    DELIVERY_NAMESPACE,
+    address_hash,
+    delivery_id,
+    idempotency_key,
+    key_hash,
+    weekly_idempotency_key,
+)
 from engagement.messages.receipts import Receipt, reference, whatsapp_message_id
-from engagement.messages.results import Cancellation, Forgotten, Queued, QueuedMany, Recorded, StatusCounts
+from engagement.messages.results import Cancellation, Forgotten, Queued, QueuedMany, Recorded, StatusCounts, Suppressed
 from engagement.messages.values import NewMessage, OutgoingMessage
 
 __all__ = [
@@ -21,6 +28,8 @@ __all__ = [
     "Receipt",
     "Recorded",
     "StatusCounts",
+    "Suppressed",
+    "address_hash",
     "delivery_id",
     "idempotency_key",
     "key_hash",

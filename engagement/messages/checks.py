@@ -170,6 +170,14 @@ def checked_jid(value: object, destination: Destination) -> str:
     return jid
 
 
+def checked_address(value: object) -> str:
+    """Return `value` if it is a JID of a person or a group, or raise `InvalidMessage`."""
+    address = checked_text("address", value)
+    if not any(form.fullmatch(address) for form in JID_FORMS.values()):
+        raise InvalidMessage("address", f"{_JID_PROBLEMS[Destination.INDIVIDUAL]}, or <number>@g.us for a group")
+    return address
+
+
 def check_times(scheduled_for: datetime | None, expires_at: datetime | None) -> None:
     """Raise `InvalidMessage` unless both moments can be held, and the message expires after it is due."""
     if scheduled_for is not None:

@@ -85,3 +85,8 @@ def _day_of(when: datetime | None, zone: tzinfo) -> date:
 def _iso_week(day: date) -> str:
     year, week, _ = day.isocalendar()
     return f"{year:04}-W{week:02}"
+
+
+def address_hash(address: str) -> str:
+    """Return the name of an address in the suppression list: its SHA-256, in hexadecimal."""
+    return hashlib.sha256(address.encode()).hexdigest()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal, get_args
 
-from engagement.messages.checks import InvalidMessage, checked_moment, checked_text
+from engagement.messages.checks import InvalidMessage, checked_flag, checked_moment, checked_text
 
 ReceiptEvent = Literal["accepted", "delivered", "read", "undeliverable"]
 RECEIPT_EVENTS: frozenset[str] = frozenset(get_args(ReceiptEvent))
@@ -29,7 +29,8 @@ class Receipt:
     `undeliverable` (it will never arrive). `at` is when that happened, by the provider's clock. The message is named by
     the `reference` that the transport gave the provider (`OutgoingMessage.reference`), by the provider's own
     `provider_message_id`, or by both. `reason` is why it is undeliverable, `code` the provider's own for that
-    (`131026`). Raises `InvalidMessage`, which names the field.
+    (`131026`). `unreachable` says that no other message should be sent to the address either: it comes onto the
+    suppression list. Raises `InvalidMessage`, which names the field.
     """
 
     event: ReceiptEvent
@@ -40,6 +41,7 @@ class Receipt:
     provider_message_id: str | None = None
     reason: str | None = None
     code: str | None = None
+    unreachable: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.event, str) or self.event not in RECEIPT_EVENTS:
@@ -53,6 +55,8 @@ class Receipt:
         for name in ("reason", "code"):
             if not isinstance(getattr(self, name), str | None):
                 raise InvalidMessage(name, f"must be text, not {type(getattr(self, name)).__name__}")
+        if checked_flag("unreachable", self.unreachable) and self.event != "undeliverable":
+            raise InvalidMessage("unreachable", "is for undeliverable only")
         if self.provider_message_id is not None:
             checked_text("provider_message_id", self.provider_message_id, max_characters=MOST_ID)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Literal
 
@@ -98,3 +98,15 @@ class Recorded(StrEnum):
     """No message has this reference, or this provider's id."""
     CONTRADICTS = "contradicts"
     """It is `undeliverable` of a message that was delivered, or was never claimed: nothing is changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suppressed:
+    """Why, and since when, nothing is sent to an address. `until` is None for good.
+
+    `reason` is None once a person of this address was forgotten.
+    """
+
+    reason: str | None
+    since: datetime
+    until: datetime | None

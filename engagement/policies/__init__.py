@@ -9,5 +9,6 @@ from engagement.policies.gates import Gate
 from engagement.policies.local_time import TimeZoneOf
 from engagement.policies.people import Consent, Route
 from engagement.policies.quiet_hours import QuietHours
+from engagement.policies.suppression import Suppression
 
-__all__ = ["Consent", "FrequencyCap", "Gate", "QuietHours", "Route", "TimeZoneOf"]
+__all__ = ["Consent", "FrequencyCap", "Gate", "QuietHours", "Route", "Suppression", "TimeZoneOf"]

@@ -158,6 +158,7 @@ def _receipt(status: Any) -> Receipt | None:
         provider_message_id=status.get("id"),
         reason=reason,
         code=code,
+        unreachable=is_unreachable_for_good(code),
     )
 
 

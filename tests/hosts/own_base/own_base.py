@@ -3,7 +3,7 @@
 from sqlalchemy import BigInteger, ForeignKey, MetaData, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from engagement import EngagementMessageMixin
+from engagement import EngagementMessageMixin, EngagementSuppressionMixin
 
 
 class Base(DeclarativeBase):
@@ -27,6 +27,10 @@ class Customer(Base):
 
 class Message(EngagementMessageMixin, Base):
     replies: Mapped[list["Reply"]] = relationship(back_populates="message")
+
+
+class Suppression(EngagementSuppressionMixin, Base):
+    pass
 
 
 class Reply(Base):
