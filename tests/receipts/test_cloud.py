@@ -116,6 +116,7 @@ def test_every_code_of_a_failed_status_is_an_end(code):
     (receipt,) = receipts_of(status(status="failed", errors=[{"code": code, "title": "Some title"}]))
 
     assert (receipt.event, receipt.code, receipt.reason) == ("undeliverable", str(code), f"{code}, Some title")
+    assert receipt.unreachable is is_unreachable_for_good(code)
 
 
 @pytest.mark.parametrize(
