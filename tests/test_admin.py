@@ -188,6 +188,7 @@ def test_the_list_is_filtered(admin, engine):
     ("asked", "problem"),
     [
         ("status=lost", "Status must be one of the list."),
+        ("receipt=lost", "Receipt must be one of the list."),
         ("since=yesterday", "Scheduled from is no date."),
         ("since=0001-01-01", "Scheduled from is out of range"),
         ("user=%00", "User id holds a control character"),

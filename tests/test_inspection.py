@@ -108,6 +108,8 @@ def test_what_cannot_be_asked_is_refused_before_the_database_is(session, filters
         ({"status": ["in_doubt"]}, "attention"),
         ({"status": ["failed", "in_doubt"]}, "attention"),
         ({"user_id": "user1"}, "user"),
+        ({"undeliverable": True}, "attention"),
+        ({"undeliverable": True, "status": ["failed"]}, "attention"),
     ],
 )
 def test_what_needs_a_look_is_found_by_an_index(engine, filters, index):
@@ -123,6 +125,7 @@ def test_what_needs_a_look_is_found_by_an_index(engine, filters, index):
     for status, message_id in zip(("sending", "failed", "in_doubt"), ids_of_each[1:], strict=True):
         lease = "now()" if status == "sending" else "NULL"
         update(engine, f"status = '{status}', attempt = 1, lease_expires_at = {lease}", f"id = {message_id}")
+    update(engine, "undeliverable_at = now()", "status = 'failed'")
     execute(engine, "ANALYZE engagement_message_queue")
 
     assert {f"engagement_message_queue_{index}"} == indexes_read(engine, list_messages, **filters)

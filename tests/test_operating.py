@@ -152,7 +152,7 @@ def test_the_documented_commands_run(run, engine):
         ran = run(*shlex.split(line), on=engine)
         assert (line, ran.status, ran.err) == (line, 0, "")
 
-    assert len(typed) == 15
+    assert len(typed) == 18
     assert [row(engine, message_id).destination_jid for message_id in range(1, 6)] == [None] * 5
     assert [row(engine, message_id).status for message_id in range(1, 9)] == [
         *("cancelled", "sent", "cancelled", "cancelled", "cancelled", "pending", "sent", "sent")

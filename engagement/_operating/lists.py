@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, and_, func, select
 
+from engagement._receiving.weighing import UNDELIVERABLE
 from engagement._sql.host_sessions import HostSession, in_session
-from engagement._sql.table import QUEUE, C, is_older, is_prunable, word
+from engagement._sql.table import QUEUE, SENT, C, is_older, is_prunable, word
 from engagement.messages.checks import checked_id, checked_moment, checked_text, checked_user_id
 from engagement.models import EngagementMessage, MessageStatus
 
@@ -30,6 +31,12 @@ class Filters(TypedDict, total=False):
     scheduled_until: datetime
     blanked: bool
     """Whether the personal data was forgotten or pruned."""
+    delivered: bool
+    """Whether a provider has said that it was delivered. False: it is `sent`, and none has."""
+    read: bool
+    """Likewise that the person has read it."""
+    undeliverable: Literal[True]
+    """A provider has given it up, and it was not tried again since."""
 
 
 def list_messages(
@@ -43,9 +50,10 @@ def list_messages(
 ) -> list[EngagementMessage]:
     """Return up to `limit` messages, the newest first: the newest of all, or the next ones `before` or `after` an id.
 
-    The next page begins `before` the last id of this one; a page that is not full is the last. A user's messages and
-    those of the statuses pending, sending, failed and in_doubt are found by an index. Otherwise the table is read from
-    its newest message on until the page is full: all of it, up to a second for a million, if hardly any message fits.
+    The next page begins `before` the last id of this one; a page that is not full is the last. A user's messages, those
+    of the statuses pending, sending, failed and in_doubt, and undeliverable ones are found by an index. Otherwise the
+    table is read from its newest message on until the page is full: all of it, up to a second for a million, if hardly
+    any message fits (`read`, where no provider tells of that).
     """
     if not 1 <= limit <= LONGEST_PAGE:
         raise ValueError(f"limit: must be from 1 to {LONGEST_PAGE}")
@@ -95,8 +103,18 @@ def _conditions(filters: Filters) -> Iterator[ColumnElement[bool]]:
         yield C.message_type == checked_text("message_type", message_type)
     if (blanked := filters.get("blanked")) is not None:
         yield C.destination_jid.is_(None) if blanked else C.destination_jid.is_not(None)
+    yield from _by_receipts(filters)
     for name, moment in (("created", C.created_at), ("scheduled", C.scheduled_for)):
         if (since := filters.get(f"{name}_since")) is not None:
             yield moment >= checked_moment(f"{name}_since", since)
         if (until := filters.get(f"{name}_until")) is not None:
             yield moment < checked_moment(f"{name}_until", until)
+
+
+def _by_receipts(filters: Filters) -> Iterator[ColumnElement[bool]]:
+    for told, at in ((filters.get("delivered"), C.delivered_at), (filters.get("read"), C.read_at)):
+        if told is not None:
+            yield at.is_not(None) if told else and_(C.status == SENT, at.is_(None))
+    if filters.get("undeliverable"):
+        # The statuses as literals: by them the few are found.
+        yield and_(C.status.in_([word(status) for status in UNDELIVERABLE]), C.undeliverable_at.is_not(None))

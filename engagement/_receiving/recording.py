@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from engagement._logging import logger
-from engagement._receiving.weighing import Told, fate, past_attempts, weigh
+from engagement._receiving.weighing import Told, latest_receipt, past_attempts, weigh
 from engagement._sql import receiving, suppressing
 from engagement._sql.host_sessions import HostSession
 from engagement._sql.parameters import moment_text
@@ -174,7 +174,7 @@ def _heard(found: Any, before: Told, after: Told, receipt: Receipt) -> Heard:
     was_known = {"delivered": before.delivered_at, "read": before.read_at}
     is_known = {"delivered": after.delivered_at, "read": after.read_at}
     news = {event for event, at in is_known.items() if at is not None and was_known[event] is None}
-    if fate(after) == "undeliverable" != fate(before):
+    if latest_receipt(after) == "undeliverable" != latest_receipt(before):
         news.add("undeliverable")
     is_timed = receipt.event == "delivered" and "delivered" in news and found.sent_at is not None
     return Heard(

@@ -13,7 +13,7 @@ from engagement.models import EngagementMessage, MessageStatus
 INEXACT = timedelta(seconds=5)
 """Between a provider's clock, which may show whole seconds only, and the database's."""
 UNDELIVERABLE = (MessageStatus.FAILED, MessageStatus.IN_DOUBT)
-"""The statuses in which `undeliverable_at` still holds. In any other, the message was tried again since."""
+"""The statuses in which `undeliverable_at` holds. In any other, the message was tried again since."""
 _ENDED_UNSENT = frozenset({MessageStatus.CANCELLED, MessageStatus.EXPIRED})
 _NOT_SETTLED = frozenset({MessageStatus.PENDING, MessageStatus.SENDING})
 
@@ -35,8 +35,11 @@ class Told:
     """Whether an earlier attempt may have left."""
 
 
-def fate(row: Told | EngagementMessage) -> Literal["delivered", "read", "undeliverable"] | None:
-    """Return the latest fate of a message that its provider told; None if it told none, or of an earlier try only."""
+def latest_receipt(row: Told | EngagementMessage) -> Literal["delivered", "read", "undeliverable"] | None:
+    """Return the word of the latest receipt that holds of a message; None if there is none.
+
+    `accepted` says no more than `sent`. `undeliverable` holds until the message is tried again.
+    """
     if row.delivered_at is not None:
         return "delivered" if row.read_at is None else "read"
     return "undeliverable" if row.undeliverable_at is not None and row.status in UNDELIVERABLE else None

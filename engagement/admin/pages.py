@@ -22,6 +22,7 @@ from engagement._operating.lists import Filters, list_messages
 from engagement._operating.masking import HIDDEN, mask_address, masked
 from engagement._operating.overview import activity, overview
 from engagement._operating.timeline import timeline
+from engagement._receiving.weighing import latest_receipt
 from engagement.admin.actions import ACTIONS, Action, act, actions_for
 from engagement.admin.chart import chart_of
 from engagement.admin.shown import Page, path_for
@@ -127,6 +128,8 @@ class MessagesPage(Page):
             "messages.html",
             messages=page,
             mask=mask_address,
+            receipts=RECEIPTS,
+            receipt_of=latest_receipt,
             pseudonym=self.shown.pseudonym,
             problem=problem,
             newer=_page_link(request, after=page[0].id) if page and (there_is_more if goes_up else before) else None,
@@ -170,6 +173,7 @@ class MessagesPage(Page):
             message=message,
             timeline=moments,
             facts=facts,
+            receipt=latest_receipt(message),
             actions=actions_for(message) if await self.shown.may_act(request) else [],
         )
 
@@ -245,11 +249,22 @@ _FILTERS = {
     "status": "Status",
     "user_id": "User id",
     "message_type": "Type",
+    "receipt": "Receipt",
     "scheduled_since": "Scheduled from",
     "scheduled_until": "Scheduled until",
     "message_id": "The message's number",
 }
 """The page's names for the fields of a filter."""
+
+
+RECEIPTS: dict[str, Filters] = {
+    "delivered": {"delivered": True},
+    "not delivered": {"delivered": False},
+    "read": {"read": True},
+    "not read": {"read": False},
+    "undeliverable": {"undeliverable": True},
+}
+"""The choices of the filter by receipts."""
 
 
 def _filters(asked: Mapping[str, str], tz: tzinfo) -> Filters:
@@ -258,6 +273,10 @@ def _filters(asked: Mapping[str, str], tz: tzinfo) -> Filters:
         if status not in set(MessageStatus):
             raise InvalidMessage("status", "must be one of the list")
         filters["status"] = [status]
+    if receipt := asked.get("receipt"):
+        if receipt not in RECEIPTS:
+            raise InvalidMessage("receipt", "must be one of the list")
+        filters |= RECEIPTS[receipt]
     if user_id := asked.get("user", "").strip():
         filters["user_id"] = user_id
     if message_type := asked.get("type", "").strip():

@@ -23,10 +23,11 @@ _MOMENTS = {
     "scheduled_since": "Wanted at this time or later",
     "scheduled_until": "Wanted before this time",
 }
+_RECEIPTS = ("delivered", "read", "undeliverable")
 
 
-def filtered(*statuses: MessageStatus) -> Callable[[F], Callable[..., Any]]:
-    """Give a command the options that choose messages, as its argument `filters`.
+def filtered(*statuses: MessageStatus, by_receipt: bool = False) -> Callable[[F], Callable[..., Any]]:
+    """Give a command the options that choose messages, as its argument `filters`; those of receipts if `by_receipt`.
 
     Without `--status`, messages with any of `statuses` are chosen. With a single one there is no option `--status`.
     """
@@ -34,13 +35,13 @@ def filtered(*statuses: MessageStatus) -> Callable[[F], Callable[..., Any]]:
     def decorate(command: F) -> Callable[..., Any]:
         @wraps(command)
         def run(*, status: tuple[str, ...] = (), **options: Any) -> Any:
-            names = ("user_id", "message_type", *_MOMENTS)
+            names = ("user_id", "message_type", *_MOMENTS, *(_RECEIPTS if by_receipt else ()))
             given = {name: value for name in names if (value := options.pop(name)) is not None}
             if status:
                 given["status"] = status
             return command(filters=cast("Filters", given), **options)
 
-        for option in reversed(_options(statuses)):
+        for option in reversed([*_options(statuses), *(_receipt_options() if by_receipt else ())]):
             run = option(run)
         return run
 
@@ -58,6 +59,21 @@ def _options(statuses: tuple[MessageStatus, ...]) -> list[Callable[[Any], Any]]:
             click.option(f"--{name.replace('_', '-')}", type=moment_ago, metavar="TIME", help=f"{words}.")
             for name, words in _MOMENTS.items()
         ),
+    ]
+
+
+def _receipt_options() -> list[Callable[[Any], Any]]:
+    return [
+        click.option(
+            f"--{word}/--not-{word}",
+            default=None,
+            help=f"A provider has said that it was {word}, or it is sent and none has said so.",
+        )
+        for word in ("delivered", "read")
+    ] + [
+        click.option(
+            "--undeliverable", is_flag=True, flag_value=True, default=None, help="Its provider has given it up."
+        )
     ]
 
 

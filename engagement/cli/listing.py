@@ -10,6 +10,7 @@ import click
 from engagement._operating.lists import LONGEST_PAGE, Filters, list_messages
 from engagement._operating.masking import HIDDEN, mask_address, masked, pseudonym
 from engagement._operating.timeline import timeline
+from engagement._receiving.weighing import latest_receipt
 from engagement.cli.choosing import filtered, find_message
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
@@ -32,17 +33,21 @@ GREATEST_ID = 2**63 - 1
 COLUMNS = (
     *("id", "status", "message_type", "user", "destination", "destination_jid", "created_at", "scheduled_for"),
     *("next_attempt_at", "sent_at", "attempt", "retry_count", "error_message"),
+    *("delivered_at", "read_at", "undeliverable_at"),
 )
 FOR_PEOPLE = {
     "id": for_person,
     "status": for_person,
+    "receipt": for_person,
     "message_type": for_person,
     "user": for_person,
     "due": how_far,
     "attempt": for_person,
     "error": for_person,
 }
-"""`due` is the time when a message is due, or last was if it is no longer pending."""
+"""`due` is the time when a message is due, or last was if it is no longer pending.
+
+`receipt` is left out where no message has one."""
 
 
 @command(
@@ -50,11 +55,13 @@ FOR_PEOPLE = {
     epilog=examples(
         "engagement list --status failed --status in_doubt",
         "engagement list --user user123 --created-since 7d",
+        "engagement list --undeliverable",
+        "engagement list --not-delivered --type goodbye --scheduled-since 7d",
         "engagement list --type weekly_review --scheduled-since 2026-11-24T00:00Z",
         "engagement list --status failed --limit 10000 --json",
     ),
 )
-@filtered(*MessageStatus)
+@filtered(*MessageStatus, by_receipt=True)
 @click.option(
     "--before", type=click.IntRange(1, GREATEST_ID), metavar="ID", help="The next older ones after this message."
 )
@@ -78,7 +85,9 @@ def list_(
     """List messages, the newest first, a page at a time.
 
     A TIME is a moment such as 2026-11-24T09:00Z, or 2h for two hours ago. Users are shown by a
-    pseudonym, the same for each message of a user, unless --reveal.
+    pseudonym, the same for each message of a user, unless --reveal. Messages of a user, and pending,
+    sending, failed, doubtful and --undeliverable ones, are found by an index. Others are looked for from
+    the newest on.
     """
     with database.session() as session:
         page = list_messages(session, before=before, after=after, limit=limit, schema=database.schema, **filters)
@@ -87,9 +96,10 @@ def list_(
         click.echo(json_of({"messages": facts}))
         return
     if sys.stdout.isatty():
+        has_receipts = any(each["receipt"] for each in facts)
         show_table(
             [each | {"due": each["next_attempt_at"], "error": each["error_message"]} for each in facts],
-            FOR_PEOPLE,
+            {name: words for name, words in FOR_PEOPLE.items() if has_receipts or name != "receipt"},
             shortened=("message_type", "user", "error"),
         )
     else:
@@ -167,5 +177,7 @@ def facts_of(message: EngagementMessage, *, reveal: bool) -> dict[str, Any]:
         "sent_at": message.sent_at,
         "delivered_at": message.delivered_at,
         "read_at": message.read_at,
+        "undeliverable_at": message.undeliverable_at,
+        "receipt": latest_receipt(message),
         "error_message": error,
     }

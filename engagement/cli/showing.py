@@ -93,6 +93,7 @@ def _show_table(title: str, facts: Mapping[str, object], justify: Literal["left"
 # Values --------------------------------------------------------------------------------------------------------------
 
 _COLOURS = {"pending": "yellow", "sending": "yellow", "sent": "green", "failed": "red", "in_doubt": "magenta"}
+_COLOURS |= {"delivered": "green", "read": "green", "undeliverable": "red"}
 
 
 def for_program(value: object) -> Any:
