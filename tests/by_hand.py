@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from engagement import Cancellation, EngagementMessageRepository, MessageStatus
 from engagement._claim import START
 from engagement._delivery import database as claims
+from engagement._delivery.taking import ALL_TYPES, Types
 
 STATUSES = list(MessageStatus)
 NOON = datetime(2030, 11, 21, 12, tzinfo=UTC)
@@ -58,8 +59,10 @@ def version(engine: Engine, message_id: int) -> int:
     return execute(engine, "SELECT xmin::text FROM engagement_message_queue WHERE id = :id", id=message_id).scalar_one()
 
 
-def claim(session: Session) -> list:
-    claimed = claims.claim(session.connection(), HOLDER, limit=10, after=START, busy=[], one_per_destination=True)
+def claim(session: Session, types: Types = ALL_TYPES) -> list:
+    claimed = claims.claim(
+        session.connection(), HOLDER, limit=10, after=START, busy=[], one_per_destination=True, types=types
+    )
     return claimed.claims
 
 

@@ -262,19 +262,25 @@ def test_a_backlog(operator):
     queue(operator.engine, *(new_message(f"late-{number}", scheduled_for=ago(hours=13)) for number in range(3)))
     queue(operator.engine, *(new_message(f"due-{number}", scheduled_for=ago(hours=1)) for number in range(30)))
     assert json.loads(operator.run("engagement status --json"))["oldest_due_seconds"] > 12 * 3600
-    work, dry, cancel = commands("## A backlog")
+    work, codes, rest, dry, cancel = commands("## A backlog")
     assert work == WORK
 
     assert operator.run(dry) == "found=3\n"
     assert "cancelled=3\n" in operator.run(cancel)
+    code = new_message("code", message_type="otp", scheduled_for=ago(hours=1))
+    queue(operator.engine, code)
+    with operator.working(codes):
+        until(lambda: operator.statuses()[-1] == "sent")
+    assert operator.sent == [code.key]
     operator.provider("hangs")
-    with operator.working(work), operator.working(work):
+    with operator.working(rest), operator.working(work), operator.working(work):
         until(lambda: len(list(operator.directory.glob("begun-*"))) == 30)
         operator.provider("is up")
         until(lambda: "pending" not in operator.statuses() and "sending" not in operator.statuses())
 
-    assert operator.statuses() == ["cancelled"] * 3 + ["sent"] * 30
-    assert operator.sent == sorted(new_message(f"due-{number}", scheduled_for=ago(hours=1)).key for number in range(30))
+    assert operator.statuses() == ["cancelled"] * 3 + ["sent"] * 31
+    due = [new_message(f"due-{number}", scheduled_for=ago(hours=1)) for number in range(30)]
+    assert operator.sent == sorted(message.key for message in [code, *due])
 
 
 def test_in_doubt_after_a_crash(operator):

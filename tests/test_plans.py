@@ -12,11 +12,13 @@ from sqlalchemy.orm import Session
 
 from engagement import EngagementMessageRepository, SuppressionList
 from engagement._delivery import database as claims
+from engagement._delivery.taking import Types
 from engagement.models import MessageStatus
 from engagement.outcomes import Verdict
 
 FINISHED_ROWS = 100_000
 """They stand for five million: the plans that are chosen for these are chosen for more all the more."""
+SOME_TYPES = (Types("only", frozenset({"goodbye", "otp"})), Types("but", frozenset({"campaign"})))
 FILL = """
 INSERT INTO engagement_message_queue (user_id, message_type, message_key, message_params, destination, destination_jid,
     scheduled_for, next_attempt_at, status, attempt, sent_at, idempotency_key)
@@ -89,6 +91,36 @@ def _reads(plan: dict):
     ("work", "indexes"),
     [
         pytest.param(claim, {"due"}, id="claim"),
+        *(
+            pytest.param(lambda session, types=types: claim(session, types), {"due"}, id=f"claim {types.which}")
+            for types in SOME_TYPES
+        ),
+        *(
+            pytest.param(
+                lambda session, types=types: claims.seconds_to_work(session.connection(), (NOON, 7), types),
+                {"due", "lease"},
+                id=f"peek {types.which}",
+            )
+            for types in SOME_TYPES
+        ),
+        *(
+            pytest.param(
+                lambda session, types=types: claims.take_over(
+                    session.connection(), HOLDER, limit=9, held=[], types=types
+                ),
+                {"lease", "pkey"},
+                id=f"take over {types.which}",
+            )
+            for types in SOME_TYPES
+        ),
+        *(
+            pytest.param(
+                lambda session, types=types: claims.note_not_ready(session.connection(), reason="x", types=types),
+                {"due", "pkey"},
+                id=f"not ready {types.which}",
+            )
+            for types in SOME_TYPES
+        ),
         pytest.param(
             lambda session: claims.take_over(session.connection(), HOLDER, limit=9, held=[]),
             {"lease", "pkey"},

@@ -96,7 +96,7 @@ class Table:
     def adopt(self, _connection, holder, *, names):
         return [self._hold(row, holder) for row in self.unlocked() if row.status == "sending" and row.name in names]
 
-    def take_over(self, _connection, holder, *, limit, held, broken):
+    def take_over(self, _connection, holder, *, limit, held, broken, **_):
         lost = [row for row in self.expired() if row.id not in held]
         recovery = Holder(f"{holder.name}/recovery/1", holder.lease)
         return [self._hold(row, recovery, lost_workers=1) for row in lost[:limit]]

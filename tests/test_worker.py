@@ -84,6 +84,12 @@ def test_the_table_may_be_in_a_schema(empty_engine):
     ("options", "field"),
     [
         ({"concurrency": 0}, "concurrency"),
+        ({"message_types": []}, "message_types"),
+        ({"message_types": "otp"}, "message_types"),
+        ({"message_types": ["otp"], "excluding": ["otp"]}, "message_types"),
+        ({"message_types": ["Otp"]}, "message_types"),
+        ({"excluding": "otp"}, "excluding"),
+        ({"excluding": [None]}, "excluding"),
         ({"lease": timedelta(0)}, "lease"),
         ({"worker_name": "a\nb"}, "worker_name"),
         ({"worker_name": "a" * 201}, "worker_name"),

@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from engagement._claim import Claim, Position, clock
+from engagement._delivery.taking import ALL_TYPES, Types
 from engagement._logging import logger
 from engagement._sql import claiming, parameters, settling
 from engagement.messages import OutgoingMessage
@@ -64,20 +65,21 @@ def claim(
     one_per_destination: bool,
     broken: Collection[int] = (),
     idempotent: bool = False,
+    types: Types = ALL_TYPES,
 ) -> Claimed:
-    """Claim up to `limit` due messages behind `after`, oldest first, none to a destination in `busy` or in `broken`.
+    """Claim up to `limit` due messages of `types` behind `after`, oldest first, none in `broken` or to a `busy` one.
 
     A message that may have left is claimed for an `idempotent` transport only; else it is parked in doubt.
     """
     until = _held_until(holder.lease)
     values = {
-        **where_due(after, busy, broken),
+        **where_due(after, busy, broken, types),
         "limit": limit,
         "lease": holder.lease,
         "worker": holder.name,
         "idempotent": idempotent,
     }
-    rows = connection.execute(claiming.claim(one_per_destination=one_per_destination), values)
+    rows = connection.execute(claiming.claim(one_per_destination=one_per_destination, which=types.which), values)
     taken = sorted(rows.all(), key=_place)
     ended = [row for row in taken if row[_STATUS] != MessageStatus.SENDING]
     # A destination whose first message ended has others, which were skipped and lie behind it.
@@ -89,7 +91,9 @@ def claim(
     )
 
 
-def where_due(after: Position, busy: Collection[str], broken: Collection[int]) -> dict[str, Any]:
+def where_due(
+    after: Position, busy: Collection[str], broken: Collection[int], types: Types = ALL_TYPES
+) -> dict[str, Any]:
     """Return the parameters that select due messages."""
     return {
         "after_at": after[0],
@@ -97,25 +101,32 @@ def where_due(after: Position, busy: Collection[str], broken: Collection[int]) -
         # A message that was forgotten while it was being sent goes nowhere.
         "busy": _pack(jid for jid in busy if jid),
         "broken": _pack(map(str, broken)),
+        **types.values,
     }
 
 
 def take_over(
-    connection: Connection, holder: Holder, *, limit: int, held: Collection[int], broken: Collection[int] = ()
+    connection: Connection,
+    holder: Holder,
+    *,
+    limit: int,
+    held: Collection[int],
+    broken: Collection[int] = (),
+    types: Types = ALL_TYPES,
 ) -> list[Claim]:
     """Take over up to `limit` messages of lost workers, under names that `adopt` does not know."""
     until = _held_until(holder.lease)
-    values = {**where_lost(held, broken), "limit": limit, "lease": holder.lease, "recoverer": holder.name}
-    rows = connection.execute(claiming.take_over_expired_leases(), values)
+    values = {**where_lost(held, broken, types), "limit": limit, "lease": holder.lease, "recoverer": holder.name}
+    rows = connection.execute(claiming.take_over_expired_leases(which=types.which), values)
     return [
         _claim(row, claimed_by, until, lost_workers=int(claimed_by.rpartition(claiming.RECOVERY)[2]))
         for *row, claimed_by in rows
     ]
 
 
-def where_lost(held: Collection[int], broken: Collection[int]) -> dict[str, Any]:
+def where_lost(held: Collection[int], broken: Collection[int], types: Types = ALL_TYPES) -> dict[str, Any]:
     """Return the parameters that leave out messages whose leases ran out."""
-    return {"held": _pack(map(str, {*held, *broken}))}
+    return {"held": _pack(map(str, {*held, *broken})), **types.values}
 
 
 def adopt(connection: Connection, holder: Holder, *, names: Collection[str]) -> list[Claim]:
@@ -126,9 +137,9 @@ def adopt(connection: Connection, holder: Holder, *, names: Collection[str]) -> 
     return [_claim(row, holder.name, until) for row in rows]
 
 
-def note_not_ready(connection: Connection, *, reason: str) -> None:
+def note_not_ready(connection: Connection, *, reason: str, types: Types = ALL_TYPES) -> None:
     """Write on the message that has been due for longest why it is not claimed, unless it says so already."""
-    connection.execute(claiming.note_not_ready(), {"reason": reason})
+    connection.execute(claiming.note_not_ready(which=types.which), {"reason": reason, **types.values})
 
 
 def extend(connection: Connection, lease: timedelta, held: Iterable[Claim]) -> dict[Claim, float]:
@@ -187,9 +198,13 @@ def _not_recorded(
             connection.execute(settling.doubt_if_not_sent(), lost | {"reason": clean_reason(verdict.reason)})
 
 
-def seconds_to_work(connection: Connection, after: Position) -> float:
-    """Return in how many seconds a message behind `after` is due, or a lease runs out; 0 if one is or has."""
-    waits: timedelta = connection.execute(claiming.peek(), {"after_at": after[0], "after_id": after[1]}).scalar_one()
+def seconds_to_work(connection: Connection, after: Position, types: Types = ALL_TYPES) -> float:
+    """Return in how many seconds a message behind `after` is due, or a lease runs out; 0 if one is or has.
+
+    Of messages of `types`.
+    """
+    values = {"after_at": after[0], "after_id": after[1], **types.values}
+    waits: timedelta = connection.execute(claiming.peek(which=types.which), values).scalar_one()
     return waits.total_seconds()
 
 

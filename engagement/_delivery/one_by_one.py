@@ -16,6 +16,7 @@ from sqlalchemy import Connection
 from engagement._claim import Claim, Position
 from engagement._delivery import database
 from engagement._delivery.database import Claimed, Holder, Settled
+from engagement._delivery.taking import ALL_TYPES, Types
 from engagement._logging import logger
 from engagement._sql import claiming
 from engagement._sql.errors import describe, is_of_one_message
@@ -52,13 +53,15 @@ def claim(
     broken: set[int],
     one_per_destination: bool,
     idempotent: bool = False,
+    types: Types = ALL_TYPES,
 ) -> Claimed:
     """Claim due messages, and add those that cannot be claimed to `broken`."""
     claimed = Claimed([], {}, None)
     while len(claimed.claims) + len(claimed.ended) < limit:
         taken = {claim.message.destination_jid for claim in claimed.claims} if one_per_destination else set()
         place, not_to = claimed.go_on_after or after, taken.union(busy)
-        message_id = connection.execute(claiming.next_due(), database.where_due(place, not_to, broken)).scalar()
+        due = database.where_due(place, not_to, broken, types)
+        message_id = connection.execute(claiming.next_due(which=types.which), due).scalar()
         if message_id is None:
             break
         claim_one = partial(
@@ -71,6 +74,7 @@ def claim(
             broken=broken,
             one_per_destination=one_per_destination,
             idempotent=idempotent,
+            types=types,
         )
         done = _apart(connection, message_id, claim_one)
         if isinstance(done, Exception):
@@ -84,16 +88,23 @@ def claim(
 
 
 def take_over(
-    connection: Connection, holder: Holder, *, limit: int, held: Collection[int], broken: set[int]
+    connection: Connection,
+    holder: Holder,
+    *,
+    limit: int,
+    held: Collection[int],
+    broken: set[int],
+    types: Types = ALL_TYPES,
 ) -> list[Claim]:
     """Take over messages whose worker was lost. Add those that fail to `broken`."""
     taken: list[Claim] = []
     while len(taken) < limit:
         not_lost = [*held, *(claim.message.id for claim in taken)]
-        message_id = connection.execute(claiming.next_lost(), database.where_lost(not_lost, broken)).scalar()
+        lost = database.where_lost(not_lost, broken, types)
+        message_id = connection.execute(claiming.next_lost(which=types.which), lost).scalar()
         if message_id is None:
             break
-        take_one = partial(database.take_over, connection, holder, limit=1, held=not_lost, broken=broken)
+        take_one = partial(database.take_over, connection, holder, limit=1, held=not_lost, broken=broken, types=types)
         done = _apart(connection, message_id, take_one)
         if isinstance(done, Exception):
             _add(message_id, to=broken, error=done, others_work=bool(taken))

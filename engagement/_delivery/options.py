@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import TypedDict
 
 from engagement._delivery.hook import OnSettled, why_no_hook
-from engagement.messages.checks import checked_age, checked_flag
+from engagement._delivery.taking import ALL_TYPES, Types
+from engagement.messages.checks import checked_age, checked_flag, checked_type
 from engagement.models import checked_schema
 from engagement.outcomes import Backoff, Classify, classify_exception, exponential_backoff
 
@@ -20,6 +22,8 @@ LONGEST_NAME = 200
 class DeliveryOptions(TypedDict, total=False):
     """The keywords that `process_message_queue` and `Worker` share; `Worker` describes them."""
 
+    message_types: Collection[str] | None
+    excluding: Collection[str]
     concurrency: int
     lease: timedelta
     max_retries: int
@@ -45,6 +49,8 @@ class WorkerOptions(DeliveryOptions, total=False):
 class Options:
     """The values of `WorkerOptions`. Raises `ValueError` for one that makes no sense, and names it."""
 
+    message_types: Collection[str] | None = None
+    excluding: Collection[str] = ()
     concurrency: int = 1
     lease: timedelta = timedelta(minutes=5)
     max_retries: int = 3
@@ -61,6 +67,7 @@ class Options:
     verify_every: timedelta | None = None
 
     def __post_init__(self) -> None:
+        _check(self.types.which != "only" or bool(self.types.named), "message_types", "leaves none that could be sent")
         zero, name = timedelta(0), self.worker_name
         _check(self.concurrency >= 1, "concurrency", "must be at least 1")
         _check(self.lease > zero, "lease", "must be positive")
@@ -80,6 +87,14 @@ class Options:
         _check(self.verify_every is None or self.verify_every > zero, "verify_every", "must be positive")
 
     @property
+    def types(self) -> Types:
+        """The message types that are taken."""
+        excluded = _checked_types("excluding", self.excluding)
+        if self.message_types is not None:
+            return Types("only", _checked_types("message_types", self.message_types) - excluded)
+        return Types("but", excluded) if excluded else ALL_TYPES
+
+    @property
     def name(self) -> str:
         """The `worker_name`, or host and process."""
         return self.worker_name or f"{socket.gethostname()}:{os.getpid()}"
@@ -88,6 +103,12 @@ class Options:
     def rule(self) -> Classify:
         """The `classify` that was given, or the default one."""
         return self.classify or partial(classify_exception, strict=self.strict)
+
+
+def _checked_types(name: str, types: Collection[str]) -> frozenset[str]:
+    # A text is a collection of letters, each of which could be a type.
+    _check(not isinstance(types, str), name, "must be a list of message types, not one text")
+    return frozenset(checked_type(name, each) for each in types)
 
 
 def _check(holds: bool, name: str, problem: str) -> None:

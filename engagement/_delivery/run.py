@@ -89,7 +89,7 @@ class Delivery:
     ) -> None:
         verdicts = Verdicts(options, idempotent=sender.idempotent)
         self._engine = engine
-        self._lease = options.lease
+        self._lease, self._types = options.lease, options.types
         self._stop = stop
         self._sender = sender
         self._state = state
@@ -175,7 +175,7 @@ class Delivery:
     def _peek(self, step: Peek) -> None:
         asked_at = clock()
         try:
-            waits = self._in_transaction(partial(database.seconds_to_work, after=step.after))
+            waits = self._in_transaction(partial(database.seconds_to_work, after=step.after, types=self._types))
         except SQLAlchemyError as error:
             self._failed(error)
         else:
@@ -200,7 +200,7 @@ class Delivery:
     def _tell(self, why: str) -> None:
         self._dispatch.note_silence(why)
         try:
-            self._in_transaction(partial(database.note_not_ready, reason=why))
+            self._in_transaction(partial(database.note_not_ready, reason=why, types=self._types))
         except Exception as error:  # noqa: BLE001 - it is for people only, also if the encoding lacks a character of it
             logger.warning("engagement.not_ready_not_told error=%s", type(error).__name__)
         self._state.readiness.told(clock())

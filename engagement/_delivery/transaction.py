@@ -35,6 +35,7 @@ class Transactions:
         verdict: Callable[[Claim, Outcome], Verdict],
     ) -> None:
         self._lease = options.lease
+        self._types = options.types
         self._max_retries = options.max_retries
         self._hand = state.hand
         self._names = state.names
@@ -76,7 +77,12 @@ class Transactions:
             self._broken.clear()
         if step.takes_over:
             lost = how.take_over(
-                connection, holder, limit=step.wanted - len(taken.claims), held=self._hand.claims, broken=self._broken
+                connection,
+                holder,
+                limit=step.wanted - len(taken.claims),
+                held=self._hand.claims,
+                broken=self._broken,
+                types=self._types,
             )
             taken.recovered_all = len(lost) + len(taken.claims) < step.wanted
             taken.claims += map(self._unless_it_kills, lost)
@@ -123,6 +129,7 @@ class Transactions:
                 broken=self._broken,
                 one_per_destination=not self._sends_many,
                 idempotent=self._idempotent,
+                types=self._types,
             )
             if start == START:
                 taken.restart_took = clock() - asked_at

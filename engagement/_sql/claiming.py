@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import (
     ARRAY,
@@ -82,6 +82,8 @@ See docs/decisions.md#2026-11-27--claimed_by-counts-the-workers-that-were-lost."
 MOST_LOST_WORKERS = 999_999
 """As far as they are counted."""
 LOST_WORKERS = f"{RECOVERY}([0-9]{{1,6}})$"
+WhichTypes = Literal["all", "only", "but"]
+"""Whether the parameter `types` names the only message types that are looked at, or those that are not."""
 _WEAK_COMMITS = ("off", "local", "remote_write")
 _MUTE = ("error", "fatal", "panic")
 
@@ -106,8 +108,19 @@ def _after() -> ColumnElement[bool]:
     return tuple_(C.next_attempt_at, C.id) > place
 
 
+def _of_types(which: WhichTypes) -> list[ColumnElement[bool]]:
+    """Return the conditions by which the types in the parameter `types` are the only ones, or are left out."""
+    match which:
+        case "all":
+            return []
+        case "only":
+            return [C.message_type == any_(cast(packed("types"), ARRAY(Text)))]
+        case "but":
+            return [C.message_type != each_of("types", Text())]
+
+
 @cache
-def claim(*, one_per_destination: bool) -> Executable:
+def claim(*, one_per_destination: bool, which: WhichTypes = "all") -> Executable:
     """Claim the oldest due messages after (`after_at`, `after_id`), `limit` at most, none to a destination in `busy`.
 
     Returns them with the new attempt. Those that have expired end here, and are returned too; so are those that may
@@ -115,7 +128,7 @@ def claim(*, one_per_destination: bool) -> Executable:
     With `one_per_destination` only the first to each destination is claimed, so that one worker keeps their order.
     See docs/decisions.md#2026-11-24--a-claim-takes-one-message-for-each-destination.
     """
-    due = _due(ctid, C.id, C.destination_jid, C.next_attempt_at).limit(unseen(limit)).subquery("due")
+    due = _due(which, ctid, C.id, C.destination_jid, C.next_attempt_at).limit(unseen(limit)).subquery("due")
     chosen = _first_of_each_destination(due) if one_per_destination else select(due.c.ctid)
     expired = C.expires_at <= NOW
     may_have_left = and_(C.has_doubt, ~bindparam("idempotent", type_=Boolean))
@@ -137,19 +150,20 @@ def claim(*, one_per_destination: bool) -> Executable:
     )
 
 
-def _due(*columns: ColumnElement[Any]) -> Select[Any]:
+def _due(which: WhichTypes, *columns: ColumnElement[Any]) -> Select[Any]:
     return (
         select(*columns)
-        .where(is_due, _after(), C.destination_jid != each_of("busy", Text()), C.id != each_of("broken", BigInteger()))
+        .where(is_due, _after(), *_of_types(which))
+        .where(C.destination_jid != each_of("busy", Text()), C.id != each_of("broken", BigInteger()))
         .order_by(C.next_attempt_at, C.id)
         .with_for_update(**LOCKED_UNLESS_BY_OTHERS)
     )
 
 
 @cache
-def next_due() -> Executable:
+def next_due(*, which: WhichTypes = "all") -> Executable:
     """Return the id of the message that `claim` comes to first, and lock it."""
-    return _due(C.id).limit(number(1))
+    return _due(which, C.id).limit(number(1))
 
 
 def _first_of_each_destination(due: Subquery) -> Select[Any]:
@@ -159,14 +173,15 @@ def _first_of_each_destination(due: Subquery) -> Select[Any]:
 
 
 @cache
-def take_over_expired_leases() -> Executable:
+def take_over_expired_leases(*, which: WhichTypes = "all") -> Executable:
     """Give the caller a lease on messages whose own ran out, `limit` at most; the attempt stays the same.
 
+    Of the types that the caller takes: its transport knows nothing of the others, and its `look_up` might deny a send.
     So a late worker can still settle its attempt, and two processors do not recover the same message at once. Returns
     the name that each is held by, which ends in how many workers were lost with it.
     See docs/decisions.md#2026-11-24--recovery-takes-over-then-decides-like-everything-else.
     """
-    lost = _lost().limit(unseen(limit))
+    lost = _lost(which).limit(unseen(limit))
     # Cut, so that no number of a hand-written name is too large.
     so_far = cast(func.substring(C.claimed_by, word(LOST_WORKERS)), Integer)
     lost_workers = func.least(func.coalesce(so_far, number(0)), number(MOST_LOST_WORKERS - 1)) + number(1)
@@ -174,20 +189,20 @@ def take_over_expired_leases() -> Executable:
     return _leased(lost, name).returning(*OUTGOING, durably(), C.claimed_by)
 
 
-def _lost() -> Select[Any]:
+def _lost(which: WhichTypes) -> Select[Any]:
     return (
         select(C.id)
         # A message that the caller holds is not lost, also if the lease could not be extended in time.
-        .where(is_lost, C.id != each_of("held", BigInteger()))
+        .where(is_lost, *_of_types(which), C.id != each_of("held", BigInteger()))
         .order_by(C.lease_expires_at)
         .with_for_update(**LOCKED_UNLESS_BY_OTHERS)
     )
 
 
 @cache
-def next_lost() -> Executable:
+def next_lost(*, which: WhichTypes = "all") -> Executable:
     """Return the id of the message that `take_over_expired_leases` comes to first, and lock it."""
-    return _lost().limit(number(1))
+    return _lost(which).limit(number(1))
 
 
 @cache
@@ -228,23 +243,23 @@ def extend_leases() -> Executable:
 
 
 @cache
-def peek() -> Executable:
+def peek(*, which: WhichTypes = "all") -> Executable:
     """Return how long until there is anything to do: a message due after (`after_at`, `after_id`), or a lease run out.
 
     Zero is now, and an hour is later than anybody waits. So no moment is subtracted that a hand made infinite.
     """
     latest = NOW + literal_column("interval '1 hour'")
-    due = select(C.next_attempt_at).where(C.status == PENDING, C.next_attempt_at <= latest, _after())
-    lease = select(C.lease_expires_at).where(C.status == SENDING, C.lease_expires_at <= latest)
+    due = select(C.next_attempt_at).where(C.status == PENDING, C.next_attempt_at <= latest, _after(), *_of_types(which))
+    lease = select(C.lease_expires_at).where(C.status == SENDING, C.lease_expires_at <= latest, *_of_types(which))
     first_due = due.order_by(C.next_attempt_at, C.id).limit(number(1)).scalar_subquery()
     first_lease = lease.order_by(C.lease_expires_at).limit(number(1)).scalar_subquery()
     return select(time_until(func.greatest(NOW, func.least(first_due, first_lease, latest))))
 
 
 @cache
-def note_not_ready() -> Executable:
+def note_not_ready(*, which: WhichTypes = "all") -> Executable:
     """Write why nothing is claimed on the message that has been due for longest, unless its last entry says so."""
-    oldest = _oldest_due(C.id).with_for_update(**LOCKED_UNLESS_BY_OTHERS).scalar_subquery()
+    oldest = _oldest_due(C.id, which).with_for_update(**LOCKED_UNLESS_BY_OTHERS).scalar_subquery()
     return (
         update(QUEUE)
         .where(C.id == oldest, C.history[-1]["reason"].astext.is_distinct_from(text_of("reason")))
@@ -258,5 +273,5 @@ def waiting_for() -> Select[Any]:
     return _oldest_due(case((last["event"].astext == word("not_ready"), last["reason"].astext)))
 
 
-def _oldest_due(wanted: ColumnElement[Any]) -> Select[Any]:
-    return select(wanted).where(is_due).order_by(C.next_attempt_at, C.id).limit(number(1))
+def _oldest_due(wanted: ColumnElement[Any], which: WhichTypes = "all") -> Select[Any]:
+    return select(wanted).where(is_due, *_of_types(which)).order_by(C.next_attempt_at, C.id).limit(number(1))

@@ -18,13 +18,25 @@ from engagement._operating.masking import masked
 from engagement._sending.protocols import Transport
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
-from engagement.cli.parameters import age_to_prune, duration, on_settled_named, positive_duration, transport_named
+from engagement.cli.parameters import (
+    age_to_prune,
+    duration,
+    on_settled_named,
+    positive_duration,
+    transport_named,
+    type_named,
+)
 from engagement.cli.problems import needs_attention
 from engagement.cli.showing import examples, json_option, logging_to_stderr, show
 from engagement.cli.signals import stopped_by_signals
 from engagement.worker import Worker, process_message_queue
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _of_types(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options as a worker takes them: no `--type` at all means every type."""
+    return options | {"message_types": options["message_types"] or None}
 
 
 def delivers(command: F) -> F:
@@ -36,6 +48,21 @@ def delivers(command: F) -> F:
             type=transport_named,
             metavar="MODULE:NAME",
             help="The sender: a function, an object with send, or a class that makes one.",
+        ),
+        click.option(
+            "--type",
+            "message_types",
+            multiple=True,
+            type=type_named,
+            metavar="TYPE",
+            help="Send only messages of this type; may be repeated.",
+        ),
+        click.option(
+            "--excluding",
+            multiple=True,
+            type=type_named,
+            metavar="TYPE",
+            help="Send no messages of this type; may be repeated.",
         ),
         click.option("--concurrency", default=1, type=click.IntRange(1, 10_000), metavar="N", help="Sends at once."),
         click.option(
@@ -103,7 +130,9 @@ def process(
     finish; the second leaves at once, and unfinished sends are recovered when their lease has run out.
     """
     with database.engine() as engine, _delivering(verbose=verbose, as_json=as_json) as stop:
-        result = process_message_queue(engine, transport, limit=limit, stop=stop, schema=database.schema, **options)
+        result = process_message_queue(
+            engine, transport, limit=limit, stop=stop, schema=database.schema, **_of_types(options)
+        )
     _show_result(result, as_json=as_json, reveal=reveal)
     if result.failed or result.in_doubt:
         raise needs_attention()
@@ -154,7 +183,7 @@ def work(
     the second leaves at once, and unfinished sends are recovered when their lease has run out.
     """
     with database.engine() as engine, _delivering(verbose=verbose, as_json=as_json) as stop:
-        worker = Worker(engine, transport, poll_interval=poll_interval, schema=database.schema, **options)
+        worker = Worker(engine, transport, poll_interval=poll_interval, schema=database.schema, **_of_types(options))
         result = worker.run(stop)
     _show_result(result, as_json=as_json, reveal=reveal)
 

@@ -9,7 +9,7 @@ import click
 
 from engagement._delivery.hook import OnSettled, why_no_hook
 from engagement._sending.protocols import Transport
-from engagement.messages.checks import checked_moment
+from engagement.messages.checks import InvalidMessage, checked_moment, checked_type
 from engagement.transports import TransportNotFound, load_transport, named
 
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s|m|h|d)")
@@ -76,6 +76,14 @@ def schema_named(name: str) -> str:
     if not name:
         raise click.BadParameter("must not be empty.")
     return name
+
+
+def type_named(name: str) -> str:
+    """Read a message type."""
+    try:
+        return checked_type("type", name)
+    except InvalidMessage as error:
+        raise click.BadParameter(f"{error.problem}.") from None
 
 
 def transport_named(name: str) -> Transport:
