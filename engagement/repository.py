@@ -28,7 +28,7 @@ from engagement.messages import (
     Queued,
     QueuedMany,
     Receipt,
-    Recorded,
+    ReceiptAnswer,
     StatusCounts,
 )
 from engagement.messages.checks import (
@@ -168,11 +168,12 @@ class EngagementMessageRepository:
         values = {"message_id": checked_id(message_id), **_decision(by, reason)}
         return self._changed(changing.resolve_if_in_doubt(sent=sent), values)
 
-    def record_receipts(self, receipts: Iterable[Receipt]) -> list[Recorded]:
+    def record_receipts(self, receipts: Iterable[Receipt]) -> list[ReceiptAnswer]:
         """Record the later words of providers, in any order, also twice. Answer each. Nothing is sent for it.
 
         `accepted`, `delivered` and `read` are a late `Sent`: the message is `sent`, also if it was in doubt, or was
-        called unsent. `undeliverable` makes it `failed`, unless it was delivered.
+        called unsent. `undeliverable` makes it `failed`, unless it was delivered. An answer that `settles` names the
+        message and its new status, so that the host can write beside it.
         """
         return recording.record(self._host, receipts)
 
@@ -262,7 +263,7 @@ class AsyncEngagementMessageRepository:
         """Resolve a message in doubt."""
         return await self._run(EngagementMessageRepository.resolve_message, message_id, sent, reason, by=by)
 
-    async def record_receipts(self, receipts: Iterable[Receipt]) -> list[Recorded]:
+    async def record_receipts(self, receipts: Iterable[Receipt]) -> list[ReceiptAnswer]:
         """Record what providers say later of messages, and return the answer to each."""
         return await self._run(EngagementMessageRepository.record_receipts, receipts)
 

@@ -91,7 +91,7 @@ def host_calls(session: Session, schema: str | None = None) -> None:
     assert len(activity(session, datetime.now(UTC) - 2 * hour, hour, schema=schema)) == 3
     assert verify(session, schema=schema) == []
     read = Receipt(event="read", at=LONG_AGO, provider=TEXT, reference=_reference(page[0]), reason=TEXT)
-    assert queue.record_receipts([read, read]) == [Recorded.RECORDED, Recorded.ALREADY_KNOWN]
+    assert [each.answer for each in queue.record_receipts([read, read])] == [Recorded.RECORDED, Recorded.ALREADY_KNOWN]
     assert queue.get_message(page[0].id).read_at == LONG_AGO
     suppressed, address = SuppressionList(session, schema=schema), new_message("late").destination_jid
     for until in (LATER, None, LATER):

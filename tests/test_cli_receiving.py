@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 from commands import messages
-from conftest import row
+from conftest import execute, row
 from shell import PATIENCE, ROOT, killed_at_the_end, program, url_of
 
 from engagement.cli.problems import Problem
@@ -92,6 +92,49 @@ def test_a_receipt_is_recorded_and_the_first_signal_ends_it(engine, number):
     assert [level for level, _ in told] == ["WARNING", "WARNING", "INFO", "INFO"]
     assert told[-1][1] == "engagement.receipts_received provider=webhook receipts=1 recorded=1"
     assert reference(message_id, delivery_id(row(engine, message_id).idempotency_key)) not in err
+
+
+HOOKS = """
+from sqlalchemy import text
+def note(connection, message, status):
+    connection.execute(text("INSERT INTO noted VALUES (:id, :status)"), {"id": message.id, "status": status})
+number = 5
+"""
+
+
+@pytest.fixture(name="hooks")
+def _hooks(engine, tmp_path, monkeypatch):
+    """A host's module beside which the command is run, and its table."""
+    (tmp_path / "hooks.py").write_text(HOOKS)
+    monkeypatch.chdir(tmp_path)
+    execute(engine, "CREATE TABLE noted (id bigint, status text, wrote xid8 DEFAULT pg_current_xact_id())")
+    yield
+    execute(engine, "DROP TABLE noted")
+
+
+@pytest.mark.usefixtures("hooks")
+def test_a_function_is_called_in_the_transaction_of_the_receipt(engine):
+    """Once, though the receipt comes twice."""
+    (message_id,) = messages(engine, "in_doubt")
+    with receiving(engine, "webhook", "--on-settled", "hooks:note") as (_, address):
+        body = about(engine, message_id)
+        assert [post(address, body, **signed(body)) for _ in range(2)] == [200, 200]
+
+    both = (
+        "SELECT noted.id, noted.status FROM noted JOIN engagement_message_queue AS queue USING (id)"
+        " WHERE queue.xmin::text::bigint = wrote::text::bigint & 4294967295"
+    )
+    assert execute(engine, both).all() == [(message_id, "sent")]
+    assert execute(engine, "SELECT count(*) FROM noted").scalar_one() == 1
+
+
+@pytest.mark.usefixtures("hooks")
+def test_a_function_that_cannot_be_called_is_told_on_one_line(engine):
+    """Before anything listens."""
+    status, out, err = refused(engine, "--on-settled", "hooks:number", SECRET=SECRET)
+
+    assert (status, out) == (2, "")
+    assert "Invalid value for '--on-settled': hooks:number must be a function, not int." in err
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

@@ -95,7 +95,7 @@ def test_a_receipt_in_words_that_the_encoding_lacks_is_recorded_all_the_same(mad
             ]
         )
 
-    assert answers == [Recorded.UNKNOWN_MESSAGE, Recorded.RECORDED]
+    assert [each.answer for each in answers] == [Recorded.UNKNOWN_MESSAGE, Recorded.RECORDED]
     with Session(engine) as session:
         found = EngagementMessageRepository(session).get_message(message_id)
     assert (found.error_message, found.history[-1]["by"]) == ("\\u2192 away", "\\u2192")

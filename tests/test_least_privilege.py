@@ -30,6 +30,7 @@ from engagement._sql.errors import sqlstate
 from engagement._watching.metrics import QueueReader
 from engagement.messages import delivery_id, reference
 from engagement.policies import FrequencyCap, Suppression
+from engagement.receipts.endpoint import PATIENCE, recorder
 from engagement.verification import verify
 
 pytestmark = pytest.mark.direct("roles are made and taken on the server")
@@ -201,22 +202,27 @@ def prune(engine):
 
 def receive(engine):
     """Record receipts that resolve a doubt and that make a message fail."""
-    events = {"doubted": "read", "failed": "undeliverable"}
     with Session(engine) as session:
-        keys = session.execute(text(f"SELECT id, idempotency_key FROM {QUEUE}")).all()
-        told = [
-            Receipt(
-                event=events[key.partition(":")[0]],
-                at=datetime.now(UTC),
-                provider="cloud",
-                reference=reference(message_id, delivery_id(key)),
-                reason="x",
-                unreachable=key.startswith("failed"),
-            )
-            for message_id, key in keys
-            if key.startswith(tuple(events))
-        ]
-        assert EngagementMessageRepository(session).record_receipts(told) == [Recorded.RECORDED] * 2
+        answers = EngagementMessageRepository(session).record_receipts(told(session))
+        assert [each.answer for each in answers] == [Recorded.RECORDED] * 2
+
+
+def told(session) -> list[Receipt]:
+    """Return what a provider says of two of the messages, by a role that cannot read whose they are."""
+    events = {"doubted": "read", "failed": "undeliverable"}
+    keys = session.execute(text(f"SELECT id, idempotency_key FROM {QUEUE}")).all()
+    return [
+        Receipt(
+            event=events[key.partition(":")[0]],
+            at=datetime.now(UTC),
+            provider="cloud",
+            reference=reference(message_id, delivery_id(key)),
+            reason="x",
+            unreachable=key.startswith("failed"),
+        )
+        for message_id, key in keys
+        if key.startswith(tuple(events))
+    ]
 
 
 def watch(engine):
@@ -262,6 +268,30 @@ def test_no_documented_grant_can_be_left_out(stocked, grant):
 
     # Who may not use the schema does not find the table in it.
     assert isinstance(denied.value, PermissionError) or sqlstate(denied.value) in {DENIED, "42P01", "3F000"}
+
+
+def test_an_endpoint_with_a_hook_needs_the_one_grant_more_that_is_documented(stocked):
+    """SELECT of the whole queue, since the function gets the message. Without it nothing is recorded."""
+    [more] = re.findall(r"`GRANT SELECT ON (\S+) TO receiver`", DOCUMENT.read_text())
+    heard = []
+    engine = stocked.engine_of("receiver")
+    record = recorder(engine, None, PATIENCE, lambda _, message, status: heard.append((message.user_id, status)))
+    with Session(engine) as session:
+        receipts = told(session)
+
+    with pytest.raises(DBAPIError) as denied:
+        record(receipts)
+    assert (sqlstate(denied.value), heard) == (DENIED, [])
+
+    grant = Grant("SELECT", None, more, "receiver")
+    stocked.grant(grant)
+    try:
+        record(receipts)
+    finally:
+        stocked.revoke(grant)
+        for documented_grant in documented():  # REVOKE of the table takes its columns along.
+            stocked.grant(documented_grant)
+    assert heard == [("doubted", "sent")]
 
 
 @pytest.mark.parametrize("role", ["host", "caller", "worker", "pruner", "receiver", "watcher"])

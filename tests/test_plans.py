@@ -132,6 +132,7 @@ def _reads(plan: dict):
         pytest.param(
             lambda session: claims.seconds_to_work(session.connection(), (NOON, 7)), {"due", "lease"}, id="peek"
         ),
+        pytest.param(lambda session: claims.messages(session.connection(), [1, 2]), {"pkey"}, id="settled by receipts"),
         pytest.param(repeat("get_message", 1), {"pkey"}, id="get"),
         pytest.param(repeat("get_message_by_key", "1"), {"idempotency_key_key"}, id="get by key"),
         pytest.param(repeat("get_pending_messages", "user7"), {"user"}, id="get pending"),

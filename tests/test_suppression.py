@@ -269,7 +269,7 @@ def unreachable(engine, message_id: int, **fields) -> Receipt:
 
 def record(engine, *receipts: Receipt) -> list[Recorded]:
     with Session(engine) as session, session.begin():
-        return EngagementMessageRepository(session).record_receipts(receipts)
+        return [each.answer for each in EngagementMessageRepository(session).record_receipts(receipts)]
 
 
 def test_a_receipt_that_says_so_suppresses_the_address(engine):

@@ -255,6 +255,11 @@ def _claim(row: Sequence[Any], claimed_by: str, held_until: float, *, lost_worke
     )
 
 
+def messages(connection: Connection, ids: Sequence[int]) -> list[OutgoingMessage]:
+    """Return messages as a worker has them in hand. Their transaction has locked them."""
+    return [_claim(row, "", 0.0).message for row in connection.execute(claiming.outgoing(), {"ids": ids})]
+
+
 def _settlement(claim: Claim, verdict: Verdict) -> settling.Settlement:
     provider_id = clean_reason(verdict.provider_message_id)
     return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable
-from datetime import timedelta
 from functools import partial
 
 from sqlalchemy import Connection
@@ -27,11 +26,14 @@ MOST_LOST = 5
 
 
 class Hook:
-    """Calls `on_settled`, and logs its errors. Each undoes its own part, and nothing of ours."""
+    """Calls `on_settled`, and logs its errors. Each undoes its own part, and nothing of ours.
 
-    def __init__(self, on_settled: OnSettled, lease: timedelta) -> None:
+    All calls in a transaction have `seconds` together.
+    """
+
+    def __init__(self, on_settled: OnSettled, seconds: float) -> None:
         self._on_settled = on_settled
-        self._seconds = lease.total_seconds() * SHARE_OF_A_LEASE
+        self._seconds = seconds
         self._lost: Counter[int] = Counter()
 
     def call(self, connection: Connection, settled: Iterable[tuple[OutgoingMessage, MessageStatus]]) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from engagement._claim import START, Claim, clock
 from engagement._delivery import database
 from engagement._delivery.database import Holder, Settled
-from engagement._delivery.hook import Hook
+from engagement._delivery.hook import SHARE_OF_A_LEASE, Hook
 from engagement._delivery.options import Options
 from engagement._delivery.state import State
 from engagement._delivery.steps import Taken, Transact
@@ -43,7 +43,11 @@ class Transactions:
         self._stop = stop
         self._idempotent = idempotent
         self._verdict = verdict
-        self._hook = None if options.on_settled is None else Hook(options.on_settled, options.lease)
+        self._hook = (
+            None
+            if options.on_settled is None
+            else Hook(options.on_settled, options.lease.total_seconds() * SHARE_OF_A_LEASE)
+        )
         self._broken: set[int] = set()
         self._mend_at = 0.0
 

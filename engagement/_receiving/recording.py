@@ -16,7 +16,15 @@ from engagement._sql.host_sessions import HostSession
 from engagement._sql.parameters import moment_text
 from engagement._watching import observers
 from engagement._watching.observers import Heard
-from engagement.messages import InvalidMessage, Receipt, Recorded, address_hash, delivery_id, whatsapp_message_id
+from engagement.messages import (
+    InvalidMessage,
+    Receipt,
+    ReceiptAnswer,
+    Recorded,
+    address_hash,
+    delivery_id,
+    whatsapp_message_id,
+)
 from engagement.messages.receipts import message_id_in, read_reference
 from engagement.models import MOST_REASON, MessageStatus
 from engagement.outcomes import clean_reason
@@ -25,7 +33,7 @@ AT_ONCE = 1_000
 """Messages that one statement changes."""
 
 
-def record(host: HostSession, receipts: Iterable[Receipt]) -> list[Recorded]:
+def record(host: HostSession, receipts: Iterable[Receipt]) -> list[ReceiptAnswer]:
     """Record receipts, and return the answer to each."""
     if isinstance(receipts, str) or not isinstance(receipts, Iterable):
         raise InvalidMessage("receipts", f"must be an iterable of Receipt, not {type(receipts).__name__}")
@@ -43,9 +51,9 @@ def record(host: HostSession, receipts: Iterable[Receipt]) -> list[Recorded]:
             found.keep(after)
             heard.append(_heard(found.locked[row.id], row, after, receipt))
             changes.append((after, receipt))
-        message_id = None if row is None else row.id
-        logger.info("engagement.receipt message_id=%s event=%s answer=%s", message_id, receipt.event, answer)
-        answers.append(answer)
+        told = ReceiptAnswer(answer) if row is None else _answered(answer, row, after or row)
+        logger.info("engagement.receipt message_id=%s event=%s answer=%s", told.message_id, receipt.event, answer)
+        answers.append(told)
     for some in _each_row_once(changes):
         host.execute(receiving.record(), receiving.CHANGES.parameter(_change(host, *each) for each in some))
     unreachable = [(found.locked[row.id].destination_jid, receipt) for row, receipt in changes if receipt.unreachable]
@@ -64,6 +72,10 @@ def _suppress(host: HostSession, unreachable: Mapping[str, Receipt]) -> None:
         ]
         host.execute(suppressing.suppress(), suppressing.SUPPRESSIONS.parameter(given))
         logger.info("engagement.suppressed addresses=%s", len(given))
+
+
+def _answered(answer: Recorded, before: Told, after: Told) -> ReceiptAnswer:
+    return ReceiptAnswer(answer, before.id, MessageStatus(before.status), MessageStatus(after.status))
 
 
 def _checked(receipt: object) -> Receipt:

@@ -224,6 +224,12 @@ def _leased(locked: Select[Any], name: ColumnElement[str]) -> Update:
 
 
 @cache
+def outgoing() -> Executable:
+    """Return the messages with `ids`, as those that are claimed."""
+    return select(*OUTGOING, durably()).where(C.id == any_(bindparam("ids", type_=ARRAY(BigInteger))))
+
+
+@cache
 def extend_leases() -> Executable:
     """Extend the leases of the messages `held` under `names` that are still being sent, and return their ids.
 

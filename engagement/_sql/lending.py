@@ -150,5 +150,5 @@ class _Lent:
             raise LentOnly("this connection was lent for a call of on_settled, which is over")
 
     def _refused(self, deed: str) -> LentOnly:
-        self.misuse = LentOnly(f"the worker that calls on_settled {deed}, and nobody else")
+        self.misuse = LentOnly(f"the caller of on_settled {deed}, and nobody else")
         return self.misuse

@@ -12,11 +12,13 @@ import click
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
 from engagement.cli.listening import check_reach, listens, told_if_taken
+from engagement.cli.parameters import on_settled_named
 from engagement.cli.problems import Problem
 from engagement.cli.showing import examples, logging_to_stderr
 from engagement.transports.settings import Settings
 
 if TYPE_CHECKING:
+    from engagement._delivery.hook import OnSettled
     from engagement.receipts import ReceiptSource
 
 PREFIX = "ENGAGEMENT_RECEIPTS_"
@@ -38,9 +40,24 @@ MOST_CONNECTIONS = 100
 )
 @click.option("--provider", required=True, type=click.Choice(list(PROVIDERS)), help="Who sends the receipts.")
 @listens(8026)
+@click.option(
+    "--on-settled",
+    type=on_settled_named,
+    metavar="MODULE:NAME",
+    help="A function, called in the transaction that settles a message by a receipt: (connection, message, status).",
+)
 @click.option("--verbose", is_flag=True, help="Log every event to standard error, not only warnings.")
 @on_database
-def receive(database: Database, provider: str, host: str, port: int, *, public: bool, verbose: bool) -> None:
+def receive(
+    database: Database,
+    provider: str,
+    host: str,
+    port: int,
+    on_settled: OnSettled | None,
+    *,
+    public: bool,
+    verbose: bool,
+) -> None:
     """Take the receipts of a provider over HTTP and record them: for a host without a web server.
 
     It prints the address. Secrets are variables, not options: ENGAGEMENT_RECEIPTS_SECRET (of Evolution API _JWT_KEY or
@@ -59,7 +76,7 @@ def receive(database: Database, provider: str, host: str, port: int, *, public: 
         pass  # A database that cannot work is told of before anything is received.
     level = logging.INFO if verbose else logging.WARNING
     with database.engine() as engine, logging_to_stderr(level), told_if_taken(host, port):
-        app = ReceiptsASGI(engine, source, schema=database.schema)
+        app = ReceiptsASGI(engine, source, schema=database.schema, on_settled=on_settled)
         serve(app, host, port, lambda address: click.echo(f"{address}/"), connections=MOST_CONNECTIONS)
 
 

@@ -13,7 +13,16 @@ from engagement.messages.keys import (
     weekly_idempotency_key,
 )
 from engagement.messages.receipts import Receipt, reference, whatsapp_message_id
-from engagement.messages.results import Cancellation, Forgotten, Queued, QueuedMany, Recorded, StatusCounts, Suppressed
+from engagement.messages.results import (
+    Cancellation,
+    Forgotten,
+    Queued,
+    QueuedMany,
+    ReceiptAnswer,
+    Recorded,
+    StatusCounts,
+    Suppressed,
+)
 from engagement.messages.values import NewMessage, OutgoingMessage
 
 __all__ = [
@@ -26,6 +35,7 @@ __all__ = [
     "Queued",
     "QueuedMany",
     "Receipt",
+    "ReceiptAnswer",
     "Recorded",
     "StatusCounts",
     "Suppressed",

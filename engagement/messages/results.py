@@ -88,7 +88,7 @@ class StatusCounts:
 
 
 class Recorded(StrEnum):
-    """The answer to one receipt of `record_receipts`."""
+    """The fate of one receipt."""
 
     RECORDED = "recorded"
     """The message is as the receipt says."""
@@ -110,3 +110,20 @@ class Suppressed:
     reason: str | None
     since: datetime
     until: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptAnswer:
+    """The answer to one receipt of `record_receipts`: its fate, and its message's."""
+
+    answer: Recorded
+    message_id: int | None = None
+    before: MessageStatus | None = None
+    """The status of the message before this receipt; None if the message is not known, as of the other two."""
+    status: MessageStatus | None = None
+    """The status with which this receipt leaves it."""
+
+    @property
+    def settles(self) -> bool:
+        """Whether this receipt gave the message another status (`delivered` of a message in doubt: it is `sent`)."""
+        return self.before != self.status

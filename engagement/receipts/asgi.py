@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import Engine
 
+from engagement._delivery.hook import OnSettled
 from engagement.receipts.endpoint import (
     MOST_BYTES,
     PATIENCE,
@@ -38,14 +39,21 @@ class ReceiptsASGI:
     A host mounts it (`app.mount("/receipts", ReceiptsASGI(engine, source))`, see docs/receipts.md), and it answers at
     each path below that place. `engine` is a synchronous one, as for a `Worker`, and is used in threads of its own: the
     event loop, which must be asyncio's, never waits. `schema` says where the table is, if not on the search path. A
-    body that takes longer than `patience` is refused, and a database that does is answered for with 503. Raises
-    `ValueError` or `TypeError`, which names the field.
+    body that takes longer than `patience` is refused, and a database that does is answered for with 503.
+    `on_settled` is called as a worker's is, for each message to which a request gives another status
+    (docs/settling.md). Raises `ValueError` or `TypeError`, which names the field.
     """
 
     def __init__(
-        self, engine: Engine, source: ReceiptSource, *, schema: str | None = None, patience: timedelta = PATIENCE
+        self,
+        engine: Engine,
+        source: ReceiptSource,
+        *,
+        schema: str | None = None,
+        patience: timedelta = PATIENCE,
+        on_settled: OnSettled | None = None,
     ) -> None:
-        self._endpoint = Endpoint(source, recorder(engine, schema, patience))
+        self._endpoint = Endpoint(source, recorder(engine, schema, patience, on_settled))
         self._seconds = patience.total_seconds()
         self._threads = ThreadPoolExecutor(THREADS, "engagement-receipts")
 

@@ -18,7 +18,7 @@ No server is known here: `asgi` and `wsgi` read a request and write the response
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from traceback import extract_tb
@@ -29,11 +29,14 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from engagement._delivery.database import messages
+from engagement._delivery.hook import Hook, OnSettled, why_no_hook
 from engagement._logging import logger
 from engagement._sql import receiving
 from engagement._sql.errors import describe, is_transient
 from engagement._sql.own_transactions import connect, for_own_transactions, transaction
-from engagement.messages import Receipt, Recorded
+from engagement.messages import Receipt, ReceiptAnswer, Recorded
+from engagement.models import MessageStatus
 from engagement.receipts.sources import ReceiptSource, UnreadableReceipts
 from engagement.repository import EngagementMessageRepository
 
@@ -44,7 +47,7 @@ RETRY_SECONDS = 10
 MOST_FIELDS = 20
 """In a query. Meta's handshake has three."""
 
-Record = Callable[[Sequence[Receipt]], Sequence[Recorded]]
+Record = Callable[[Sequence[Receipt]], Sequence[ReceiptAnswer]]
 
 
 class NotAllowed(UnreadableReceipts):
@@ -153,7 +156,7 @@ class Endpoint:
             return Response(200, self._challenge(_fields(head.query)))
         receipts = self._source.read(body, head.headers)
         answers = self._record(receipts) if receipts else ()
-        recorded = sum(answer is Recorded.RECORDED for answer in answers)
+        recorded = sum(each.answer is Recorded.RECORDED for each in answers)
         logger.info(
             "engagement.receipts_received provider=%s receipts=%s recorded=%s",
             self._source.name,
@@ -201,19 +204,39 @@ def _fields(query: str) -> dict[str, str]:
         raise UnreadableReceipts("the query has too many fields") from None
 
 
-def recorder(engine: Engine, schema: str | None, patience: timedelta) -> Record:
+def recorder(engine: Engine, schema: str | None, patience: timedelta, on_settled: OnSettled | None = None) -> Record:
     """Return a function that records receipts in a transaction of its own, and commits it.
 
-    A statement that takes longer than `patience` is given up (another transaction holds the message).
+    A statement that takes longer than `patience` is given up (another transaction holds the message). `on_settled` is
+    called, last in the transaction, for each message that has another status by it; all calls have `patience` together.
     """
     if not isinstance(patience, timedelta) or patience < timedelta(milliseconds=1):
         raise ValueError("patience: must be a timedelta of more than zero")
-    ours = for_own_transactions(engine, schema)
+    if on_settled is not None and (problem := why_no_hook(on_settled)):
+        raise ValueError(f"on_settled: {problem}")
+    ours = for_own_transactions(engine, schema, lends=on_settled is not None)
+    hook = None if on_settled is None else Hook(on_settled, patience.total_seconds())
     limit = f"{patience // timedelta(milliseconds=1)}ms"
 
-    def record(receipts: Sequence[Receipt]) -> Sequence[Recorded]:
-        with connect(ours) as connection, transaction(connection), Session(connection) as session:
-            session.execute(receiving.settings(), {"patience": limit})
-            return EngagementMessageRepository(session).record_receipts(receipts)
+    def record(receipts: Sequence[Receipt]) -> Sequence[ReceiptAnswer]:
+        with connect(ours) as connection, transaction(connection):
+            with Session(connection) as session:
+                session.execute(receiving.settings(), {"patience": limit})
+                answers = EngagementMessageRepository(session).record_receipts(receipts)
+            if hook is not None and (ends := _ends(answers)):
+                settled = messages(connection, sorted(ends))
+                hook.call(connection, [(message, ends[message.id]) for message in settled])
+            return answers
 
     return record
+
+
+def _ends(answers: Iterable[ReceiptAnswer]) -> dict[int, MessageStatus]:
+    """Return the last status of each message that has another one now than before all of them."""
+    before: dict[int, MessageStatus | None] = {}
+    ends: dict[int, MessageStatus] = {}
+    for each in answers:
+        if each.message_id is not None and each.status is not None:
+            before.setdefault(each.message_id, each.before)
+            ends[each.message_id] = each.status
+    return {message_id: status for message_id, status in ends.items() if status != before[message_id]}

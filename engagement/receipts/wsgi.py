@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine
 
+from engagement._delivery.hook import OnSettled
 from engagement.receipts.endpoint import (
     MOST_BYTES,
     PATIENCE,
@@ -34,14 +35,21 @@ class ReceiptsWSGI:
     A host mounts it (`DispatcherMiddleware(app.wsgi_app, {"/receipts": ReceiptsWSGI(engine, source)})` of Werkzeug, see
     docs/receipts.md), and it answers at each path below that place. `engine` is a synchronous one, as for a `Worker`.
     `schema` says where the table is, if not on the search path. A database that takes longer than `patience` is
-    answered for with 503. The time that a body may take is the server's matter (gunicorn's `--timeout`). Raises
-    `ValueError` or `TypeError`, which names the field.
+    answered for with 503. The time that a body may take is the server's matter (gunicorn's `--timeout`).
+    `on_settled` is called as a worker's is, for each message to which a request gives another status
+    (docs/settling.md). Raises `ValueError` or `TypeError`, which names the field.
     """
 
     def __init__(
-        self, engine: Engine, source: ReceiptSource, *, schema: str | None = None, patience: timedelta = PATIENCE
+        self,
+        engine: Engine,
+        source: ReceiptSource,
+        *,
+        schema: str | None = None,
+        patience: timedelta = PATIENCE,
+        on_settled: OnSettled | None = None,
     ) -> None:
-        self._endpoint = Endpoint(source, recorder(engine, schema, patience))
+        self._endpoint = Endpoint(source, recorder(engine, schema, patience, on_settled))
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request."""
