@@ -113,7 +113,7 @@ def _wait(state: State, now: float) -> Step:
         if state.send_timeout < inf:
             times += [claim.started_at + state.send_timeout for claim in hand.unanswered]
     else:
-        times.append(now + state.sleep.longest)
+        times.append(now + state.poll_interval)
     until = min(time for time in times if time > now)
     if hand.is_empty and not hand.overdue and not state.readiness.is_asked:
         return Nap(until)

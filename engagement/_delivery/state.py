@@ -103,11 +103,6 @@ class State:
         if why_not is not None:
             self.is_idle, self.look_at = True, now + self.poll_interval
 
-    def woken(self, *, hears: bool) -> None:
-        """Look at once: something may be new. `hears` says whether the next wake-up would be heard."""
-        self.sleep.woken(hears=hears)
-        self.is_idle, self.look_at = False, 0.0
-
     def peeked(self, step: Peek, waits: float, *, took: float, now: float) -> None:
         """Note in how many seconds the database has something to do."""
         self.outage.over()
@@ -116,7 +111,7 @@ class State:
             return
         if step.after == START:
             self.cursor.claimed(None, took, now)
-        self.look_at = now + self.sleep.peeked(waits, step.after)
+        self.look_at = now + self.sleep.peeked(waits)
 
     def committed(self, step: Transact, taken: Taken, now: float) -> None:
         """Note that a transaction was committed: the messages that it claimed may be started."""
