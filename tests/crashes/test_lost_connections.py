@@ -103,13 +103,25 @@ def test_a_settlement_whose_commit_was_not_acknowledged_counts_once(engine, prox
     assert worker.result.succeeded + worker.result.retried == 2
 
 
-def test_a_claim_that_is_committed_late_is_sent(engine):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"poll_interval": timedelta(seconds=1)},
+        {"min_interval": timedelta(milliseconds=1)},
+        {"concurrency": 5},
+        {"message_types": ["goodbye"]},
+        {"excluding": ["reminder"], "poll_interval": timedelta(milliseconds=300)},
+    ],
+    ids=str,
+)
+def test_a_claim_that_is_committed_late_is_sent(engine, options):
     """The server gets a COMMIT after the worker has gone on: nothing else is due, and it is adopted all the same."""
     (message_id,) = queue(engine, new_message())
     transport = Transport()
     with proxied(engine.url) as proxy, an_engine(proxy.url) as through:
         at_first_commit(through, is_claim, lambda _: proxy.delay_next_commit())
-        with Running(through, transport):
+        with Running(through, transport, **options):
             assert proxy.is_delayed.wait(PATIENCE_SECONDS)
             (another,) = queue(engine, new_message("another"))
             until(lambda: row(engine, another).status == "sent")
