@@ -46,12 +46,12 @@ class SuppressionList:
         hashed = address_hash(checked_address(address))
         reason = checked_text("reason", reason, max_characters=MOST_REASON)
         moment = None if until is None else moment_text(checked_moment("until", until))
-        given: suppressing.Suppression = {
+        given: suppressing.Entry = {
             "address_hash": hashed,
             "reason": self._host.storable(reason),
             "until": moment,
         }
-        self._host.execute(suppressing.suppress(), suppressing.SUPPRESSIONS.parameter([given]))
+        self._host.execute(suppressing.suppress(), suppressing.ENTRIES.parameter([given]))
 
     def unsuppress(self, address: str) -> bool:
         """Let messages be sent to `address` again; tell whether it was on the list. Nothing is sent for it."""

@@ -320,3 +320,16 @@ def wait_until_blocked(engine: Engine, count: int) -> None:
             return connection.execute(query).scalar_one() == count
 
     until(are_blocked)
+
+
+@pytest.fixture(name="watched")
+def _watched():
+    """OpenTelemetry, which keeps in memory what it was told of this process."""
+    from watched import Watched
+
+    from engagement.telemetry import EngagementInstrumentor
+
+    watched = Watched()
+    watched.instrument()
+    yield watched
+    EngagementInstrumentor().uninstrument()

@@ -52,14 +52,6 @@ def linked_to(span):
     return [link.context.span_id for link in span.links]
 
 
-@pytest.fixture(name="watched")
-def _watched():
-    watched = Watched()
-    watched.instrument()
-    yield watched
-    EngagementInstrumentor().uninstrument()
-
-
 # Spans
 
 

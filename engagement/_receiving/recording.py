@@ -66,11 +66,15 @@ def record(host: HostSession, receipts: Iterable[Receipt]) -> list[ReceiptAnswer
 def _suppress(host: HostSession, unreachable: Mapping[str, Receipt]) -> None:
     """Put addresses onto the suppression list, for good."""
     if unreachable:
-        given: list[suppressing.Suppression] = [
-            {"address_hash": address_hash(address), "reason": _reason(host, receipt)[:MOST_REASON], "until": None}
+        given: list[suppressing.Entry] = [
+            {
+                "address_hash": address_hash(address),
+                "reason": host.storable(_reason(receipt) or receipt.provider)[:MOST_REASON],
+                "until": None,
+            }
             for address, receipt in unreachable.items()
         ]
-        host.execute(suppressing.suppress(), suppressing.SUPPRESSIONS.parameter(given))
+        host.execute(suppressing.suppress(), suppressing.ENTRIES.parameter(given))
         logger.info("engagement.suppressed addresses=%s", len(given))
 
 
@@ -161,13 +165,12 @@ def _each_row_once(changes: list[tuple[Told, Receipt]]) -> Iterator[list[tuple[T
         changes = later
 
 
-def _reason(host: HostSession, receipt: Receipt) -> str:
-    reason = clean_reason(": ".join(filter(None, (receipt.code, receipt.reason))))
-    return host.storable(reason or receipt.provider)
+def _reason(receipt: Receipt) -> str | None:
+    return clean_reason(": ".join(filter(None, (receipt.code, receipt.reason))))
 
 
 def _change(host: HostSession, row: Told, receipt: Receipt) -> receiving.Change:
-    reason = clean_reason(": ".join(filter(None, (receipt.code, receipt.reason))))
+    reason = _reason(receipt)
     return {
         "id": row.id,
         "status": row.status,

@@ -155,7 +155,7 @@ def _blanked(event: str) -> dict[str, ColumnElement[Any]]:
 def forget_user() -> Executable:
     """Cancel a user's pending messages, blank all of them, and return for each whether it was cancelled now.
 
-    So are the reasons in the suppression list, by the addresses that the messages have until then.
+    The reasons that the suppression list has for their addresses are blanked too.
     """
     locked = _locked(C.user_id == bindparam("of_user"), C.destination_jid.is_not(None))
     was_pending = locked.c.status == PENDING

@@ -18,7 +18,7 @@ _is_in_force = or_(L.until.is_(None), L.until > NOW)
 _is_of_address = L.address_hash == bindparam("of_address", type_=Text)
 
 
-class Suppression(TypedDict):
+class Entry(TypedDict):
     """One address for the list. `until` is a text of a moment, or None for good."""
 
     address_hash: Annotated[str, Text()]
@@ -26,7 +26,7 @@ class Suppression(TypedDict):
     until: Annotated[str | None, MOMENT]
 
 
-SUPPRESSIONS = Rows(Suppression, "suppressions")
+ENTRIES = Rows(Entry, "suppressions")
 
 
 @cache
@@ -35,7 +35,7 @@ def suppress() -> Executable:
 
     One that is on it in force stays there since then, until the later of both moments.
     """
-    given = SUPPRESSIONS.given().c
+    given = ENTRIES.given().c
     # In one order everywhere, or two statements over the same addresses would deadlock.
     rows = select(given.address_hash, given.reason, NOW, given.until).order_by(given.address_hash)
     added = insert(LIST).from_select(["address_hash", "reason", "since", "until"], rows)

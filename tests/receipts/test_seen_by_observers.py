@@ -4,27 +4,16 @@ import logging
 from datetime import datetime, timedelta
 from types import SimpleNamespace
 
-import pytest
 from conftest import execute, new_message, queue, row
 from sqlalchemy.orm import Session
 from test_prometheus import scraping
-from watched import Watched
 
 from engagement import EngagementMessageRepository, InDoubt, NotSent, Recorded, process_message_queue
 from engagement._watching import observers as observing
 from engagement._watching.metrics import MOST_CODES
-from engagement.telemetry import EngagementInstrumentor
 from receipts.test_recording import WAMID, named, receipt, record, sent
 
 ROUND = timedelta(microseconds=1)
-
-
-@pytest.fixture(name="watched")
-def _watched():
-    watched = Watched()
-    watched.instrument()
-    yield watched
-    EngagementInstrumentor().uninstrument()
 
 
 def counted(found: dict, name: str) -> dict:
