@@ -92,7 +92,7 @@ def test_a_claim_that_fails_again_and_again_does_not_delay_what_is_known(engine,
         assert may_end[message.id].wait(PATIENCE_SECONDS)
 
     with (
-        an_engine(engine.url, connect_args={"options": "-c statement_timeout=200"}) as hasty,
+        an_engine(engine.url, connect_args={"options": "-c statement_timeout=600"}) as hasty,
         Running(hasty, send, lease=timedelta(seconds=1.5), concurrency=2),
     ):
 
