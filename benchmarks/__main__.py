@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.crowded import claim_from_a_crowd
+from benchmarks.delivering import deliver
 from benchmarks.draining import drain
 from benchmarks.exchanging import send
 from benchmarks.idling import idle
@@ -28,6 +29,7 @@ WORKS: dict[str, Work] = {
     "idle": idle,
     "vacuum": queue_and_drain_under_autovacuum,
     "send": send,
+    "deliver": deliver,
 }
 
 

@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from multiprocessing import get_context
+from typing import Any
 
 from sqlalchemy import URL, text
 
@@ -13,11 +14,12 @@ from benchmarks.floors import Floor
 from benchmarks.given import given
 from benchmarks.limits import FloorInSQLAlchemy, OurStatements
 from benchmarks.measuring import Contender, compare, timed
-from benchmarks.ours import Ours
+from benchmarks.ours import Ours, send
 from benchmarks.peers import peers
 from benchmarks.queues import Queue
 from benchmarks.server import Database, database
 from benchmarks.setup import Setup
+from engagement import process_message_queue
 
 HEAD_START_SECONDS = 0.05
 """How long before a common start the processes are told of it."""
@@ -44,7 +46,7 @@ def drain(setup: Setup) -> Iterator[str]:
             Contender(ours.name, partial(_drained, ours, few), floor.name, 0.9),
         ]
         yield compare(f"drain {few:,}", contenders, rounds=setup.rounds, warm_up=not setup.small).table()
-        with _processes(db) as drained_by:
+        with processes(db, _no_transport) as drained_by:
             for concurrency, how_many in ((1, 2 * few), (100, size)):
                 contenders = [
                     Contender("one process", partial(drained_by, 1, concurrency, how_many)),
@@ -69,18 +71,22 @@ def _drained(queue: Queue, size: int) -> float:
 
 
 @contextmanager
-def _processes(db: Database) -> Iterator[Callable[[int, int, int], float]]:
-    """Yield a function that drains with so many processes, and returns their common rate."""
+def processes(db: Database, make_transport: Callable[[], Any]) -> Iterator[Callable[[int, int, int], float]]:
+    """Yield a function that drains with so many processes, and returns their common rate.
+
+    Each process has a transport of its own.
+    """
     with ExitStack() as stack:
         pools = [stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn"))) for _ in range(2)]
 
-        def drained_by(processes: int, concurrency: int, size: int) -> float:
+        def drained_by(how_many: int, concurrency: int, size: int) -> float:
             Floor(db).empty()
             Floor(db).fill(given(size))
             for pool in pools:
                 pool.submit(_warm_up, db.url).result()
             start_at = time.monotonic() + HEAD_START_SECONDS
-            runs = [pool.submit(_drain_in_a_process, db.url, concurrency, start_at) for pool in pools[:processes]]
+            begin = partial(_drain_in_a_process, db.url, make_transport, concurrency, start_at)
+            runs = [pool.submit(begin) for pool in pools[:how_many]]
             return size / (max(run.result() for run in runs) - start_at)
 
         yield drained_by
@@ -96,9 +102,13 @@ def _warm_up(url: URL) -> None:
         connection.execute(text("SELECT 1"))
 
 
-def _drain_in_a_process(url: URL, concurrency: int, start_at: float) -> float:
+def _no_transport() -> Any:
+    return send
+
+
+def _drain_in_a_process(url: URL, make_transport: Callable[[], Any], concurrency: int, start_at: float) -> float:
     """Return the time of the end. The monotonic clock is the same in all processes."""
-    part = Ours(_database(url), concurrency=concurrency).drain()
+    engine, transport = _database(url).engine, make_transport()
     time.sleep(max(0.0, start_at - time.monotonic()))
-    part()
+    process_message_queue(engine, transport, concurrency=concurrency)
     return time.monotonic()

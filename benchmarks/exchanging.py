@@ -21,6 +21,7 @@ from engagement.transports.webhook import Webhook
 
 ANSWER_SECONDS = 0.05
 ANSWERS = {
+    b"/instance/": (200, b'{"instance": {"instanceName": "x", "state": "open"}}'),
     b"/message/": (201, b'{"key": {"id": "3EB0A1B2C3D4E5F60718", "fromMe": true}, "status": "PENDING"}'),
     b"/v25.0/": (200, b'{"messaging_product": "whatsapp", "messages": [{"id": "wamid.HBgNNTUxMTk5OTk5OTk5ORUCABEY"}]}'),
     b"/webhook": (200, b'{"provider_message_id": "m1"}'),
@@ -29,17 +30,17 @@ ANSWERS = {
 
 def send(setup: Setup) -> Iterator[str]:
     """Send one at a time, then 100 and 500 at once, each thread one message after the other."""
-    with _gateway() as url:
+    with gateway() as url:
         transports = {
-            "WhatsAppGateway": WhatsAppGateway(url=url, key="secret", render=_words),
-            "WhatsAppCloud": WhatsAppCloud(phone_number_id="1065", token="secret", render=_words, base_url=url),
-            "Webhook": Webhook(url=f"{url}/webhook", render=_words),
+            "WhatsAppGateway": WhatsAppGateway(url=url, key="secret", render=words),
+            "WhatsAppCloud": WhatsAppCloud(phone_number_id="1065", token="secret", render=words, base_url=url),
+            "Webhook": Webhook(url=f"{url}/webhook", render=words),
         }
         for at_once, size, target in ((1, 60, 0.95), (100, 6_000, 0.8), (500, 12_000, 0.8)):
-            messages = _messages(setup.size(size, 2 * at_once))
+            messages = messages_of(setup.size(size, 2 * at_once))
             body = transports["WhatsAppGateway"].prepare(messages[0]).body
             contenders = [
-                Contender("aiohttp alone", partial(_posted, f"{url}/message/sendText/x", body, len(messages), at_once)),
+                Contender("aiohttp alone", partial(posted, f"{url}/message/sendText/x", body, len(messages), at_once)),
                 *(
                     Contender(name, partial(_sent, transport, messages, at_once), "aiohttp alone", target)
                     for name, transport in transports.items()
@@ -51,11 +52,13 @@ def send(setup: Setup) -> Iterator[str]:
             transport.close()
 
 
-def _words(message: OutgoingMessage) -> str:
+def words(message: OutgoingMessage) -> str:
+    """Return a text with one of the params."""
     return f"Hello {message.message_params['name']}, we miss you!"
 
 
-def _messages(how_many: int) -> list[OutgoingMessage]:
+def messages_of(how_many: int) -> list[OutgoingMessage]:
+    """Make messages as a worker has them in hand."""
     return [
         OutgoingMessage(
             id=number,
@@ -93,7 +96,7 @@ def _sent(transport: Any, messages: list[OutgoingMessage], at_once: int) -> floa
     return len(messages) / timer.seconds
 
 
-def _posted(url: str, body: bytes, size: int, at_once: int) -> float:
+def posted(url: str, body: bytes, size: int, at_once: int) -> float:
     """Post in one event loop, and return the rate."""
     import aiohttp
 
@@ -117,7 +120,7 @@ def _posted(url: str, body: bytes, size: int, at_once: int) -> float:
 
 
 @contextmanager
-def _gateway() -> Iterator[str]:
+def gateway() -> Iterator[str]:
     """Yield the address of a gateway in a process of its own."""
     context = get_context("spawn")
     ours, theirs = context.Pipe()

@@ -4,11 +4,14 @@ Times mean little on a shared machine. A ratio is the median of the ratios to th
 """
 
 import gc
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from pathlib import Path
 from statistics import median
 
 
@@ -81,6 +84,14 @@ def timed() -> Iterator[Timer]:
     started = time.perf_counter()
     yield timer
     timer.seconds = time.perf_counter() - started
+
+
+def peak_megabytes() -> float:
+    """Return the most memory that this process ever held."""
+    status = Path("/proc/self/status")
+    if status.exists():  # On Linux the peak of `getrusage` begins with the memory of the parent.
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
 
 
 @dataclass(frozen=True)

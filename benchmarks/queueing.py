@@ -1,18 +1,15 @@
 """Works 1 to 3: queue many, queue many of which most are there, queue one."""
 
-import resource
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 from sqlalchemy import URL
 from sqlalchemy.orm import Session
 
 from benchmarks.floors import Floor
 from benchmarks.given import given, new_messages, stream
-from benchmarks.measuring import Contender, Fact, compare, facts, timed
+from benchmarks.measuring import Contender, Fact, compare, facts, peak_megabytes, timed
 from benchmarks.ours import Ours
 from benchmarks.peers import peers
 from benchmarks.queues import Queue, Timed
@@ -104,11 +101,4 @@ def _peak(url: URL, size: int) -> float:
     """Queue rows that are made as they are asked for, and return the megabytes that this process ever held."""
     with Session(Database(url).engine) as session, session.begin():
         EngagementMessageRepository(session).queue_messages(new_messages(stream(range(size))))
-    return _peak_megabytes()
-
-
-def _peak_megabytes() -> float:
-    status = Path("/proc/self/status")
-    if status.exists():  # On Linux the peak of `getrusage` begins with the memory of the parent.
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
+    return peak_megabytes()

@@ -26,6 +26,14 @@ TOLD = {
     "idle": ["statements for each poll", "from due to sent, median", "burst of"],
     "vacuum": ["PostgreSQL's defaults", "vacuum at 2 %", "pages for 100 due", "HOT"],
     "send": ["aiohttp alone", "WhatsAppGateway", "WhatsAppCloud", "Webhook", "500 at once", "≥ 0.95", "≥ 0.8"],
+    "deliver": [
+        "aiohttp alone",
+        "ours, WhatsAppGateway",
+        "ours, async def send",
+        "µs a message",
+        "two processes",
+        "peak memory",
+    ],
 }
 
 
