@@ -34,6 +34,7 @@ TOLD = {
         "two processes",
         "peak memory",
     ],
+    "provider-index": ["with the index", "without it", "send_many", "≥ 0.97"],
 }
 
 
