@@ -529,7 +529,7 @@ def _rows_of(node: dict) -> int:
 def test_pages_read_little_of_a_large_queue(large, admin, monkeypatch):
     """No count of all rows and no sort of them: what is read does not grow with what was sent long ago."""
     monkeypatch.setattr(pages, "COUNT_UP_TO", 100)
-    monkeypatch.setattr("engagement._operating.overview.RATE_ROWS", 100)
+    monkeypatch.setattr("engagement._operating.flow.MOST_READ", 100)
     for path in ("", "?span=week", "messages", "messages?status=in_doubt", "messages?user=user7", "messages/7"):
         with plans(large) as read:
             assert admin.get(path).status_code == 200

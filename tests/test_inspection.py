@@ -173,31 +173,50 @@ def test_the_overview_counts_and_ages_by_the_databases_clock(engine):
     assert found.leases_expired == 1
     assert found.pending_in_doubt == 1
     assert timedelta(minutes=5) <= found.oldest_in_doubt < timedelta(minutes=6)
-    assert found.queued_per_minute == pytest.approx(6 / 60)
-    assert found.sent_per_minute == pytest.approx(1 / 60)
+    assert [(flow.queued, flow.sent) for flow in found.flows.each] == [(6, 0), (6, 0), (6, 1)]
+    assert found.done_in is None
     assert found.table_bytes > 0
     assert found.index_bytes > 0
     assert found.dead_rows >= 0
 
 
-def test_a_rate_is_over_what_was_read(engine, monkeypatch):
-    """Where the newest rows reach back less than an hour, the rate is theirs: it is not capped by how many are read."""
-    monkeypatch.setattr("engagement._operating.overview.RATE_ROWS", 2)
-    queue(engine, *(new_message(f"user{number}") for number in range(4)))
-    update(engine, "created_at = now() - interval '10 minutes' + id * interval '1 minute'")
+def test_a_backlog_that_is_being_sent_is_counted_by_when_it_was_sent(engine):
+    """Old messages that go out now count in the minute they went out, beside newer ones, and say when all are done."""
+    queue(engine, *(new_message(f"user{number}") for number in range(9)))
+    update(engine, "next_attempt_at = now() - interval '1 day'", "id < 9")
+    for message_id, seconds in enumerate((0, 59, 61, 299, 301, 3599, 3601), 1):
+        ago = f"now() - interval '{seconds} seconds'"
+        update(engine, f"status = 'sent', attempt = 1, sent_at = {ago}, created_at = {ago}", f"id = {message_id}")
 
     with Session(engine) as session:
         found = overview(session)
 
-    assert found.queued_per_minute == pytest.approx(2 / 7, rel=0.01)
+    assert [(flow.over, flow.queued, flow.sent) for flow in found.flows.each] == [
+        (timedelta(minutes=1), 4, 2), (timedelta(minutes=5), 6, 4), (timedelta(minutes=60), 8, 6),
+    ]  # fmt: skip
+    assert found.done_in == timedelta(seconds=round(2 / (4 / 300)))
+
+
+def test_a_speed_is_over_what_was_read(engine, monkeypatch):
+    """Where the messages that were sent last reach back less than five minutes, the speed is theirs."""
+    monkeypatch.setattr("engagement._operating.flow.MOST_READ", 2)
+    queue(engine, *(new_message(f"user{number}") for number in range(6)))
+    update(engine, "status = 'sent', attempt = 1, sent_at = now() - id * interval '10 seconds'", "id <= 4")
+
+    with Session(engine) as session:
+        found = overview(session)
+
+    assert [flow.sent for flow in found.flows.each] == [2, 2, 2]
+    assert found.done_in == pytest.approx(timedelta(seconds=20), abs=timedelta(seconds=1))
 
 
 def test_an_empty_queue_has_an_overview(session):
     """Nothing is queued, sent, due or in doubt, and no age is told."""
     found = overview(session)
 
-    assert sum(found.by_status.values()) == found.due == found.queued_per_minute == found.sent_per_minute == 0
-    assert found.oldest_due is found.oldest_in_doubt is None
+    assert sum(found.by_status.values()) == found.due == 0
+    assert {(flow.queued, flow.sent) for flow in found.flows.each} == {(0, 0)}
+    assert found.oldest_due is found.oldest_in_doubt is found.done_in is None
 
 
 def test_activity_counts_what_was_due_and_what_was_sent_in_each_bucket(engine):

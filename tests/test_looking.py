@@ -213,7 +213,7 @@ def test_status_tells_what_a_watchman_asks(run, engine):
 
     assert (told["due"], told["leases_expired"], told["pending_in_doubt"]) == (1, 1, 0)
     assert 3600 <= told["oldest_in_doubt_seconds"] < 3700
-    assert (told["queued_per_minute"], told["sent_per_minute"]) == (round(5 / 60, 2), round(1 / 60, 2))
+    assert (told["queued_in_1_min"], told["sent_in_5_min"], told["done_in_seconds"]) == (5, 1, 300)
     assert told["table_bytes"] > 0
     assert told["index_bytes"] > 0
     assert {"dead_rows", "last_vacuum"} <= told.keys()

@@ -182,7 +182,7 @@ def test_the_figures_and_states_are_those_that_there_are(operator):
 
     assert watched
     assert set(watched) <= set(facts)
-    assert "sent_per_minute" in facts
+    assert "sent_in_1_min" in facts
     assert re.findall(r"^\| `(\w+)`", section("## What each state means"), re.MULTILINE) == list(MessageStatus)
 
 

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from engagement import EngagementMessageRepository, SuppressionList
 from engagement._delivery import database as claims
 from engagement._delivery.taking import Types
+from engagement._operating.flow import flows
 from engagement.models import MessageStatus
 from engagement.outcomes import Verdict
 
@@ -155,6 +156,7 @@ def _reads(plan: dict):
         ),
         pytest.param(repeat("prune_messages", timedelta(days=30)), {"prunable", "pkey"}, id="prune"),
         pytest.param(repeat("count_by_status"), {"user", "due"}, id="count"),
+        pytest.param(flows, {"pkey", "sent"}, id="the last minutes"),
     ],
 )
 def test_no_statement_reads_the_whole_table(full_engine, work, indexes):

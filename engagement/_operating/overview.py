@@ -27,6 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 
+from engagement._operating.flow import Flows, flows
 from engagement._operating.masking import masked
 from engagement._sql import claiming, looking
 from engagement._sql.host_sessions import in_session, readable, schema_in_session
@@ -54,9 +55,6 @@ from engagement.models import MessageStatus, qualified_name
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
-RATE_OVER = timedelta(hours=1)
-RATE_ROWS = 10_000
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overview:
@@ -72,10 +70,10 @@ class Overview:
     """Why it waits, if a worker's transport has given a reason for not being ready.
 
     See docs/decisions.md#2026-11-29--what-a-queue-waits-for-stands-on-the-message-that-waits-longest."""
-    queued_per_minute: float
-    """Over the last hour, or as far back as the newest 10,000 messages reach: an estimate, by id."""
-    sent_per_minute: float
-    """Likewise, by when they were due: messages of an older backlog that were sent after newer ones may be missed."""
+    flows: Flows
+    """How many were queued and sent in the last minutes."""
+    done_in: timedelta | None
+    """How long the due messages will take at the speed of the last five minutes: an estimate. None if none is sent."""
     leases_expired: int
     """Of the messages that are `sending`, how many have lost their worker, and wait to be recovered."""
     pending_in_doubt: int
@@ -93,7 +91,7 @@ def overview(session: Session, *, schema: str | None = None, count_up_to: int | 
     """Return the state of the queue.
 
     The counts are exact and read the narrowest whole index (an index-only scan, while the table is vacuumed). All other
-    figures come from partial indexes, from at most 10,000 rows, or from PostgreSQL's own statistics.
+    figures come from partial indexes, from at most 100,000 rows, or from PostgreSQL's own statistics.
 
     With `count_up_to`, a table with more rows is not counted: finished messages are then estimated by the statistics,
     and all others are counted so far and no further. `pending_in_doubt` looks at as many pending messages. See
@@ -101,7 +99,7 @@ def overview(session: Session, *, schema: str | None = None, count_up_to: int | 
     """
     keywords = in_session(schema)
     queue = {"queue": qualified_name(schema_in_session(schema, session))}
-    values = {"over": RATE_OVER, "rows": RATE_ROWS, "most": count_up_to}
+    values = {"most": count_up_to}
     facts = session.execute(_queue_facts(), values, **keywords).one()
     counts = {} if count_up_to is None else _count_roughly(session, queue | values, keywords)
     is_rough = bool(counts)
@@ -110,11 +108,12 @@ def overview(session: Session, *, schema: str | None = None, count_up_to: int | 
         counts = {word: count for word, count, _ in found}
     with readable(session):
         table_facts = session.execute(_table_facts(), queue, **keywords).one()
+    speed = flows(session, schema=schema)
     return Overview(
         by_status=dict.fromkeys(MessageStatus, 0) | {MessageStatus(word): count for word, count in counts.items()},
         is_rough=is_rough,
-        queued_per_minute=_per_minute(facts.queued, facts.queued_over),
-        sent_per_minute=_per_minute(facts.sent, facts.sent_over),
+        flows=speed,
+        done_in=speed.takes(facts.due),
         due=facts.due,
         oldest_due=facts.oldest_due,
         waiting_for=facts.waiting_for and masked(facts.waiting_for),
@@ -174,27 +173,8 @@ def _count_up_to_most(condition: ColumnElement[bool]) -> Select[Any]:
     return select(func.count()).select_from(some.limit(bindparam("most", type_=BigInteger)).subquery())
 
 
-def _per_minute(count: int, over: timedelta | None) -> float:
-    if not count or over is None:
-        return 0.0
-    # Over the whole hour, unless the rows that were read do not reach back so far.
-    span = RATE_OVER if count < RATE_ROWS else over
-    return count / max(span.total_seconds(), 1) * 60
-
-
 @cache
 def _queue_facts() -> Executable:
-    long_ago = NOW - bindparam("over", type_=Interval)
-    rows = bindparam("rows", type_=BigInteger)
-    newest = select(C.created_at.label("at")).order_by(C.id.desc()).limit(rows).subquery("newest")
-    last_sent = (
-        select(C.sent_at.label("at"))
-        # A cancelled message may be due in a year; a sent one was due.
-        .where(is_prunable, C.status == SENT, C.next_attempt_at <= NOW)
-        .order_by(C.next_attempt_at.desc())
-        .limit(rows)
-        .subquery("last_sent")
-    )
     pending = select(C.has_doubt).where(C.status == PENDING).limit(bindparam("most", type_=BigInteger)).subquery()
     questions: dict[str, Select[Any]] = {
         "due": _count_up_to_most(is_due),
@@ -204,9 +184,6 @@ def _queue_facts() -> Executable:
         "pending_in_doubt": select(func.count()).select_from(pending).where(pending.c.has_doubt),
         "oldest_in_doubt": select(time_since(func.min(C.next_attempt_at))).where(C.status == IN_DOUBT),
     }
-    for name, found in (("queued", newest), ("sent", last_sent)):
-        questions[name] = select(func.count()).select_from(found).where(found.c.at > long_ago)
-        questions[f"{name}_over"] = select(time_since(func.min(found.c.at))).where(found.c.at > long_ago)
     return select(*(question.scalar_subquery().label(name) for name, question in questions.items()))
 
 
@@ -223,7 +200,6 @@ def _table_facts() -> Executable:
 
 
 MOST_BUCKETS = 2_000
-LATEST_SEND = timedelta(days=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,14 +214,13 @@ class Activity:
 def activity(session: Session, since: datetime, bucket: timedelta, *, schema: str | None = None) -> list[Activity]:
     """Return the messages due and sent since then, bucket by bucket until now, zeros included.
 
-    Read by the partial indexes on when messages were last due, which leave out forgotten and pruned ones. A message
-    that was sent more than two days after it was due is only counted as sent if it was due in this time.
+    Read by the partial indexes on when messages were last due, and sent, which leave out forgotten and pruned ones.
     """
     checked_moment("since", since)
     if bucket <= timedelta(0):
         raise ValueError("bucket: must be more than nothing")
     keywords = in_session(schema)
-    values = {"since": since, "bucket": bucket, "latest": LATEST_SEND}
+    values = {"since": since, "bucket": bucket}
     past: timedelta = session.execute(_time_since(), values, **keywords).scalar_one()
     if (buckets := past // bucket + 1) > MOST_BUCKETS:
         raise ValueError(f"bucket: makes {buckets} buckets, more than {MOST_BUCKETS}")
@@ -265,19 +240,13 @@ def _activity() -> Executable:
     is_recent = and_(since <= C.next_attempt_at, C.next_attempt_at <= NOW)
     was_due = select(C.next_attempt_at.label("at"), number(1).label("due"), number(0).label("sent"))
     was_sent = select(C.sent_at, number(0), number(1))
-    latest = bindparam("latest", type_=Interval)
     seen = union_all(
         # One for each index: with OR, the planner reads the whole table.
         was_due.where(C.status == PENDING, is_recent),
         was_due.where(C.status == SENDING, is_recent),
         was_due.where(C.status == IN_DOUBT, is_recent),
         was_due.where(is_prunable, is_recent),
-        was_sent.where(
-            is_prunable,
-            C.status == SENT,
-            and_(since - latest <= C.next_attempt_at, C.next_attempt_at <= NOW),
-            C.sent_at >= since,
-        ),
+        was_sent.where(C.status == SENT, C.destination_jid.is_not(None), since <= C.sent_at, C.sent_at <= NOW),
     ).subquery("seen")
     bucket = bindparam("bucket", type_=Interval)
     place = func.floor(extract("epoch", seen.c.at - since) / extract("epoch", bucket)).cast(Integer)

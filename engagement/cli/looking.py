@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 
 import click
 
+from engagement._operating.flow import Flow
 from engagement._operating.overview import overview
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
@@ -22,8 +24,9 @@ def status(database: Database, *, as_json: bool) -> None:
     """Show how the queue stands: counts, rates, leases, sizes.
 
     If the oldest due message has been waiting for more than a few minutes, nobody sends, or too few do. Look at
-    messages in doubt, failed ones and expired leases with `engagement list`. The rates per minute and the dead rows are
-    estimates.
+    messages in doubt, failed ones and expired leases with `engagement list`. How many were queued and sent is told of
+    the last 1, 5 and 60 minutes. When the due messages will be done (at the speed of the last five minutes) and the
+    dead rows are estimates.
     """
     with database.session() as session:
         found = overview(session, schema=database.schema)
@@ -35,14 +38,21 @@ def status(database: Database, *, as_json: bool) -> None:
         "oldest_in_doubt_seconds": _seconds(found.oldest_in_doubt),
         "pending_in_doubt": found.pending_in_doubt,
         "leases_expired": found.leases_expired,
-        "queued_per_minute": round(found.queued_per_minute, 2),
-        "sent_per_minute": round(found.sent_per_minute, 2),
+        **_flow(found.flows.each),
+        "done_in_seconds": _seconds(found.done_in),
         "table_bytes": found.table_bytes,
         "index_bytes": found.index_bytes,
         "dead_rows": found.dead_rows,
         "last_vacuum": found.last_vacuum,
     }
     show("the queue", facts, as_json=as_json)
+
+
+def _flow(flows: Sequence[Flow]) -> dict[str, int]:
+    minutes = {flow.over // timedelta(minutes=1): flow for flow in flows}
+    return {f"queued_in_{over}_min": flow.queued for over, flow in minutes.items()} | {
+        f"sent_in_{over}_min": flow.sent for over, flow in minutes.items()
+    }
 
 
 def _seconds(length: timedelta | None) -> float | None:

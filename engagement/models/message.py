@@ -155,6 +155,8 @@ class EngagementMessageMixin:
                 "next_attempt_at",
                 where=f"status IN ({words(FINISHED)}) AND destination_jid IS NOT NULL",
             ),
+            # How many were sent in the last minutes: by when they were due, a backlog that is being sent is not seen.
+            index("sent", "sent_at", where="status = 'sent' AND destination_jid IS NOT NULL"),
             # How a receipt finds its message where the transport could give the provider no reference.
             index("provider", "provider_message_id", where="provider_message_id IS NOT NULL"),
             # Each message leaves two dead rows. Not by `postgresql_with`, which SQLAlchemy 2.0 has for indexes only.
