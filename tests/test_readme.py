@@ -2,7 +2,10 @@
 
 import ast
 import asyncio
+import hashlib
+import hmac
 import inspect
+import json
 import os
 import re
 import shutil
@@ -11,20 +14,25 @@ import sys
 import tomllib
 from datetime import datetime, timedelta
 from pathlib import Path
+from time import time
 from types import SimpleNamespace
 from zoneinfo import ZoneInfo
 
 import pytest
+from commands import messages
 from conftest import row
 from sqlalchemy import MetaData, Text, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
+from test_examples import served_by_uvicorn
 from test_prose import anchor
 
 from engagement._operating import temporary_postgres
+from engagement.messages import delivery_id, reference
 
 README = Path(__file__).parent.parent / "README.md"
+SECRET = "0123456789abcdef0123456789abcdef"
 
 
 def run(block: str, namespace: dict) -> None:
@@ -64,6 +72,8 @@ def test_the_readmes_python_runs(engine, tmp_path, monkeypatch):
     for locale in ("en", "pt-BR"):
         shutil.copytree(README.parent / "engagement" / "catalogues" / locale, tmp_path / "locales" / locale)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("META_APP_SECRET", SECRET)
+    monkeypatch.setenv("META_VERIFY_TOKEN", "open sesame")
     try:
         for block in blocks:
             if "resolve_message" in block:
@@ -73,10 +83,38 @@ def test_the_readmes_python_runs(engine, tmp_path, monkeypatch):
     finally:
         Base.metadata.drop_all(engine)
 
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     assert row(engine, 1).status == "sent"
     assert row(engine, 1).history[-1]["event"] == "resolved"
     assert row(engine, 2).status == "in_doubt"
+
+
+@pytest.mark.parametrize(
+    ("before", "told", "after"),
+    [("in_doubt", "delivered", "sent"), ("sent", "failed", "failed")],
+    ids=["a doubt resolves itself", "undeliverable becomes failed"],
+)
+def test_the_lines_that_hear_from_a_provider_have_the_effect_beside_them(engine, monkeypatch, before, told, after):
+    """A signed status of Meta, over HTTP to the app of the README, settles its message. A forged one does not."""
+    monkeypatch.setenv("META_APP_SECRET", SECRET)
+    monkeypatch.setenv("META_VERIFY_TOKEN", "open sesame")
+    section = README.read_text().partition("\n## Receipts\n")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    host = {"engine": engine}
+    run(block, host)
+    (message_id,) = messages(engine, before)
+    named = reference(message_id, delivery_id(row(engine, message_id).idempotency_key))
+    status = {"id": "wamid.1", "status": told, "timestamp": str(int(time())), "biz_opaque_callback_data": named}
+    status |= {"recipient_id": "5511999990000"}
+    status |= {"errors": [{"code": 131026, "title": "Message undeliverable"}]} if told == "failed" else {}
+    change = {"field": "messages", "value": {"messaging_product": "whatsapp", "statuses": [status]}}
+    body = json.dumps({"object": "whatsapp_business_account", "entry": [{"id": "1", "changes": [change]}]}).encode()
+
+    with served_by_uvicorn(host["app"]) as client:
+        for secret, code, then in ((SECRET[::-1], 401, before), (SECRET, 200, after)):
+            signature = f"sha256={hmac.digest(secret.encode(), body, hashlib.sha256).hex()}"
+            answer = client.post("/receipts/", content=body, headers={"X-Hub-Signature-256": signature})
+            assert (answer.status_code, row(engine, message_id).status) == (code, then)
 
 
 QUICK_START = README.read_text().partition("## Quick start")[2].partition("\n## ")[0]
