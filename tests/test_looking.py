@@ -117,6 +117,7 @@ def test_one_message_is_shown_by_id_or_key_with_its_timeline(run, engine):
             ["list", "--after", "9" * 20],
         ),
         *(["cancel", "--user", "", "--yes"], ["forget-user", "", "--yes"], ["retry", "--type", "", "--dry-run"]),
+        *(["suppress", "", "--reason", "x"], ["suppress", "1@lid", "--reason", ""], ["suppressed", "", "--reveal"]),
         *(["cancel", "9" * 5000], ["list", "--before", "9" * 5000], ["show", ""]),
     ],
 )

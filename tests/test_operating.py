@@ -34,6 +34,8 @@ from engagement.models import TABLE_NAME
         ["prune", "--older-than", "1d", "--yes"],
         ["retry", "--all", "--yes"],
         ["resolve", "--all", "--sent", "--yes"],
+        ["suppress", "447700900101@s.whatsapp.net", "--reason", "answered STOP"],
+        ["suppressed"],
     ],
 )
 def test_every_command_honors_the_schema(run, empty_engine, command):
@@ -81,6 +83,7 @@ def test_the_examples_of_the_help_are_understood(example, tmp_path, monkeypatch)
 def test_commands_that_act_on_messages_have_examples():
     """Whoever is called at night copies one."""
     acting_on_messages = {"list", "show", "cancel", "reschedule", "retry", "resolve", "forget-user", "prune", "status"}
+    acting_on_messages |= {"suppress", "unsuppress", "suppressed"}
 
     assert acting_on_messages <= {name for name, command in commands() if "Examples:" in (command.epilog or "")}
 
@@ -152,7 +155,7 @@ def test_the_documented_commands_run(run, engine):
         ran = run(*shlex.split(line), on=engine)
         assert (line, ran.status, ran.err) == (line, 0, "")
 
-    assert len(typed) == 18
+    assert len(typed) == 22
     assert [row(engine, message_id).destination_jid for message_id in range(1, 6)] == [None] * 5
     assert [row(engine, message_id).status for message_id in range(1, 9)] == [
         *("cancelled", "sent", "cancelled", "cancelled", "cancelled", "pending", "sent", "sent")

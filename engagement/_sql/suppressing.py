@@ -14,7 +14,7 @@ from engagement.models import EngagementSuppression
 
 LIST: Table = EngagementSuppression.__table__  # type: ignore[assignment]  # declared as FromClause
 L = LIST.c
-_is_in_force = or_(L.until.is_(None), L.until > NOW)
+is_in_force = or_(L.until.is_(None), L.until > NOW)
 _is_of_address = L.address_hash == bindparam("of_address", type_=Text)
 
 
@@ -43,7 +43,7 @@ def suppress() -> Executable:
         index_elements=[L.address_hash],
         set_={
             "reason": added.excluded.reason,
-            "since": case((_is_in_force, L.since), else_=added.excluded.since),
+            "since": case((is_in_force, L.since), else_=added.excluded.since),
             "until": case(
                 (or_(L.until.is_(None), added.excluded.until.is_(None)), null()),
                 else_=func.greatest(L.until, added.excluded.until),
@@ -55,13 +55,13 @@ def suppress() -> Executable:
 @cache
 def unsuppress() -> Executable:
     """Take an address off the list; return whether it was on it in force."""
-    return delete(LIST).where(_is_of_address).returning(_is_in_force)
+    return delete(LIST).where(_is_of_address).returning(is_in_force)
 
 
 @cache
 def find() -> Executable:
     """Return (reason, since, until) of an address that is on the list in force."""
-    return select(L.reason, L.since, L.until).where(_is_of_address, _is_in_force)
+    return select(L.reason, L.since, L.until).where(_is_of_address, is_in_force)
 
 
 @cache

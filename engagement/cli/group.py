@@ -37,6 +37,7 @@ SECTIONS = {
         "status": "looking:status",
         "list": "listing:list_",
         "show": "listing:show_one",
+        "suppressed": "suppressing:suppressed",
         "verify": "looking:verify",
         "admin": "serving:admin",
     },
@@ -45,6 +46,8 @@ SECTIONS = {
         "reschedule": "changing:reschedule",
         "retry": "changing:retry",
         "resolve": "changing:resolve",
+        "suppress": "suppressing:suppress",
+        "unsuppress": "suppressing:unsuppress",
         "forget-user": "blanking:forget_user",
         "prune": "blanking:prune",
     },
@@ -71,7 +74,8 @@ Exit status:
   0    all is well; also after a first signal, once the sends in hand are settled
   1    something needs attention: bad lines (queue), failed messages or messages in
        doubt (process), broken promises (verify), problems (lint-catalogues), a message
-       that was not changed as asked, or is not there; or a person said no
+       that was not changed as asked, or is not there; an address that is not on the
+       suppression list; or a person said no
   2    the command was not understood, or something that it needs is missing
   3    the database cannot be reached, refused, or is not migrated
   130  interrupted (SIGINT); where the first signal waits for sends, by the second
