@@ -15,7 +15,7 @@ from engagement._sql.host_sessions import HostSession
 from engagement._sql.parameters import moment_text
 from engagement.messages import Suppressed, address_hash
 from engagement.messages.checks import checked_address, checked_moment, checked_text
-from engagement.models import MOST_REASON, checked_schema
+from engagement.models import MOST_REASON, SUPPRESSION_TABLE_NAME, checked_schema
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -30,7 +30,8 @@ class SuppressionList:
 
     An address is a `destination_jid`, compared as it is: a person's number (`5511999990000@s.whatsapp.net`) and their
     `@lid` are two. Only its SHA-256 is kept. A trial of all telephone numbers finds them out: the list is as personal
-    as a list of numbers. Bad input raises `InvalidMessage` before the database is touched. `schema` is that of
+    as a list of numbers. Bad input raises `InvalidMessage` before the database is touched. A role from which row-level
+    security hides the list gets a `RuntimeError`, and not the answer of an empty list. `schema` is that of
     `EngagementMessageRepository`.
     """
 
@@ -56,12 +57,16 @@ class SuppressionList:
     def unsuppress(self, address: str) -> bool:
         """Let messages be sent to `address` again; tell whether it was on the list. Nothing is sent for it."""
         values = {"of_address": address_hash(checked_address(address))}
-        return self._host.execute(suppressing.unsuppress(), values).scalar_one_or_none() is True
+        was_on_it: bool | None = self._host.execute(suppressing.unsuppress(), values).scalar_one_or_none()
+        if was_on_it is None:
+            self.find(address)  # It raises if the list only looks empty.
+        return was_on_it is True
 
     def find(self, address: str) -> Suppressed | None:
         """Return why and since when nothing is sent to `address`; None if it is not on the list now."""
-        rows = self._host.rows(suppressing.find(), {"of_address": address_hash(checked_address(address))})
-        return next((Suppressed(*row) for row in rows), None)
+        hashed = address_hash(checked_address(address))
+        values = {"of_address": hashed, "list": self._host.name_of(SUPPRESSION_TABLE_NAME)}
+        return suppressing.found(self._host.rows(suppressing.find(), values))
 
 
 class AsyncSuppressionList:

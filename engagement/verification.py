@@ -19,6 +19,7 @@ from sqlalchemy import (
     Executable,
     Interval,
     Select,
+    Table,
     Text,
     and_,
     bindparam,
@@ -31,11 +32,12 @@ from sqlalchemy import (
     union_all,
 )
 
+from engagement._sql.hiding import is_hidden
 from engagement._sql.host_sessions import in_session, schema_in_session
 from engagement._sql.parameters import text_of
 from engagement._sql.table import NOW, PENDING, QUEUE, SENDING, C, catalog, word
 from engagement.messages.checks import JID_FORMS
-from engagement.models import EARLIEST, LATEST, TABLE_NAME, MessageStatus, qualified_name
+from engagement.models import EARLIEST, LATEST, TABLE_NAME, TABLE_NAMES, EngagementBase, MessageStatus, qualified_name
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -67,6 +69,7 @@ def verify(
 
     Names up to `limit` messages for each promise; `more` of the last one says whether there are others. A message that
     has been due for longer than `overdue`, or a lease that ended as long ago, is a broken promise too: nobody delivers.
+    A table that row-level security hides from the session's role is one as well, since it would look healthy.
     It only reads, in the session's transaction. It reads the whole table, so run it nightly, not every minute. See
     docs/decisions.md#2026-11-29--more-of-the-last-violation-says-that-verify-stopped.
 
@@ -78,7 +81,7 @@ def verify(
         raise ValueError("overdue: must not be negative")
     if limit < 1:
         raise ValueError("limit: must be at least 1")
-    found = list(_missing_guards(session, schema))
+    found = [*_missing_guards(session, schema), *_hidden_tables(session, schema)]
     for promise in _promises():
         ids = (
             session.execute(
@@ -206,28 +209,39 @@ def _has_unreadable_moment() -> ColumnElement[bool]:
 
 
 def _missing_guards(session: Session, schema: str | None) -> Iterator[Violation]:
-    found = session.execute(
-        _guards_in_force(), {"queue": qualified_name(schema_in_session(schema, session))}, **in_session(schema)
-    )
-    in_force = {(kind, name) for kind, name in found}
-    for kind, name in _guards():
-        if (kind, name) not in in_force:
-            yield Violation("guards_in_force", None, f"the {kind} {name} is missing or not valid")
+    where = schema_in_session(schema, session)
+    for name in TABLE_NAMES:
+        table = EngagementBase.metadata.tables[name]
+        found = session.execute(_guards_in_force(), {"table": qualified_name(where, name)}, **in_session(schema))
+        in_force = {(kind, guard) for kind, guard in found}
+        for kind, guard in _guards(table):
+            if (kind, guard) not in in_force:
+                of = f"of {name}.{guard}" if kind == _NOT_NULL else guard
+                yield Violation("guards_in_force", None, f"the {kind} {of} is missing or not valid")
 
 
-_CONSTRAINT, _INDEX, _NOT_NULL = "constraint", "index", "NOT NULL of"
+def _hidden_tables(session: Session, schema: str | None) -> Iterator[Violation]:
+    where = schema_in_session(schema, session)
+    for name in TABLE_NAMES:
+        hides = select(is_hidden("table"))
+        if session.execute(hides, {"table": qualified_name(where, name)}, **in_session(schema)).scalar_one():
+            problem = f"row-level security hides {name} from this role, which needs a policy: to it, the table is empty"
+            yield Violation("rows_visible", None, problem)
 
 
-def _guards() -> list[tuple[str, str]]:
-    constraints = [(_CONSTRAINT, str(constraint.name)) for constraint in QUEUE.constraints]
-    indexes = [(_INDEX, str(index.name)) for index in QUEUE.indexes]
-    return sorted(constraints + indexes) + [(_NOT_NULL, value.name) for value in C if not value.nullable]
+_CONSTRAINT, _INDEX, _NOT_NULL = "constraint", "index", "NOT NULL"
+
+
+def _guards(table: Table) -> list[tuple[str, str]]:
+    constraints = [(_CONSTRAINT, str(constraint.name)) for constraint in table.constraints]
+    indexes = [(_INDEX, str(index.name)) for index in table.indexes]
+    return sorted(constraints + indexes) + [(_NOT_NULL, value.name) for value in table.c if not value.nullable]
 
 
 @cache
 def _guards_in_force() -> Executable:
     """Return (kind, name) of the constraints and indexes that hold, and of the columns that are NOT NULL."""
-    queue = func.to_regclass(text_of("queue"))
+    table = func.to_regclass(text_of("table"))
     constraints = catalog("pg_constraint", "conname", "conrelid", "conindid", "convalidated")
     indexes = catalog("pg_index", "indexrelid", "indrelid", "indisvalid")
     relations = catalog("pg_class", "oid", "relname")
@@ -235,9 +249,9 @@ def _guards_in_force() -> Executable:
     return union_all(
         select(word(_CONSTRAINT), constraints.c.conname)
         .outerjoin_from(constraints, indexes, indexes.c.indexrelid == constraints.c.conindid)
-        .where(constraints.c.conrelid == queue, constraints.c.convalidated, func.coalesce(indexes.c.indisvalid, True)),
+        .where(constraints.c.conrelid == table, constraints.c.convalidated, func.coalesce(indexes.c.indisvalid, True)),
         select(word(_INDEX), relations.c.relname)
         .join_from(relations, indexes, indexes.c.indexrelid == relations.c.oid)
-        .where(indexes.c.indrelid == queue, indexes.c.indisvalid),
-        select(word(_NOT_NULL), columns.c.attname).where(columns.c.attrelid == queue, columns.c.attnotnull),
+        .where(indexes.c.indrelid == table, indexes.c.indisvalid),
+        select(word(_NOT_NULL), columns.c.attname).where(columns.c.attrelid == table, columns.c.attnotnull),
     )

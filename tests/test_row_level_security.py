@@ -17,7 +17,10 @@ from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
 
 from engagement import EngagementMessageRepository, SuppressionList, migrations, process_message_queue
+from engagement._operating.suppressed import list_suppressed
 from engagement.models import TABLE_NAMES
+from engagement.policies import Suppression
+from engagement.verification import verify
 
 TABLES = sorted([*TABLE_NAMES, migrations.VERSION_TABLE])
 REPOSITORY = Path(__file__).parent.parent
@@ -290,3 +293,91 @@ def test_a_role_of_the_hosts_own_gets_a_policy(closed):
         assert process_message_queue(engine, lambda _: None).succeeded == 2
     with closed.acting_as("anon") as engine:
         assert count(engine, "engagement_message_queue") == 0
+
+
+# A list that is hidden looks empty, and an empty one lets everything pass
+
+
+GIVEN = "5511999990001@s.whatsapp.net"
+
+
+@pytest.fixture(name="half_open")
+def _half_open(closed) -> Project:
+    """The documented grants and policies of a worker, but for the policy that shows it the suppression list."""
+    with closed.acting_as("owner") as engine:
+        for statement in documented("CREATE POLICY"):
+            if not ("POLICY" in statement and "engagement_suppression" in statement):
+                change(engine, closed.as_written(statement))
+        with Session(engine) as session, session.begin():
+            EngagementMessageRepository(session).queue_message(new_message("stopped", destination_jid=GIVEN))
+    return closed
+
+
+def shown(project: Project, policy: str) -> None:
+    with project.acting_as("owner") as engine:
+        change(engine, project.as_written(f"CREATE POLICY mine ON engagement_suppression {policy}"))
+
+
+@pytest.mark.parametrize(
+    "policy", [None, "FOR INSERT TO worker WITH CHECK (true)", "TO anon USING (true)", "AS RESTRICTIVE USING (true)"]
+)
+def test_a_hidden_suppression_list_lets_nothing_pass(half_open, policy):
+    """Without a policy that lets the worker's role read it, nothing is sent, to whomever, and the reason is kept."""
+    if policy:
+        shown(half_open, policy)
+    sent = []
+    with half_open.acting_as("worker") as engine:
+        result = process_message_queue(engine, Suppression(sent.append, engine))
+
+    assert (sent, result.succeeded, result.retried) == ([], 0, 2)
+    with half_open.admin.connect() as connection:
+        reasons = set(connection.scalars(text("SELECT error_message FROM engagement_message_queue")))
+    assert reasons == {"Suppression raised ListIsHidden"}
+
+
+@pytest.mark.parametrize("policy", ["TO worker USING (true)", "FOR SELECT TO worker USING (true)", "USING (true)"])
+def test_a_policy_opens_the_suppression_list(half_open, policy):
+    """To the role itself or to all: the address on it gets nothing, the other one its message."""
+    shown(half_open, policy)
+    sent = []
+    with half_open.acting_as("worker") as engine:
+        result = process_message_queue(engine, Suppression(sent.append, engine))
+
+    assert [message.user_id for message in sent] == ["user1"]
+    assert (result.succeeded, result.cancelled) == (1, 1)
+
+
+def test_a_policy_of_a_group_counts_for_its_members(half_open):
+    """As PostgreSQL has it: who has the privileges of the policy's role."""
+    half_open.admin.dispose()
+    change(half_open.admin, half_open.as_written("GRANT authenticated TO worker"))
+    shown(half_open, "TO authenticated USING (true)")
+    with half_open.acting_as("worker") as engine, Session(engine) as session:
+        assert SuppressionList(session).find(GIVEN).reason == "answered STOP"
+
+
+def test_nobody_is_told_that_a_hidden_list_is_empty(half_open):
+    """A look-up, a removal and the list say that they cannot know."""
+    with half_open.acting_as("owner") as engine:
+        change(engine, half_open.as_written("GRANT SELECT, DELETE ON engagement_suppression TO worker"))
+    with half_open.acting_as("worker") as engine, Session(engine) as session:
+        for ask in (SuppressionList(session).find, SuppressionList(session).unsuppress):
+            with pytest.raises(RuntimeError, match="row-level security hides the suppression list from this role"):
+                ask(GIVEN)
+        with pytest.raises(RuntimeError, match="needs a policy"):
+            list_suppressed(session)
+
+
+def test_verify_names_a_table_that_is_hidden(half_open):
+    """To a role that sees no row, each promise would look kept."""
+
+    def hidden(role: str) -> list[str]:
+        with half_open.acting_as(role) as engine, Session(engine) as session:
+            found = [each for each in verify(session) if each.promise == "rows_visible"]
+        assert {each.message_id for each in found} <= {None}
+        return [name for each in found for name in TABLE_NAMES if f" hides {name} " in each.problem]
+
+    assert hidden("anon") == list(TABLE_NAMES)
+    assert "engagement_suppression" in hidden("worker")
+    assert "engagement_message_queue" not in hidden("worker")
+    assert hidden("owner") == hidden("service_role") == []

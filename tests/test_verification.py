@@ -24,6 +24,7 @@ from engagement import (
     exponential_backoff,
     migrations,
 )
+from engagement.models import TABLE_NAMES, EngagementBase
 from engagement.verification import _promises, verify
 
 TABLE = "engagement_message_queue"
@@ -206,7 +207,7 @@ def test_missing_values_are_found(session):
         ("guards_in_force", None),
         ("values_given", message_id),
     ]
-    assert found[0].problem == "the NOT NULL of idempotency_key is missing or not valid"
+    assert found[0].problem == "the NOT NULL of engagement_message_queue.idempotency_key is missing or not valid"
 
 
 @pytest.mark.parametrize(
@@ -232,6 +233,30 @@ def test_a_dropped_guard_is_found(session, statement, missed):
     assert [(each.promise, each.message_id, each.problem) for each in found] == [
         ("guards_in_force", None, f"{missed} is missing or not valid")
     ]
+
+
+def guards_of_other_tables():
+    for name in TABLE_NAMES[1:]:
+        table = EngagementBase.metadata.tables[name]
+        for constraint in table.constraints:
+            guard = constraint.name
+            yield pytest.param(f"ALTER TABLE {name} DROP CONSTRAINT {guard}", f"constraint {guard}", id=guard)
+        for index in table.indexes:
+            yield pytest.param(f"DROP INDEX {index.name}", f"index {index.name}", id=index.name)
+        for column in table.c:
+            if not column.nullable and not column.primary_key:
+                drop = f"ALTER TABLE {name} ALTER {column.name} DROP NOT NULL"
+                yield pytest.param(drop, f"NOT NULL of {name}.{column.name}", id=f"{name} {column.name}")
+
+
+@pytest.mark.parametrize(("statement", "missed"), list(guards_of_other_tables()))
+def test_a_guard_of_any_table_is_missed(session, statement, missed):
+    """Each CHECK, key, index and NOT NULL of the tables beside the queue is looked for as well."""
+    session.execute(text(statement))
+
+    found = {(each.promise, each.message_id, each.problem) for each in verify(session)}
+
+    assert ("guards_in_force", None, f"the {missed} is missing or not valid") in found
 
 
 def test_overdue_is_the_callers_choice(session):

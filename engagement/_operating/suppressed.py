@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from sqlalchemy import func, select
 
 from engagement._operating.lists import LONGEST_PAGE
+from engagement._sql.hiding import ListIsHidden
 from engagement._sql.host_sessions import HostSession
-from engagement._sql.suppressing import LIST, is_in_force
+from engagement._sql.suppressing import LIST, is_in_force, whether_hidden
+from engagement.models import SUPPRESSION_TABLE_NAME
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -39,7 +41,7 @@ class Entries:
 def list_suppressed(session: Session, *, skip: int = 0, limit: int = 50, schema: str | None = None) -> Entries:
     """Return up to `limit` entries in force, the newest first, after `skip` newer ones.
 
-    The list is read whole, since it is counted: an index by age would save nothing.
+    The list is read whole, since it is counted: an index by age would save nothing. Raises `ListIsHidden`.
     """
     if not 1 <= limit <= LONGEST_PAGE:
         raise ValueError(f"limit: must be from 1 to {LONGEST_PAGE}")
@@ -55,4 +57,7 @@ def list_suppressed(session: Session, *, skip: int = 0, limit: int = 50, schema:
     )
     entries = [Entry(*row) for row in host.rows(page, {})]
     counted = select(func.count()).select_from(LIST).where(is_in_force)
-    return Entries(entries, int(host.execute(counted).scalar_one()))
+    count = int(host.execute(counted).scalar_one())
+    if not count and host.execute(whether_hidden(), {"list": host.name_of(SUPPRESSION_TABLE_NAME)}).scalar_one():
+        raise ListIsHidden
+    return Entries(entries, count)

@@ -9,7 +9,7 @@ from engagement._logging import logger
 from engagement._sql import queueing
 from engagement._sql.host_sessions import HostSession
 from engagement.messages import InvalidMessage, NewMessage, Queued
-from engagement.models import MessageStatus
+from engagement.models import TABLE_NAME, MessageStatus
 
 
 def checked(message: object) -> NewMessage:
@@ -31,7 +31,7 @@ def queue(host: HostSession, message: NewMessage, trace_context: str | None) -> 
 
 def _duplicate(host: HostSession, idempotency_key: str, values: Mapping[str, Any]) -> Queued:
     key = {"idempotency_key": idempotency_key}
-    found = host.execute(queueing.find_key(), key | {"queue": host.queue_name()}).one_or_none()
+    found = host.execute(queueing.find_key(), key | {"queue": host.name_of(TABLE_NAME)}).one_or_none()
     message_id, status, may_compare = found or (None, None, False)
     differs_in = None
     if may_compare:

@@ -100,9 +100,9 @@ class HostSession:
         kept: str = with_storable_texts({"reason": reason}, self._session, self._keywords["bind_arguments"])["reason"]
         return kept
 
-    def queue_name(self) -> str:
-        """Return the table's name, as SQL reads it."""
-        return qualified_name(schema_in_session(self._schema, self._session))
+    def name_of(self, table: str) -> str:
+        """Return the name of a table of ours, as SQL reads it."""
+        return qualified_name(schema_in_session(self._schema, self._session), table)
 
 
 def _hide_values(error: StatementError) -> None:

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
-from sqlalchemy import Executable, Table, Text, Update, any_, bindparam, case, delete, func, null, or_, select, update
+from sqlalchemy import (
+    Executable,
+    Table,
+    Text,
+    Update,
+    any_,
+    bindparam,
+    case,
+    delete,
+    false,
+    func,
+    null,
+    or_,
+    select,
+    true,
+    union_all,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert
 
+from engagement._sql.hiding import ListIsHidden, is_hidden
 from engagement._sql.rows import Rows
 from engagement._sql.table import MOMENT, NOW, C, word
+from engagement.messages import Suppressed
 from engagement.models import EngagementSuppression
 
 LIST: Table = EngagementSuppression.__table__  # type: ignore[assignment]  # declared as FromClause
@@ -60,8 +80,29 @@ def unsuppress() -> Executable:
 
 @cache
 def find() -> Executable:
-    """Return (reason, since, until) of an address that is on the list in force."""
-    return select(L.reason, L.since, L.until).where(_is_of_address, is_in_force)
+    """Return the rows for `found`: of an address that is on the list in force, and of a list that is hidden.
+
+    `list` is the name of the table.
+    """
+    # In the statement that finds, since a policy may be dropped between two.
+    entry = select(L.reason, L.since, L.until, false()).where(_is_of_address, is_in_force)
+    hidden = select(null().cast(Text), null().cast(MOMENT), null().cast(MOMENT), true()).where(is_hidden("list"))
+    return union_all(entry, hidden)
+
+
+def found(rows: Iterable[Any]) -> Suppressed | None:
+    """Return the entry that `find` found. Raises `ListIsHidden` if it could not see one."""
+    for reason, since, until, hides in rows:
+        if hides:
+            raise ListIsHidden
+        return Suppressed(reason, since, until)
+    return None
+
+
+@cache
+def whether_hidden() -> Executable:
+    """Return whether the table named `list` looks empty because it is hidden."""
+    return select(is_hidden("list"))
 
 
 @cache

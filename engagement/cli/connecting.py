@@ -16,6 +16,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from engagement._sql.errors import is_not_migrated, is_unreadable, sqlstate
+from engagement._sql.hiding import ListIsHidden
 from engagement._sql.own_transactions import for_own_transactions
 from engagement._sql.schemas import in_schema
 from engagement.cli.parameters import schema_named
@@ -60,6 +61,8 @@ class Database:
             yield engine if to_migrate else for_own_transactions(engine, self.schema)
         except InvalidMessage as error:
             raise Problem(str(error)) from None
+        except ListIsHidden as error:
+            raise DatabaseProblem(str(error)) from None
         except SQLAlchemyError as error:
             raise self._problem(error, url) from None
         finally:
