@@ -381,3 +381,14 @@ def test_verify_names_a_table_that_is_hidden(half_open):
     assert "engagement_suppression" in hidden("worker")
     assert "engagement_message_queue" not in hidden("worker")
     assert hidden("owner") == hidden("service_role") == []
+
+
+def test_the_command_says_that_the_list_is_hidden(half_open, run):
+    """On one line with status 3, and not as an empty list or an address that is not on it."""
+    with half_open.acting_as("owner") as engine:
+        change(engine, half_open.as_written("GRANT DELETE ON engagement_suppression TO worker"))
+    url = half_open.admin.url.update_query_dict({"options": f"-c role={half_open.roles['worker']}"})
+    for command in (["suppressed"], ["suppressed", GIVEN], ["unsuppress", GIVEN]):
+        ran = run(*command, "--database-url", url.render_as_string(hide_password=False))
+        assert (ran.status, ran.out, ran.err.count("\n")) == (3, "", 1), command
+        assert "row-level security hides the suppression list" in ran.err
