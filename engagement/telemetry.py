@@ -158,6 +158,9 @@ class Tracing:
             step.span.add_event(f"engagement.{each.receipt.event}", _receipt(each))
         step.end(_receipt(receipts[0]) if len(receipts) == 1 else {})
 
+    def dropped(self, receipts: int) -> None:
+        """Make no span: the metrics count them."""
+
     def _begin(
         self, operation: Operation, about: Attributes, links: Sequence[Link] = (), started_at: int | None = None
     ) -> _Step:

@@ -7,6 +7,7 @@ from typing import Unpack
 
 from sqlalchemy import Engine
 
+from engagement._delivery.evidence import KeptReceipts
 from engagement._delivery.options import DeliveryOptions, Options, WorkerOptions
 from engagement._delivery.run import deliver
 from engagement._delivery.tally import ProcessResult
@@ -28,13 +29,17 @@ def process_message_queue(
     Any number of these and of `Worker.run` may run at once. `stop` ends it early: nothing is claimed any more, and
     sends in hand finish. Raises what the database raises if it cannot be reached at first, or for longer than a
     lease; sends in hand are settled before anything is raised, if that is possible. If sends that outlasted
-    `send_timeout` hang in every place, it ends within seconds, and leaves the other messages to the next run.
+    `send_timeout` hang in every place, it ends within seconds, and leaves the other messages to the next run. At its
+    end it records the kept receipts whose messages are known by now.
     """
     if limit is not None and limit < 0:
         raise ValueError("limit: must not be negative")
     given = Options(**options)
     ours = _for_delivery(engine, given)
-    return deliver(ours, transport, given, stop or threading.Event(), until_empty=True, limit=limit)
+    stop = stop or threading.Event()
+    result = deliver(ours, transport, given, stop, until_empty=True, limit=limit)
+    KeptReceipts(ours, given.on_settled).look(stop)
+    return result
 
 
 class Worker:
@@ -65,8 +70,9 @@ class Worker:
     - `prune_older_than`: every hour, blank finished messages that were last due longer ago. None leaves that to you.
     - `verify_every`: how often to look for broken promises, each of which is logged. None leaves that to you.
 
-    Of many workers one prunes, and one verifies, at a time. Each takes one more connection of the engine's pool while
-    it is at it. The pool must have one to spare, or leases would not be extended meanwhile. No send waits for it.
+    Each minute it records the kept receipts whose messages are known by now, and drops those of more than a day.
+    Of many workers one prunes, and one verifies, at a time. Each task takes one more connection of the engine's pool
+    while it is at it. The pool must have one to spare, or leases would not be extended meanwhile. No send waits for it.
     """
 
     def __init__(self, engine: Engine, transport: Transport, **options: Unpack[WorkerOptions]) -> None:

@@ -93,6 +93,8 @@ def host_calls(session: Session, schema: str | None = None) -> None:
     read = Receipt(event="read", at=LONG_AGO, provider=TEXT, reference=_reference(page[0]), reason=TEXT)
     assert [each.answer for each in queue.record_receipts([read, read])] == [Recorded.RECORDED, Recorded.ALREADY_KNOWN]
     assert queue.get_message(page[0].id).read_at == LONG_AGO
+    early = Receipt(event="read", at=LONG_AGO, provider=TEXT, provider_message_id="early", reason=TEXT)
+    assert [each.answer for each in queue.record_receipts([early, early])] == [Recorded.KEPT] * 2
     suppressed, address = SuppressionList(session, schema=schema), new_message("late").destination_jid
     for until in (LATER, None, LATER):
         suppressed.suppress(address, TEXT, until=until)

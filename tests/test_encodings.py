@@ -95,7 +95,10 @@ def test_a_receipt_in_words_that_the_encoding_lacks_is_recorded_all_the_same(mad
             ]
         )
 
-    assert [each.answer for each in answers] == [Recorded.UNKNOWN_MESSAGE, Recorded.RECORDED]
+        longest = given | {"provider": "→" * 255, "reason": "→" * 1_000, "code": "→" * 1_000}
+        early = EngagementMessageRepository(session).record_receipts([Receipt(provider_message_id="early", **longest)])
+
+    assert [each.answer for each in (*answers, *early)] == [Recorded.UNKNOWN_MESSAGE, Recorded.RECORDED, Recorded.KEPT]
     with Session(engine) as session:
         found = EngagementMessageRepository(session).get_message(message_id)
     assert (found.error_message, found.history[-1]["by"]) == ("\\u2192 away", "\\u2192")

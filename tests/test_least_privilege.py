@@ -40,6 +40,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "roles.md"
 ROLES = ["owner", "host", "caller", "worker", "pruner", "receiver", "watcher"]
 QUEUE = "app.engagement_message_queue"
 SUPPRESSION = "app.engagement_suppression"
+RECEIPT = "app.engagement_receipt"
 ADDRESS = "5511999990001@s.whatsapp.net"
 DENIED = "42501"
 
@@ -136,8 +137,15 @@ def _stocked(server):
         "doubted": "status = 'in_doubt', attempt = 1",
     }
     server.as_admin(*(f"UPDATE {QUEUE} SET {values} WHERE user_id = '{user}'" for user, values in state.items()))
+    with Session(server.admin) as session, session.begin():
+        early = {"at": datetime.now(UTC), "provider": "waha", "unreachable": True}
+        names = "id", "old"
+        EngagementMessageRepository(session, schema="app").record_receipts(
+            [Receipt(event="undeliverable", provider_message_id=name, **early) for name in names]
+        )
+    server.as_admin(f"UPDATE {RECEIPT} SET kept_at = '2020-01-01' WHERE provider_message_id = 'old'")
     yield server
-    server.as_admin(f"TRUNCATE {QUEUE}, {SUPPRESSION}")
+    server.as_admin(f"TRUNCATE {QUEUE}, {SUPPRESSION}, {RECEIPT}")
 
 
 # What each does ------------------------------------------------------------------------------------------------------
@@ -193,6 +201,9 @@ def work(engine):
     capped = FrequencyCap(send, engine, lambda _: UTC, limit=3, per="day")
     if process_message_queue(engine, Suppression(capped, engine)).succeeded != 1:
         raise PermissionError  # The policy was denied the list, and so nothing is sent.
+    with Session(engine) as session:
+        if session.scalar(text(f"SELECT count(kept_at) FROM {RECEIPT}")):
+            raise PermissionError  # An error of matching is logged, and the receipts stay.
 
 
 def prune(engine):
@@ -204,8 +215,11 @@ def prune(engine):
 def receive(engine):
     """Record receipts that resolve a doubt and that make a message fail."""
     with Session(engine) as session:
-        answers = EngagementMessageRepository(session).record_receipts(told(session))
+        queue = EngagementMessageRepository(session)
+        answers = queue.record_receipts(told(session))
         assert [each.answer for each in answers] == [Recorded.RECORDED] * 2
+        early = Receipt(event="read", at=datetime.now(UTC), provider="waha", provider_message_id="another")
+        assert [each.answer for each in queue.record_receipts([early])] == [Recorded.KEPT]
 
 
 def told(session) -> list[Receipt]:
@@ -304,6 +318,7 @@ def test_nobody_gets_further(stocked, role):
         f"DELETE FROM {QUEUE}",
         f"TRUNCATE {QUEUE}",
         f"TRUNCATE {SUPPRESSION}",
+        f"TRUNCATE {RECEIPT}",
         "SELECT setval('app.engagement_message_queue_id_seq', 1)",
     ]
     if role != "caller":
@@ -325,7 +340,7 @@ def test_with_row_level_security_a_policy_is_all_that_is_added(stocked, role):
     policies = re.findall(r"`(CREATE POLICY[^`]*)`", DOCUMENT.read_text())
     for each, name in stocked.names.items():
         policies = [re.sub(rf"(?<=[ ,]){each}(?=[ ,])", name, policy) for policy in policies]
-    stocked.as_admin(*(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY" for table in (QUEUE, SUPPRESSION)))
+    stocked.as_admin(*(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY" for table in (QUEUE, SUPPRESSION, RECEIPT)))
     try:
         if role != "owner":
             with Session(stocked.engine_of(role)) as session:
@@ -333,7 +348,7 @@ def test_with_row_level_security_a_policy_is_all_that_is_added(stocked, role):
         stocked.as_admin(*policies)
         WORK[role](stocked.engine_of(role))
     finally:
-        for table in (QUEUE, SUPPRESSION):
+        for table in (QUEUE, SUPPRESSION, RECEIPT):
             stocked.as_admin(
                 f"DROP POLICY IF EXISTS engagement_ours ON {table}", f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY"
             )

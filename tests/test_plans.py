@@ -15,6 +15,8 @@ from engagement._delivery import database as claims
 from engagement._delivery.taking import Types
 from engagement._operating.flow import flows
 from engagement._operating.suppressed import list_suppressed
+from engagement._receiving.keeping import take_matching
+from engagement._sql.host_sessions import HostSession
 from engagement.models import MessageStatus
 from engagement.outcomes import Verdict
 
@@ -176,6 +178,19 @@ def test_no_statement_reads_the_whole_table(full_engine, work, indexes):
 
     assert {index for node, index in reads if index} == indexes
     assert not [node for node, _ in reads if node == "Seq Scan"]
+
+
+def test_kept_receipts_look_their_messages_up(full_engine):
+    """However many are kept, the queue is read by the index of providers' ids."""
+    with Session(full_engine) as session:
+        kept = "SELECT 'id-' || n, 'read', now(), 'waha', false FROM generate_series(1, 50000) AS n"
+        columns = "provider_message_id, event, at, provider, unreachable"
+        session.execute(text(f"INSERT INTO engagement_receipt ({columns}) {kept}"))
+        session.execute(text("ANALYZE engagement_receipt"))
+        reads = generic_plan(session, lambda session: take_matching(HostSession(session, None), timedelta(days=1)))
+
+    assert [index for node, index in reads if node != "Seq Scan" and index] == ["provider"]
+    assert [node for node, _ in reads].count("Seq Scan") == 1  # The kept ones.
 
 
 def test_counting_reads_an_index_instead_of_the_table(full_engine):

@@ -1,4 +1,4 @@
-"""Housekeeping beside the sends, on request: prune old messages, and look for broken promises.
+"""Housekeeping beside the sends: match kept receipts and, on request, prune old messages and look for broken promises.
 
 Each task has a thread and a connection of its own, so no send waits for it. All workers try at the next whole interval
 since 1970 by the database's clock, as a cron job does. The first takes a lock, and the others leave the work to it. So
@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from itertools import count
 from typing import Any
 
 from sqlalchemy import Engine, Row, func, select
 from sqlalchemy.orm import Session
 
+from engagement._delivery.evidence import LATELY, KeptReceipts
 from engagement._delivery.options import Options
 from engagement._logging import logger
 from engagement._sql import turns
@@ -27,6 +29,7 @@ from engagement._sql.host_sessions import schema_in_session
 from engagement.repository import EngagementMessageRepository
 from engagement.verification import verify
 
+MATCH_EVERY = timedelta(minutes=1)
 PRUNE_EVERY = timedelta(hours=1)
 PRUNE_BATCH = 1_000
 PAUSE_SECONDS = 0.2
@@ -46,6 +49,7 @@ class Housekeeping:
         self._engine = engine
         self._options = options
         self._over = threading.Event()
+        self._receipts = KeptReceipts(engine, options.on_settled)
         self._holders: dict[str, Sequence[Row[Any]]] = {}
 
     @contextmanager
@@ -55,6 +59,7 @@ class Housekeeping:
             threading.Thread(target=self._keep, args=(task, every, work), name=f"engagement-{task}", daemon=True)
             for task, every, work in self._tasks()
         ]
+        threads.append(threading.Thread(target=self._match_receipts, name="engagement-kept", daemon=True))
         for thread in threads:
             thread.start()
         try:
@@ -88,6 +93,13 @@ class Housekeeping:
                 logger.error("engagement.housekeeping_failed task=%s error=%s", task, describe(error))
                 wait = min(RETRY_SECONDS, every.total_seconds())
             self._over.wait(wait)
+
+    def _match_receipts(self) -> None:
+        """Look for the messages of the latest kept receipts each minute, and of all of them each hour."""
+        for minute in count():
+            if self._over.wait(MATCH_EVERY.total_seconds()):
+                return
+            self._receipts.look(self._over, LATELY if minute % 60 else None)
 
     def _now(self) -> float:
         """Return the database's clock, in seconds since 1970."""

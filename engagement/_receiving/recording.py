@@ -10,6 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from engagement._logging import logger
+from engagement._receiving.keeping import keep
 from engagement._receiving.weighing import Told, latest_receipt, past_attempts, weigh
 from engagement._sql import receiving, suppressing
 from engagement._sql.host_sessions import HostSession
@@ -33,8 +34,8 @@ AT_ONCE = 1_000
 """Messages that one statement changes."""
 
 
-def record(host: HostSession, receipts: Iterable[Receipt]) -> list[ReceiptAnswer]:
-    """Record receipts, and return the answer to each."""
+def record(host: HostSession, receipts: Iterable[Receipt], *, keeps: bool = True) -> list[ReceiptAnswer]:
+    """Record receipts, and return the answer to each. With `keeps`, one whose message may be known later is kept."""
     if isinstance(receipts, str) or not isinstance(receipts, Iterable):
         raise InvalidMessage("receipts", f"must be an iterable of Receipt, not {type(receipts).__name__}")
     given = [_checked(receipt) for receipt in receipts]
@@ -46,7 +47,7 @@ def record(host: HostSession, receipts: Iterable[Receipt]) -> list[ReceiptAnswer
     answers = []
     for receipt in given:
         row = found.row_of(receipt)
-        answer, after = (Recorded.UNKNOWN_MESSAGE, None) if row is None else weigh(row, receipt)
+        answer, after = (found.why_none(receipt, keeps=keeps), None) if row is None else weigh(row, receipt)
         if row is not None and after is not None and answer is Recorded.RECORDED:
             found.keep(after)
             heard.append(_heard(found.locked[row.id], row, after, receipt))
@@ -58,6 +59,8 @@ def record(host: HostSession, receipts: Iterable[Receipt]) -> list[ReceiptAnswer
         host.execute(receiving.record(), receiving.CHANGES.parameter(_change(host, *each) for each in some))
     unreachable = [(found.locked[row.id].destination_jid, receipt) for row, receipt in changes if receipt.unreachable]
     _suppress(host, {address: receipt for address, receipt in unreachable if address is not None})
+    # Last: a look for kept receipts locks their messages before it takes them out.
+    keep(host, [receipt for receipt, told in zip(given, answers, strict=True) if told.answer is Recorded.KEPT])
     if heard:
         observers.heard(heard, started_at)
     return answers
@@ -93,10 +96,11 @@ class _Found:
 
     def __init__(self, host: HostSession, receipts: Sequence[Receipt]) -> None:
         provider_ids = {name for receipt in receipts if (name := receipt.provider_message_id) is not None}
+        self._storable = frozenset(name for name in provider_ids if host.storable(name) == name)
+        """None that the database cannot store is there, nor will be."""
         values = {
             "ids": sorted({id_ for receipt in receipts if (id_ := _named_id(receipt)) is not None}),
-            # None that the database cannot store is there.
-            "provider_ids": sorted(name for name in provider_ids if host.storable(name) == name),
+            "provider_ids": sorted(self._storable),
         }
         self._rows: dict[int, Told] = {}
         self.locked: dict[int, Any] = {}
@@ -123,6 +127,15 @@ class _Found:
             return None
         ids = self._by_provider_id.get(receipt.provider_message_id, set())
         return self._rows[next(iter(ids))] if len(ids) == 1 else None
+
+    def why_none(self, receipt: Receipt, *, keeps: bool) -> Recorded:
+        """Return the answer to a receipt that finds no row: whether a later settlement may bring its provider's id.
+
+        A reference finds its row by primary key, and nothing is sent before that is committed: none comes later.
+        """
+        name = receipt.provider_message_id
+        may_come = receipt.reference is None and name in self._storable and name not in self._by_provider_id
+        return Recorded.KEPT if keeps and may_come else Recorded.UNKNOWN_MESSAGE
 
 
 def _told(row: Any) -> Told:

@@ -101,13 +101,18 @@ DOUBTS_RESOLVED = Metric(
     "Messages in doubt that a receipt resolved, and the status of the message now.",
     ("message_type", "status"),
 )
+RECEIPTS_DROPPED = Metric(
+    "engagement.receipts_dropped",
+    "{receipt}",
+    "Receipts that this process dropped: they were kept for a day, and no message had their provider's id.",
+)
 SENT_TO_DELIVERED = Metric(
     "engagement.sent_to_delivered",
     "s",
     "Time from when a message was recorded as sent until it was delivered, as its first receipt of that says.",
     _BY_TYPE,
 )
-COUNTERS = (QUEUED, DUPLICATES, OUTCOMES, DELIVERED, READ, UNDELIVERABLE, DOUBTS_RESOLVED)
+COUNTERS = (QUEUED, DUPLICATES, OUTCOMES, DELIVERED, READ, UNDELIVERABLE, DOUBTS_RESOLVED, RECEIPTS_DROPPED)
 HISTOGRAMS = {
     DUE_TO_SENT: (1, 2.5, 5, 10, 30, 60, 150, 300, 900, 1_800, 3_600, 14_400, 43_200, 86_400),
     SENT_TO_DELIVERED: (1, 2.5, 5, 10, 30, 60, 300, 900, 3_600, 14_400, 43_200, 86_400, 259_200, 604_800),
@@ -176,6 +181,10 @@ class Counting:
                 self._record(SENT_TO_DELIVERED, heard.sent_to_delivered.total_seconds(), labels)
             if heard.resolves_doubt:
                 self._add(DOUBTS_RESOLVED, 1, labels | {"status": str(heard.status)})
+
+    def dropped(self, receipts: int) -> None:
+        """Count them."""
+        self._add(RECEIPTS_DROPPED, receipts, {})
 
     def _code(self, code: str | None) -> str:
         """Return the label of a provider's code. A code may be any text of any length, and a label may not."""

@@ -85,6 +85,9 @@ class Observer(Protocol):
         `started_at` is in nanoseconds since the epoch.
         """
 
+    def dropped(self, receipts: int) -> None:
+        """Hear how many kept receipts were dropped, since no message was ever known by their names."""
+
 
 _observers: tuple[Observer, ...] = ()
 
@@ -152,6 +155,12 @@ def heard(receipts: Sequence[Heard], started_at: int) -> None:
     """Tell the observers."""
     for observer in _observers:
         _guarded(observer.heard, receipts, started_at)
+
+
+def dropped(receipts: int) -> None:
+    """Tell the observers."""
+    for observer in _observers:
+        _guarded(observer.dropped, receipts)
 
 
 def _guarded(told: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:

@@ -95,7 +95,9 @@ class Recorded(StrEnum):
     ALREADY_KNOWN = "already_known"
     """It says no more than is known: it came twice, or speaks of an attempt that was tried again since."""
     UNKNOWN_MESSAGE = "unknown_message"
-    """No message has this reference, or this provider's id."""
+    """No message has this reference, or two have this provider's id."""
+    KEPT = "kept"
+    """No message has this provider's id yet: a worker records the receipt once one has, within a day."""
     CONTRADICTS = "contradicts"
     """It is `undeliverable` of a message that was delivered, or was never claimed: nothing is changed."""
 
@@ -119,7 +121,7 @@ class ReceiptAnswer:
     answer: Recorded
     message_id: int | None = None
     before: MessageStatus | None = None
-    """The status of the message before this receipt; None if the message is not known, as of the other two."""
+    """The status of the message before this receipt; None if the message is not known (yet), as of the others."""
     status: MessageStatus | None = None
     """The status with which this receipt leaves it."""
 

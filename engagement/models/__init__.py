@@ -11,6 +11,7 @@ from engagement.models.message import (
 from engagement.models.parts import (
     EARLIEST,
     LATEST,
+    RECEIPT_TABLE_NAME,
     SUPPRESSION_TABLE_NAME,
     TABLE_NAME,
     TABLE_NAMES,
@@ -18,6 +19,7 @@ from engagement.models.parts import (
     checked_schema,
     qualified_name,
 )
+from engagement.models.receipt import MOST_RECEIPT_TEXT, EngagementReceipt, EngagementReceiptMixin
 from engagement.models.suppression import MOST_REASON, EngagementSuppression, EngagementSuppressionMixin
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "LATEST",
     "MOST_COUNTED",
     "MOST_REASON",
+    "MOST_RECEIPT_TEXT",
+    "RECEIPT_TABLE_NAME",
     "SUPPRESSION_TABLE_NAME",
     "TABLE_NAME",
     "TABLE_NAMES",
@@ -33,6 +37,8 @@ __all__ = [
     "EngagementBase",
     "EngagementMessage",
     "EngagementMessageMixin",
+    "EngagementReceipt",
+    "EngagementReceiptMixin",
     "EngagementSuppression",
     "EngagementSuppressionMixin",
     "MessageStatus",

@@ -15,7 +15,8 @@ from sqlalchemy.sql.elements import conv
 
 TABLE_NAME = "engagement_message_queue"
 SUPPRESSION_TABLE_NAME = "engagement_suppression"
-TABLE_NAMES = (TABLE_NAME, SUPPRESSION_TABLE_NAME)
+RECEIPT_TABLE_NAME = "engagement_receipt"
+TABLE_NAMES = (TABLE_NAME, SUPPRESSION_TABLE_NAME, RECEIPT_TABLE_NAME)
 
 
 EARLIEST = datetime(1, 1, 2, tzinfo=UTC)

@@ -2,7 +2,7 @@
 
 | request | status |
 |---|---|
-| its receipts are recorded, or it has none | 200 |
+| its receipts are recorded or kept, or it has none | 200 |
 | a handshake of a source that has one (Meta's GET) | 200, or 403 for a wrong token |
 | not signed, or wrongly, or too long ago | 401 |
 | it cannot be read, or ends early | 400 |
@@ -18,7 +18,7 @@ No server is known here: `asgi` and `wsgi` read a request and write the response
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from traceback import extract_tb
@@ -29,14 +29,13 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from engagement._delivery.database import messages
+from engagement._delivery.evidence import settle_by
 from engagement._delivery.hook import Hook, OnSettled, why_no_hook
 from engagement._logging import logger
 from engagement._sql import receiving
 from engagement._sql.errors import describe, is_transient
 from engagement._sql.own_transactions import connect, for_own_transactions, transaction
 from engagement.messages import Receipt, ReceiptAnswer, Recorded
-from engagement.models import MessageStatus
 from engagement.receipts.sources import ReceiptSource, UnreadableReceipts
 from engagement.repository import EngagementMessageRepository
 
@@ -219,24 +218,11 @@ def recorder(engine: Engine, schema: str | None, patience: timedelta, on_settled
     limit = f"{patience // timedelta(milliseconds=1)}ms"
 
     def record(receipts: Sequence[Receipt]) -> Sequence[ReceiptAnswer]:
+        def work(session: Session) -> Sequence[ReceiptAnswer]:
+            session.execute(receiving.settings(), {"patience": limit})
+            return EngagementMessageRepository(session).record_receipts(receipts)
+
         with connect(ours) as connection, transaction(connection):
-            with Session(connection) as session:
-                session.execute(receiving.settings(), {"patience": limit})
-                answers = EngagementMessageRepository(session).record_receipts(receipts)
-            if hook is not None and (ends := _ends(answers)):
-                settled = messages(connection, sorted(ends))
-                hook.call(connection, [(message, ends[message.id]) for message in settled])
-            return answers
+            return settle_by(connection, work, hook)
 
     return record
-
-
-def _ends(answers: Iterable[ReceiptAnswer]) -> dict[int, MessageStatus]:
-    """Return the last status of each message that has another one now than before all of them."""
-    before: dict[int, MessageStatus | None] = {}
-    ends: dict[int, MessageStatus] = {}
-    for each in answers:
-        if each.message_id is not None and each.status is not None:
-            before.setdefault(each.message_id, each.before)
-            ends[each.message_id] = each.status
-    return {message_id: status for message_id, status in ends.items() if status != before[message_id]}

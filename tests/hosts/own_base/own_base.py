@@ -3,7 +3,7 @@
 from sqlalchemy import BigInteger, ForeignKey, MetaData, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from engagement import EngagementMessageMixin, EngagementSuppressionMixin
+from engagement import EngagementMessageMixin, EngagementReceiptMixin, EngagementSuppressionMixin
 
 
 class Base(DeclarativeBase):
@@ -30,6 +30,10 @@ class Message(EngagementMessageMixin, Base):
 
 
 class Suppression(EngagementSuppressionMixin, Base):
+    pass
+
+
+class KeptReceipt(EngagementReceiptMixin, Base):
     pass
 
 
