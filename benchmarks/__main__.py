@@ -15,6 +15,7 @@ from benchmarks.draining import drain
 from benchmarks.exchanging import send
 from benchmarks.idling import idle
 from benchmarks.old_snapshot import drain_under_an_old_snapshot
+from benchmarks.ordering import drain_in_order
 from benchmarks.provider_index import drain_beside_the_index
 from benchmarks.queueing import queue_many, queue_one
 from benchmarks.server import server
@@ -32,6 +33,7 @@ WORKS: dict[str, Work] = {
     "send": send,
     "deliver": deliver,
     "provider-index": drain_beside_the_index,
+    "in-order": drain_in_order,
 }
 
 

@@ -39,11 +39,19 @@ class NameMany:
 class Ours:
     """Our queue, with a transport of one kind and so many messages in hand. It may return ids (`names`)."""
 
-    def __init__(self, db: Database, *, many: bool = False, concurrency: int = 1, names: bool = False) -> None:
+    def __init__(
+        self,
+        db: Database,
+        *,
+        many: bool = False,
+        concurrency: int = 1,
+        names: bool = False,
+        in_order: bool = False,
+    ) -> None:
         self.name = f"ours, send_many of {concurrency:,}" if many else f"ours, a function, concurrency={concurrency}"
         self._db = db
         self._transport = (NameMany() if names else SendMany()) if many else (name if names else send)
-        self._concurrency = concurrency
+        self._concurrency, self._in_order = concurrency, in_order
         self.empty, self.fill = Floor(db).empty, Floor(db).fill
 
     def queue_many(self, rows: list[Given]) -> Timed:
@@ -69,6 +77,8 @@ class Ours:
         """`process_message_queue`."""
 
         def drain() -> None:
-            process_message_queue(self._db.engine, self._transport, concurrency=self._concurrency)
+            process_message_queue(
+                self._db.engine, self._transport, concurrency=self._concurrency, in_order=self._in_order
+            )
 
         return drain

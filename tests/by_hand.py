@@ -59,11 +59,16 @@ def version(engine: Engine, message_id: int) -> int:
     return execute(engine, "SELECT xmin::text FROM engagement_message_queue WHERE id = :id", id=message_id).scalar_one()
 
 
-def claim(session: Session, types: Types = ALL_TYPES) -> list:
+def claim(session: Session, types: Types = ALL_TYPES, **options) -> list:
     claimed = claims.claim(
-        session.connection(), HOLDER, limit=10, after=START, busy=[], one_per_destination=True, types=types
+        session.connection(), HOLDER, limit=10, after=START, busy=[], one_per_destination=True, types=types, **options
     )
     return claimed.claims
+
+
+def take_turns(session: Session, types: Types = ALL_TYPES) -> dict:
+    values = {**claims.where_due(START, [], [], types), "limit": 10}
+    return claims.take_turns(session.connection(), values, types)
 
 
 def repeat(method: str, *args, **kwargs):

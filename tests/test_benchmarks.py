@@ -35,6 +35,7 @@ TOLD = {
         "peak memory",
     ],
     "provider-index": ["with the index", "without it", "send_many", "≥ 0.97"],
+    "in-order": ["without it", "in_order", "send_many", "concurrency=100"],
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import pytest
 from commands import CONSOLE, line, scalar, statuses, transport
-from conftest import new_message, queue, row, wait_until_blocked
+from conftest import execute, new_message, queue, row, wait_until_blocked
 from shell import PATIENCE, killed_at_the_end, program, terminal
 from sqlalchemy.orm import Session
 
@@ -173,6 +173,19 @@ def test_the_limit_is_kept(run, engine):
     assert "processed=0\n" in run("process", "--transport", CONSOLE, "--limit=0", on=engine).out
     assert "processed=2\n" in run("process", "--transport", CONSOLE, "--limit=2").out
     assert statuses(engine) == ["sent", "sent", "pending"]
+
+
+def test_in_order_reaches_the_worker(run, engine):
+    """Nothing is sent to a person whom another worker is sending to, and without the option it is."""
+    queue(engine, *(new_message("ana", idempotency_key=f"ana{n}") for n in range(2)), new_message("bia"))
+    execute(
+        engine,
+        "UPDATE engagement_message_queue SET status = 'sending', lease_expires_at = now() + interval '1h' WHERE id = 1",
+    )
+
+    assert "processed=1\n" in run("process", "--transport", CONSOLE, "--in-order", on=engine).out
+    assert statuses(engine) == ["sending", "pending", "sent"]
+    assert "processed=1\n" in run("process", "--transport", CONSOLE).out
 
 
 def test_the_other_options_reach_the_worker(run, engine):

@@ -199,7 +199,7 @@ def work(engine):
         return outcomes.get(message.user_id) or Sent("id")
 
     capped = FrequencyCap(send, engine, lambda _: UTC, limit=3, per="day")
-    if process_message_queue(engine, Suppression(capped, engine)).succeeded != 1:
+    if process_message_queue(engine, Suppression(capped, engine), in_order=True).succeeded != 1:
         raise PermissionError  # The policy was denied the list, and so nothing is sent.
     with Session(engine) as session:
         if session.scalar(text(f"SELECT count(kept_at) FROM {RECEIPT}")):

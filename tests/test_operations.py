@@ -169,7 +169,7 @@ def test_all_that_can_be_run_is_run():
         "A user asks to be erased",
         "Moving to another host, or another database",
     }
-    run |= {"A backup was restored", "A bad deploy"}
+    run |= {"A backup was restored", "A bad deploy", "One at a time for each person"}
     parts = re.split(r"^#+ (.*)$", PAGE, flags=re.MULTILINE)
 
     assert {title for title, body in zip(parts[1::2], parts[2::2], strict=True) if "```" in body} == run
@@ -196,6 +196,20 @@ def test_a_worker_keeps_house(operator):
         told = worker.stderr.readline()
 
     assert told.endswith(f"ERROR engagement.violation promise=claim_counts message_id={message_id}\n")
+
+
+def test_one_at_a_time_for_each_person(operator):
+    """Two workers have a message in hand for one person each, and the next ones follow."""
+    (work,) = commands("### One at a time for each person")
+    queue(
+        operator.engine, *(new_message(user, idempotency_key=f"{user}{n}") for n in range(3) for user in ("ana", "bia"))
+    )
+    operator.provider("hangs")
+    with operator.working(work, _20=1), operator.working(work, _20=1):
+        until(lambda: len(list(operator.directory.glob("begun-*"))) == 2)
+        assert sorted(operator.statuses()) == ["pending"] * 4 + ["sending"] * 2
+        operator.provider("is up")
+        until(lambda: operator.statuses() == ["sent"] * 6)
 
 
 def test_who_keeps_an_old_snapshot_is_found(operator):

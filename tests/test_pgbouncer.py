@@ -162,13 +162,15 @@ def test_one_key_is_created_once(pooled):
     assert len({answer.message_id for answer in answers}) == 1
 
 
-def test_several_processors_send_each_message_once(pooled):
+@pytest.mark.parametrize("in_order", [False, True])
+def test_several_processors_send_each_message_once(pooled, in_order):
     """Three processors, through the pooler, share the work and leave no setting behind."""
     ids = queue(pooled, *(new_message(f"user{number}") for number in range(60)))
     sent = []
 
     def process(_number: int) -> int:
-        return process_message_queue(pooled, lambda message: sent.append(message.id), concurrency=5).succeeded
+        options = {"concurrency": 5, "in_order": in_order}
+        return process_message_queue(pooled, lambda message: sent.append(message.id), **options).succeeded
 
     with ThreadPoolExecutor(3) as threads:
         succeeded = sum(threads.map(process, range(3), timeout=PATIENCE))

@@ -4,7 +4,7 @@ import re
 from datetime import timedelta
 
 import pytest
-from by_hand import HOLDER, NOON, claim, repeat
+from by_hand import HOLDER, NOON, claim, repeat, take_turns
 from conftest import database_url, new_message
 from pytest_postgresql.janitor import DatabaseJanitor
 from sqlalchemy import create_engine, event, text
@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from engagement import EngagementMessageRepository, SuppressionList
 from engagement._delivery import database as claims
-from engagement._delivery.taking import Types
+from engagement._delivery.taking import ALL_TYPES, Types
 from engagement._operating.flow import flows
 from engagement._operating.suppressed import list_suppressed
 from engagement._receiving.keeping import take_matching
@@ -107,6 +107,14 @@ def _reads(plan: dict):
         *(
             pytest.param(lambda session, types=types: claim(session, types), {"due"}, id=f"claim {types.which}")
             for types in SOME_TYPES
+        ),
+        *(
+            pytest.param(work, {"due", "lease"}, id=f"{name} {types.which}")
+            for types in (ALL_TYPES, *SOME_TYPES)
+            for name, work in (
+                ("take turns", lambda session, types=types: take_turns(session, types)),
+                ("claim in order", lambda session, types=types: claim(session, types, in_order=True)),
+            )
         ),
         *(
             pytest.param(

@@ -72,6 +72,7 @@ def test_what_is_no_plain_yes_does_not_send_again(engine, around, answer):
         ("idempotent", lambda no_yes: WhatsAppGateway(url="https://x.org", key="k", render=str, idempotent=no_yes)),
         ("across_addresses", lambda no_yes: Route(print, lambda _: None, across_addresses=no_yes)),
         ("reveal", lambda no_yes: Console(reveal=no_yes)),
+        ("in_order", lambda no_yes: Worker(create_engine("postgresql+psycopg://"), print, in_order=no_yes)),
         ("strict", lambda no_yes: Worker(create_engine("postgresql+psycopg://"), print, strict=no_yes)),
     ],
 )

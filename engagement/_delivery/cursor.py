@@ -19,15 +19,19 @@ LONGEST_RESTART_SECONDS = 60.0
 
 
 class Cursor:
-    """A place in the queue behind the messages that were claimed, and when to start from the beginning."""
+    """A place in the queue behind the messages that were claimed, and when to start from the beginning.
 
-    def __init__(self) -> None:
+    One that does not move stays at the beginning: a message that was passed over for another worker's send lies behind.
+    """
+
+    def __init__(self, *, moves: bool = True) -> None:
+        self._moves = moves
         self.position = START
         self._restart_at = 0.0
 
     def start(self, now: float) -> Position:
         """Return where to look from."""
-        return START if now >= self._restart_at else self.position
+        return START if self._is_to_restart(now) else self.position
 
     def starts(self, now: float, *, passed_over: Iterable[Position], is_last: bool) -> list[Position]:
         """Return where to claim from, and if `is_last` where else if nothing is there.
@@ -35,7 +39,7 @@ class Cursor:
         An earlier claim skipped messages whose destination was busy. They are older than the cursor, so the next one
         goes back to the oldest message in hand: `passed_over` are the places of those.
         """
-        if now >= self._restart_at:
+        if self._is_to_restart(now):
             return [START]
         start = min([self.position, *passed_over])
         return [start, START] if is_last else [start]
@@ -50,6 +54,9 @@ class Cursor:
         if restart_took is not None:
             wait = min(max(RESTART_SECONDS, restart_took / RESTART_SHARE), LONGEST_RESTART_SECONDS)
             self._restart_at = now + wait
+
+    def _is_to_restart(self, now: float) -> bool:
+        return not self._moves or now >= self._restart_at
 
     def go_back(self, places: Iterable[Position]) -> None:
         """Start no later than the first of these places."""

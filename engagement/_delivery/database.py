@@ -12,7 +12,7 @@ from datetime import timedelta
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Executable
 
 from engagement._claim import Claim, Position, clock
 from engagement._delivery.taking import ALL_TYPES, Types
@@ -66,10 +66,12 @@ def claim(
     broken: Collection[int] = (),
     idempotent: bool = False,
     types: Types = ALL_TYPES,
+    in_order: bool = False,
 ) -> Claimed:
     """Claim up to `limit` due messages of `types` behind `after`, oldest first, none in `broken` or to a `busy` one.
 
-    A message that may have left is claimed for an `idempotent` transport only; else it is parked in doubt.
+    A message that may have left is claimed for an `idempotent` transport only; else it is parked in doubt. With
+    `in_order` none to a destination that any worker sends to.
     """
     until = _held_until(holder.lease)
     values = {
@@ -79,8 +81,9 @@ def claim(
         "worker": holder.name,
         "idempotent": idempotent,
     }
-    rows = connection.execute(claiming.claim(one_per_destination=one_per_destination, which=types.which), values)
-    taken = sorted(rows.all(), key=_place)
+    statement = claiming.claim(one_per_destination=one_per_destination, which=types.which, in_order=in_order)
+    rows = _in_turn(connection, statement, values, types) if in_order else connection.execute(statement, values).all()
+    taken = sorted(rows, key=_place)
     ended = [row for row in taken if row[_STATUS] != MessageStatus.SENDING]
     # A destination whose first message ended has others, which were skipped and lie behind it.
     last = ended[:1] if one_per_destination and ended else taken[-1:]
@@ -89,6 +92,31 @@ def claim(
         ended={_claim(row, holder.name, until).message: MessageStatus(row[_STATUS]) for row in ended},
         go_on_after=_place(last[0]) if last else None,
     )
+
+
+def _in_turn(
+    connection: Connection, claim_due: Executable, values: dict[str, Any], types: Types
+) -> Sequence[Sequence[Any]]:
+    """Claim for destinations that nobody sends to. Returns nothing only if no due message has one."""
+    while turns := take_turns(connection, values, types):
+        if rows := connection.execute(claim_due, values | turns).all():
+            return rows
+        # Between the two statements another worker claimed for all of these, or the host changed the messages.
+        values = values | {"busy": _pack(filter(None, (values["busy"], turns["turns"])))}
+    return []
+
+
+def take_turns(connection: Connection, values: dict[str, Any], types: Types) -> dict[str, Any]:
+    """Lock the destinations of the next due messages. Return the parameters of a claim for them; empty if none is free.
+
+    A statement of its own, so that the claim's snapshot is younger than the locks.
+    """
+    free = connection.execute(claiming.take_turns(which=types.which), values).all()
+    if not free:
+        return {}
+    _, until_at, until_id = free[-1]
+    destinations = dict.fromkeys(row.destination_jid for row in free)
+    return {"turns": _pack(destinations), "until_at": until_at, "until_id": until_id}
 
 
 def where_due(

@@ -54,6 +54,7 @@ def claim(
     one_per_destination: bool,
     idempotent: bool = False,
     types: Types = ALL_TYPES,
+    in_order: bool = False,
 ) -> Claimed:
     """Claim due messages, and add those that cannot be claimed to `broken`."""
     claimed = Claimed([], {}, None)
@@ -61,7 +62,12 @@ def claim(
         taken = {claim.message.destination_jid for claim in claimed.claims} if one_per_destination else set()
         place, not_to = claimed.go_on_after or after, taken.union(busy)
         due = database.where_due(place, not_to, broken, types)
-        message_id = connection.execute(claiming.next_due(which=types.which), due).scalar()
+        if in_order:
+            turns = database.take_turns(connection, due | {"limit": 1}, types)
+            if not turns:
+                break
+            due |= turns
+        message_id = connection.execute(claiming.next_due(which=types.which, in_order=in_order), due).scalar()
         if message_id is None:
             break
         claim_one = partial(
@@ -75,6 +81,7 @@ def claim(
             one_per_destination=one_per_destination,
             idempotent=idempotent,
             types=types,
+            in_order=in_order,
         )
         done = _apart(connection, message_id, claim_one)
         if isinstance(done, Exception):

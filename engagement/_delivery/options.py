@@ -24,6 +24,7 @@ class DeliveryOptions(TypedDict, total=False):
 
     message_types: Collection[str] | None
     excluding: Collection[str]
+    in_order: bool
     concurrency: int
     lease: timedelta
     max_retries: int
@@ -51,6 +52,7 @@ class Options:
 
     message_types: Collection[str] | None = None
     excluding: Collection[str] = ()
+    in_order: bool = False
     concurrency: int = 1
     lease: timedelta = timedelta(minutes=5)
     max_retries: int = 3
@@ -75,6 +77,7 @@ class Options:
         _check(self.min_interval >= zero, "min_interval", "must not be negative")
         _check(self.send_timeout is None or self.send_timeout > zero, "send_timeout", "must be positive")
         _check(isinstance(self.backoff(1), timedelta), "backoff", "must return a timedelta")
+        checked_flag("in_order", self.in_order)
         checked_flag("strict", self.strict)
         if self.on_settled is not None and (problem := why_no_hook(self.on_settled)):
             raise ValueError(f"on_settled: {problem}")

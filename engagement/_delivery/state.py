@@ -41,7 +41,7 @@ class State:
         self.sends_many = sends_many
         self.until_empty = until_empty
         self.hand = Hand()
-        self.cursor = Cursor()
+        self.cursor = Cursor(moves=not options.in_order)
         self.names = Names(options.name)
         self.outage = Outage()
         self.sleep = Sleep(self.poll_interval)

@@ -35,7 +35,7 @@ class Transactions:
         verdict: Callable[[Claim, Outcome], Verdict],
     ) -> None:
         self._lease = options.lease
-        self._types = options.types
+        self._types, self._in_order = options.types, options.in_order
         self._max_retries = options.max_retries
         self._hand = state.hand
         self._names = state.names
@@ -134,6 +134,7 @@ class Transactions:
                 one_per_destination=not self._sends_many,
                 idempotent=self._idempotent,
                 types=self._types,
+                in_order=self._in_order,
             )
             if start == START:
                 taken.restart_took = clock() - asked_at

@@ -35,6 +35,7 @@ from sqlalchemy import (
 )
 
 from engagement._sql.history import history_with
+from engagement._sql.in_order import is_its_turn, take_turn_if_free
 from engagement._sql.parameters import each_of, limit, packed, text_of, unseen
 from engagement._sql.table import (
     EXPIRED,
@@ -120,15 +121,34 @@ def _of_types(which: WhichTypes) -> list[ColumnElement[bool]]:
 
 
 @cache
-def claim(*, one_per_destination: bool, which: WhichTypes = "all") -> Executable:
+def take_turns(*, which: WhichTypes = "all") -> Executable:
+    """Lock the destinations of the oldest due messages that nobody sends to, for the claim that follows.
+
+    Returns destination and place of `limit` messages at most. A destination that another claim has locked is passed
+    over. Until the end of the transaction nobody else claims for these.
+    """
+    return (
+        select(C.destination_jid, C.next_attempt_at, C.id)
+        .where(*_is_wanted(which), take_turn_if_free())
+        .order_by(C.next_attempt_at, C.id)
+        # A message that the host has locked is passed over here already, or it would be claimed in vain each time.
+        .with_for_update(**LOCKED_UNLESS_BY_OTHERS)
+        .limit(unseen(limit))
+    )
+
+
+@cache
+def claim(*, one_per_destination: bool, which: WhichTypes = "all", in_order: bool = False) -> Executable:
     """Claim the oldest due messages after (`after_at`, `after_id`), `limit` at most, none to a destination in `busy`.
 
     Returns them with the new attempt. Those that have expired end here, and are returned too; so are those that may
     have left, unless the transport is `idempotent`: only under one delivery id with one effect may they be sent again.
-    With `one_per_destination` only the first to each destination is claimed, so that one worker keeps their order.
+    With `one_per_destination` only the first to each destination is claimed, so that one worker keeps their order. With
+    `in_order` all workers do: only destinations in `turns` are claimed for, and none that is being sent to.
     See docs/decisions.md#2026-11-24--a-claim-takes-one-message-for-each-destination.
     """
-    due = _due(which, ctid, C.id, C.destination_jid, C.next_attempt_at).limit(unseen(limit)).subquery("due")
+    columns = (ctid, C.id, C.destination_jid, C.next_attempt_at)
+    due = _due(which, *columns, in_order=in_order).limit(unseen(limit)).subquery("due")
     chosen = _first_of_each_destination(due) if one_per_destination else select(due.c.ctid)
     expired = C.expires_at <= NOW
     may_have_left = and_(C.has_doubt, ~bindparam("idempotent", type_=Boolean))
@@ -150,20 +170,24 @@ def claim(*, one_per_destination: bool, which: WhichTypes = "all") -> Executable
     )
 
 
-def _due(which: WhichTypes, *columns: ColumnElement[Any]) -> Select[Any]:
+def _due(which: WhichTypes, *columns: ColumnElement[Any], in_order: bool) -> Select[Any]:
     return (
         select(*columns)
-        .where(is_due, _after(), *_of_types(which))
-        .where(C.destination_jid != each_of("busy", Text()), C.id != each_of("broken", BigInteger()))
+        .where(*_is_wanted(which), *(is_its_turn() if in_order else ()))
         .order_by(C.next_attempt_at, C.id)
         .with_for_update(**LOCKED_UNLESS_BY_OTHERS)
     )
 
 
+def _is_wanted(which: WhichTypes) -> list[ColumnElement[bool]]:
+    not_in_hand = [C.destination_jid != each_of("busy", Text()), C.id != each_of("broken", BigInteger())]
+    return [is_due, _after(), *_of_types(which), *not_in_hand]
+
+
 @cache
-def next_due(*, which: WhichTypes = "all") -> Executable:
+def next_due(*, which: WhichTypes = "all", in_order: bool = False) -> Executable:
     """Return the id of the message that `claim` comes to first, and lock it."""
-    return _due(which, C.id).limit(number(1))
+    return _due(which, C.id, in_order=in_order).limit(number(1))
 
 
 def _first_of_each_destination(due: Subquery) -> Select[Any]:

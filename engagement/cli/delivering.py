@@ -64,6 +64,11 @@ def delivers(command: F) -> F:
             metavar="TYPE",
             help="Send no messages of this type; may be repeated.",
         ),
+        click.option(
+            "--in-order",
+            is_flag=True,
+            help="One send at a time to a destination, the oldest first, also of other workers with this option.",
+        ),
         click.option("--concurrency", default=1, type=click.IntRange(1, 10_000), metavar="N", help="Sends at once."),
         click.option(
             "--lease",

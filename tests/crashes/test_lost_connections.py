@@ -112,6 +112,7 @@ def test_a_settlement_whose_commit_was_not_acknowledged_counts_once(engine, prox
         {"concurrency": 5},
         {"message_types": ["goodbye"]},
         {"excluding": ["reminder"], "poll_interval": timedelta(milliseconds=300)},
+        {"in_order": True},
     ],
     ids=str,
 )
