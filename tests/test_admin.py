@@ -235,13 +235,13 @@ def test_a_message_is_found_by_number_or_key(admin, engine):
     (first, second) = queue(engine, new_message("ana"), new_message("bia", idempotency_key="770077"))
 
     def find(sought):
-        return admin.get("messages/find", params={"q": sought}, follow_redirects=True)
+        return admin.get("people", params={"q": sought}, follow_redirects=True)
 
     assert find(str(first)).url.path == f"/queue/messages/{first}"
     assert find(row(engine, first).idempotency_key).url.path == f"/queue/messages/{first}"
     assert find(" 770077 ").url.path == f"/queue/messages/{second}"
     for nothing in ("12345", "no:such:key", "", "x" * 600, "9" * 30, "9" * 5_000, "\x00"):
-        assert said(find(nothing)) == "No message has this number or key."
+        assert said(find(nothing)) == "No message has this number or key, and nobody this user id or address."
 
 
 MANY = "9" * 5_000

@@ -82,5 +82,5 @@ def test_the_table_may_be_in_a_schema(empty_engine):
         )
     with admin_of(empty_engine, schema="messaging") as client:
         assert [client.get(path).status_code for path in ("", "messages", "messages/1")] == [200, 200, 200]
-        assert client.get("messages/find?q=key").headers["location"] == "/queue/messages/1"
+        assert client.get("people?q=key").headers["location"] == "/queue/messages/1"
         assert said(press(client, 1, "cancel")) == "Cancelled. It is not sent."

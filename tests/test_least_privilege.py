@@ -26,6 +26,7 @@ from engagement import (
 )
 from engagement._operating.lists import count_messages, list_messages
 from engagement._operating.overview import activity, overview
+from engagement._operating.person import find_people
 from engagement._operating.suppressed import list_suppressed
 from engagement._sql.errors import sqlstate
 from engagement._watching.metrics import QueueReader
@@ -247,6 +248,7 @@ def watch(engine):
         overview(session, count_up_to=1)
         assert len(list_messages(session)) == count_messages(session) == 9
         activity(session, list_messages(session)[0].created_at, timedelta(hours=1))
+        assert len(find_people(session, "failed")) == 1
         assert list_suppressed(session).count == 0
         assert not [each for each in verify(session) if each.promise == "guards_in_force"]
     assert migrations.current(engine) == migrations.head()

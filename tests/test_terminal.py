@@ -23,6 +23,7 @@ COMMANDS = {
     "status": [],
     "list": ["--reveal"],
     "show": ["1", "--reveal"],
+    "person": ["ana", "--reveal"],
     "verify": [],
     "admin": [],
     "cancel": ["1"],

@@ -30,6 +30,12 @@ from engagement.models import EngagementMessage
 
 
 @cache
+def clock() -> Executable:
+    """Return the time by the database's clock, which leases and due times go by."""
+    return select(NOW)
+
+
+@cache
 def claim_of_message() -> Executable:
     """Return (now, status, attempt) of a message, by the database's clock."""
     return select(NOW.label("now"), C.status, C.attempt).where(is_wanted)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, tzinfo
 from urllib.parse import urlencode
@@ -17,15 +16,15 @@ from starlette.responses import RedirectResponse, Response
 from starlette_admin.flash import flash
 from starlette_admin.routing import route
 
-from engagement._logging import logger
 from engagement._operating.lists import Filters, list_messages
 from engagement._operating.masking import HIDDEN, mask_address, masked
 from engagement._operating.overview import activity, overview
+from engagement._operating.person import time_in
 from engagement._operating.timeline import timeline
 from engagement._receiving.weighing import latest_receipt
 from engagement.admin.actions import ACTIONS, Action, act, actions_for
 from engagement.admin.chart import chart_of
-from engagement.admin.shown import Page, path_for
+from engagement.admin.shown import Page, message_id_of, path_for
 from engagement.messages import InvalidMessage, delivery_id, key_hash
 from engagement.messages.checks import id_typed
 from engagement.models import EngagementMessage, MessageStatus
@@ -122,7 +121,7 @@ class MessagesPage(Page):
         there_is_more = len(found) > PAGE
         goes_up = after is not None and before is None
         if page and await self.shown.reveals(request):
-            _log(request, "reveal", "revealed", *(message.id for message in page))
+            self.log(request, "reveal", "revealed", *(message.id for message in page))
         return await self.render(
             request,
             "messages.html",
@@ -136,34 +135,14 @@ class MessagesPage(Page):
             older=_page_link(request, before=page[-1].id) if page and (goes_up or there_is_more) else None,
         )
 
-    @route("/find", name="find")
-    async def find(self, request: Request) -> Response:
-        """Go to the message with this number or idempotency key."""
-        sought = request.query_params.get("q", "").strip()
-
-        def look(session: Session) -> EngagementMessage | None:
-            repository = EngagementMessageRepository(session, schema=self.shown.queue.schema)
-            with suppress(InvalidMessage):
-                if message := repository.get_message(id_typed(sought)):
-                    return message
-            return repository.get_message_by_key(sought)
-
-        try:
-            message = await self.shown.queue.run(look)
-        except InvalidMessage:
-            message = None
-        if message is None:
-            flash(request, "No message has this number or key.", "warning")
-            return RedirectResponse(path_for(request, "messages"), 303)
-        return RedirectResponse(path_for(request, "message", message_id=message.id), 303)
-
     @route("/{message_id}", name="message")
     async def message(self, request: Request) -> Response:
         """Show one message: its fields, its timeline, and its actions."""
         message = await self._message(request)
+        now = await self.shown.queue.run(lambda session: time_in(session, schema=self.shown.queue.schema))
         reveals = await self.shown.reveals(request)
         if reveals:
-            _log(request, "reveal", "revealed", message.id)
+            self.log(request, "reveal", "revealed", message.id)
         # Masking a long history (one written by hand) takes a while: in a thread, so that other pages need not wait.
         moments = await run_in_threadpool(timeline, message, reveal=reveals)
         facts = await run_in_threadpool(_facts, message, self.shown.pseudonym, reveal=reveals)
@@ -172,6 +151,7 @@ class MessagesPage(Page):
             "message.html",
             message=message,
             timeline=moments,
+            stands=self.shown.stands(message, moments, now),
             facts=facts,
             receipt=latest_receipt(message),
             actions=actions_for(message) if await self.shown.may_act(request) else [],
@@ -187,7 +167,7 @@ class MessagesPage(Page):
     @route("/{message_id}/{action}", methods=["POST"], name="act")
     async def act(self, request: Request) -> Response:
         """Act, and show the answer on the message's page."""
-        action, message_id, form = await self._action(request), _message_id(request), await request.form()
+        action, message_id, form = await self._action(request), message_id_of(request), await request.form()
         queue, by = self.shown.queue, request.state.operator
         try:
             answer = await queue.run(
@@ -200,9 +180,9 @@ class MessagesPage(Page):
             page.status_code = 422
             return page
         except HTTPException:
-            _log(request, action.name, "failed", message_id)
+            self.log(request, action.name, "failed", message_id)
             raise
-        _log(request, action.name, answer.word, message_id)
+        self.log(request, action.name, answer.word, message_id)
         flash(request, answer.sentence, "success" if answer.is_done else "warning")
         name, parameters = ("messages", {}) if answer.word == "not_found" else ("message", {"message_id": message_id})
         return RedirectResponse(path_for(request, name, **parameters), 303)
@@ -222,27 +202,13 @@ class MessagesPage(Page):
         return action
 
     async def _message(self, request: Request) -> EngagementMessage:
-        message_id, schema = _message_id(request), self.shown.queue.schema
+        message_id, schema = message_id_of(request), self.shown.queue.schema
         message = await self.shown.queue.run(
             lambda session: EngagementMessageRepository(session, schema=schema).get_message(message_id)
         )
         if message is None:
             raise HTTPException(404, "There is no such message.")
         return message
-
-
-def _message_id(request: Request) -> int:
-    try:
-        return id_typed(request.path_params["message_id"])
-    except InvalidMessage:
-        raise HTTPException(404, "There is no such message.") from None
-
-
-def _log(request: Request, action: str, verdict: str, *message_ids: int) -> None:
-    ids = ",".join(map(str, message_ids))
-    logger.info(
-        "engagement.admin action=%s message_id=%s verdict=%s by=%r", action, ids, verdict, request.state.operator
-    )
 
 
 _FILTERS = {

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, tzinfo
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette_admin.flash import get_flashed_messages
 from starlette_admin.views import CustomView
 
+from engagement._logging import logger
 from engagement._operating.masking import pseudonym
+from engagement._operating.standing import standing
+from engagement._operating.timeline import Moment
 from engagement.admin.database import Queue
 from engagement.admin.guards import Permission
-from engagement.messages import delivery_id
-from engagement.models import MessageStatus
+from engagement.messages import InvalidMessage, delivery_id
+from engagement.messages.checks import id_typed
+from engagement.models import EngagementMessage, MessageStatus
 
 NOTHING = "-"
 
@@ -23,6 +29,14 @@ NOTHING = "-"
 def path_for(request: Request, name: str, /, **parameters: Any) -> str:
     """Return the path of a page of ours, without scheme and host: behind a proxy we may not know them."""
     return request.url_for(f"{request.app.state.ROUTE_NAME}:{name}", **parameters).path
+
+
+def message_id_of(request: Request) -> int:
+    """Return the number of the message that the path names."""
+    try:
+        return id_typed(request.path_params["message_id"])
+    except InvalidMessage:
+        raise HTTPException(404, "There is no such message.") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +55,10 @@ class Shown:
         docs/decisions.md#2026-11-29--a-pseudonym-is-made-with-a-secret-and-masking-of-one-message-hides-from-a-glance-only
         """
         return pseudonym(user_id, self.secret)
+
+    def stands(self, message: EngagementMessage, moments: Sequence[Moment], now: datetime) -> str:
+        """Return how a message stands, in a sentence with times of the page's zone."""
+        return standing(message, moments, now=now, at=self._moment)
 
     async def reveals(self, request: Request) -> bool:
         """Whether this page shows personal data: the person asked for it, and may see it."""
@@ -111,3 +129,9 @@ class Page(CustomView):
             "flashed_messages": get_flashed_messages(request),
         }
         return self.templates.TemplateResponse(request, name, context)
+
+    def log(self, request: Request, action: str, verdict: str, *message_ids: int) -> None:
+        """Log the deed of a person, or a look at personal data."""
+        ids = ",".join(map(str, message_ids))
+        by = request.state.operator
+        logger.info("engagement.admin action=%s message_id=%s verdict=%s by=%r", action, ids, verdict, by)

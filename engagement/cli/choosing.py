@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import click
 
 from engagement._operating.lists import Filters
+from engagement._operating.person import KEY
 from engagement.cli.parameters import moment_ago
 from engagement.cli.showing import for_person
 from engagement.messages.checks import id_typed
@@ -97,7 +98,3 @@ def find_message(repository: EngagementMessageRepository, which: str) -> Engagem
     if which.isascii() and which.isdecimal():
         return repository.get_message(id_typed(which))
     return repository.get_message_by_key(which.removeprefix(KEY))
-
-
-KEY = "key:"
-"""Before a key that is a number, or begins with this."""

@@ -37,6 +37,7 @@ SECTIONS = {
         "status": "looking:status",
         "list": "listing:list_",
         "show": "listing:show_one",
+        "person": "finding:person",
         "suppressed": "suppressing:suppressed",
         "verify": "looking:verify",
         "admin": "serving:admin",

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import click
 
 from engagement._operating.lists import LONGEST_PAGE, Filters, list_messages
 from engagement._operating.masking import HIDDEN, mask_address, masked, pseudonym
-from engagement._operating.timeline import timeline
+from engagement._operating.person import time_in
+from engagement._operating.standing import standing
+from engagement._operating.timeline import Moment, timeline
 from engagement._receiving.weighing import latest_receipt
 from engagement.cli.choosing import filtered, find_message
+from engagement.cli.cleaning import printable
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
 from engagement.cli.problems import needs_attention
@@ -121,7 +126,7 @@ def list_(
 @json_option
 @on_database
 def show_one(database: Database, which: str, *, reveal: bool, as_json: bool) -> None:
-    """Show all that is known of one message, with its history.
+    """Show how one message stands, in a sentence, and all that is known of it, with its history.
 
     A number is an id, anything else an idempotency key (key:4711 for a key that is a number). A fact that was not
     recorded is called unknown.
@@ -132,16 +137,27 @@ def show_one(database: Database, which: str, *, reveal: bool, as_json: bool) -> 
             click.echo("engagement: there is no such message", err=True)
             raise needs_attention()
         facts = facts_of(message, reveal=reveal)
+        told = timeline(message, reveal=reveal)
+        stands = stands_as(message, told, time_in(session, schema=database.schema))
         moments = [
             {"at": moment.at, "what": moment.what, "attempt": moment.attempt, "detail": moment.detail}
-            for moment in timeline(message, reveal=reveal)
+            for moment in told
         ]
     if as_json:
-        show("", facts | {"timeline": moments}, as_json=True)
+        show("", {"standing": stands} | facts | {"timeline": moments}, as_json=True)
         return
+    if sys.stdout.isatty():
+        click.echo(f"{printable(stands)}\n")
+    else:
+        facts = {"standing": stands} | facts
     show(f"message {facts['id']}", facts, as_json=False, justify="left")
     click.echo()
     show_rows(moments, ("at", "what", "attempt", "detail"))
+
+
+def stands_as(message: EngagementMessage, moments: Sequence[Moment], now: datetime) -> str:
+    """Return how a message stands, in a sentence with times in UTC."""
+    return standing(message, moments, now=now, at=lambda moment: for_person("", moment))
 
 
 def facts_of(message: EngagementMessage, *, reveal: bool) -> dict[str, Any]:
