@@ -26,6 +26,8 @@ from engagement.models import (
     EngagementReceiptMixin,
     EngagementSuppression,
     EngagementSuppressionMixin,
+    EngagementWorker,
+    EngagementWorkerMixin,
     MessageStatus,
 )
 from engagement.outcomes import InDoubt, NotSent, Outcome, Postpone, Refused, Sent, Withdraw, exponential_backoff
@@ -48,6 +50,8 @@ __all__ = [
     "EngagementReceiptMixin",
     "EngagementSuppression",
     "EngagementSuppressionMixin",
+    "EngagementWorker",
+    "EngagementWorkerMixin",
     "Forgotten",
     "InDoubt",
     "InvalidMessage",

@@ -28,6 +28,7 @@ from engagement._operating.lists import count_messages, list_messages
 from engagement._operating.overview import activity, overview
 from engagement._operating.person import find_people
 from engagement._operating.suppressed import list_suppressed
+from engagement._operating.workers import seen_workers
 from engagement._sql.errors import sqlstate
 from engagement._watching.metrics import QueueReader
 from engagement.messages import delivery_id, reference
@@ -42,6 +43,7 @@ ROLES = ["owner", "host", "caller", "worker", "pruner", "receiver", "watcher"]
 QUEUE = "app.engagement_message_queue"
 SUPPRESSION = "app.engagement_suppression"
 RECEIPT = "app.engagement_receipt"
+WORKER = "app.engagement_worker"
 ADDRESS = "5511999990001@s.whatsapp.net"
 DENIED = "42501"
 
@@ -146,7 +148,7 @@ def _stocked(server):
         )
     server.as_admin(f"UPDATE {RECEIPT} SET kept_at = '2020-01-01' WHERE provider_message_id = 'old'")
     yield server
-    server.as_admin(f"TRUNCATE {QUEUE}, {SUPPRESSION}, {RECEIPT}")
+    server.as_admin(f"TRUNCATE {QUEUE}, {SUPPRESSION}, {RECEIPT}, {WORKER}")
 
 
 # What each does ------------------------------------------------------------------------------------------------------
@@ -197,6 +199,9 @@ def work(engine):
     outcomes = {"not_sent": NotSent("x"), "refused": Refused("x"), "in_doubt": InDoubt("x")}
 
     def send(message):
+        with engine.connect() as connection:
+            if connection.exec_driver_sql(f"SELECT count(*) FROM {WORKER}").scalar() != 1:
+                raise PermissionError  # It is not seen.
         return outcomes.get(message.user_id) or Sent("id")
 
     capped = FrequencyCap(send, engine, lambda _: UTC, limit=3, per="day")
@@ -205,6 +210,9 @@ def work(engine):
     with Session(engine) as session:
         if session.scalar(text(f"SELECT count(kept_at) FROM {RECEIPT}")):
             raise PermissionError  # An error of matching is logged, and the receipts stay.
+    with engine.connect() as connection:
+        if connection.exec_driver_sql(f"SELECT count(*) FROM {WORKER}").scalar():
+            raise PermissionError  # It could not take its row away.
 
 
 def prune(engine):
@@ -246,6 +254,8 @@ def watch(engine):
     with Session(engine) as session:
         assert overview(session).by_status["failed"] == 1
         overview(session, count_up_to=1)
+        if not seen_workers(session).may_see:
+            raise PermissionError
         assert len(list_messages(session)) == count_messages(session) == 9
         activity(session, list_messages(session)[0].created_at, timedelta(hours=1))
         assert len(find_people(session, "failed")) == 1
@@ -321,6 +331,7 @@ def test_nobody_gets_further(stocked, role):
         f"TRUNCATE {QUEUE}",
         f"TRUNCATE {SUPPRESSION}",
         f"TRUNCATE {RECEIPT}",
+        f"TRUNCATE {WORKER}",
         "SELECT setval('app.engagement_message_queue_id_seq', 1)",
     ]
     if role != "caller":
@@ -342,7 +353,8 @@ def test_with_row_level_security_a_policy_is_all_that_is_added(stocked, role):
     policies = re.findall(r"`(CREATE POLICY[^`]*)`", DOCUMENT.read_text())
     for each, name in stocked.names.items():
         policies = [re.sub(rf"(?<=[ ,]){each}(?=[ ,])", name, policy) for policy in policies]
-    stocked.as_admin(*(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY" for table in (QUEUE, SUPPRESSION, RECEIPT)))
+    tables = (QUEUE, SUPPRESSION, RECEIPT, WORKER)
+    stocked.as_admin(*(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY" for table in tables))
     try:
         if role != "owner":
             with Session(stocked.engine_of(role)) as session:
@@ -350,7 +362,7 @@ def test_with_row_level_security_a_policy_is_all_that_is_added(stocked, role):
         stocked.as_admin(*policies)
         WORK[role](stocked.engine_of(role))
     finally:
-        for table in (QUEUE, SUPPRESSION, RECEIPT):
+        for table in tables:
             stocked.as_admin(
                 f"DROP POLICY IF EXISTS engagement_ours ON {table}", f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY"
             )

@@ -27,6 +27,7 @@ from engagement import (
     process_message_queue,
 )
 from engagement._sql.schemas import with_schema
+from engagement._sql.working import STANDINGS
 from engagement._watching import metrics
 from engagement._watching.metrics import COUNTERS, HISTOGRAMS, QUEUE, QueueReader
 from engagement.messages import delivery_id, reference
@@ -91,6 +92,7 @@ def test_a_scrape_says_how_the_queue_stands(engine):
     review = (("message_type", "weekly_review"),)
     age = found.pop(("engagement_oldest_due_age_seconds", ()))
     assert 3_600 <= age < 3_660
+    assert [found.pop(("engagement_workers", (("standing", each),))) for each in STANDINGS] == [0.0] * len(STANDINGS)
     assert {key: value for key, value in found.items() if key[0] in GAUGES} == {
         ("engagement_up", ()): 1,
         ("engagement_due", ()): 2,
@@ -118,6 +120,7 @@ def test_an_empty_queue_is_all_zeros(engine):
         "engagement_scheduled": 0,
         "engagement_sending": 0,
         "engagement_expired_leases": 0,
+        "engagement_workers": 0,
     }
 
 
@@ -196,7 +199,8 @@ def test_a_scrape_reads_indexes_only(engine):
     after = plan_of_a_scrape(engine)
 
     for plan in (before, after):
-        assert set(re.findall(r"\w+ Scan|Sort", plan)) <= {"Only Scan", "Index Scan"}
+        # The table of workers has a row for each that runs.
+        assert set(re.findall(r"\w+ Scan(?! on engagement_worker)|Sort", plan)) <= {"Only Scan", "Index Scan"}
         indexes = set(re.findall(rf"using ({TABLE_NAME}_\w+)", plan))
         assert indexes == {f"{TABLE_NAME}_{name}" for name in ("due", "lease", "attention")}
 
@@ -217,7 +221,7 @@ def test_counting_ends_somewhere(engine, monkeypatch):
 
 def test_what_is_said_of_counting_is_so():
     """The limits in the texts are those in the code."""
-    for metric in set(QUEUE) - {metrics.UP, metrics.OLDEST_DUE_AGE}:
+    for metric in set(QUEUE) - {metrics.UP, metrics.OLDEST_DUE_AGE, metrics.WORKERS}:
         limit = metrics.COUNTED_BY_TYPE_UP_TO if metric.labels else metrics.COUNTED_UP_TO
         assert f"to {limit:,})" in metric.help
     assert f"within {metrics.FAILED_DAYS} days" in metrics.FAILURES.help

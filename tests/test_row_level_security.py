@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import new_message
+from seen import a_worker
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
@@ -92,6 +93,7 @@ def _closed(project) -> Project:
             SuppressionList(session).suppress("5511999990001@s.whatsapp.net", "answered STOP")
             early = Receipt(event="read", at=datetime.now(UTC), provider="waha", provider_message_id="early")
             EngagementMessageRepository(session).record_receipts([early])
+            session.execute(a_worker(run="00000001"))
     return project
 
 

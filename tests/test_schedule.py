@@ -20,7 +20,7 @@ from engagement._delivery.database import Claimed, Holder, Settled
 from engagement._delivery.options import Options
 from engagement._delivery.schedule import next_step
 from engagement._delivery.state import State
-from engagement._delivery.steps import Ask, Collect, Extend, GiveUp, Nap, Over, Peek, Tell, Transact
+from engagement._delivery.steps import Ask, Beat, Collect, Extend, GiveUp, Nap, Over, Peek, Tell, Transact
 from engagement._delivery.transaction import Transactions
 from engagement._delivery.verdicts import Verdicts
 from engagement.models import MessageStatus
@@ -204,6 +204,9 @@ class World:
                 self.state.asked(self.now)
             case Tell():
                 self.state.readiness.told(self.now)
+            case Beat():
+                assert self.state.heartbeat.is_to_go_alone(self.now), "it beats before it is time"
+                self.state.heartbeat.beat(self.now)
             case Collect(until) | Nap(until):
                 assert until > self.now
                 if self.state.hand.claims:

@@ -30,7 +30,7 @@ GIVEN = {
 }  # fmt: skip
 INNER = {
     "act", "copy", "in_session", "is_anothers", "serve", "set_aside", "wait_for_turn", "with_schema",
-    "Database", "Queue",
+    "whose", "Database", "Queue",
 }  # fmt: skip
 
 

@@ -54,7 +54,8 @@ def test_an_idle_worker_makes_one_small_query_a_poll(engine):
 
     @event.listens_for(other, "after_cursor_execute")
     def _count(_connection, _cursor, statement, *_):
-        statements.append(statement)
+        if not any(word in statement for word in ("engagement_worker", "lock_timeout", "SAVEPOINT")):  # Its heartbeat.
+            statements.append(statement)
         if len(statements) == 7:
             stop.set()
 

@@ -18,7 +18,9 @@ class Names:
 
     def __init__(self, worker_name: str) -> None:
         # Nobody else may take our claims for theirs, also if they are given the same name.
-        self._base = f"{worker_name}#{secrets.token_hex(4)}"
+        self.run = secrets.token_hex(4)
+        """The mark by which a claim's worker is found, also after `in_ascii`."""
+        self._base = f"{worker_name}#{self.run}"
         self._made = count(1)
         self._open: str | None = None
         self._adopt_until = 0.0

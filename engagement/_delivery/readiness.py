@@ -10,6 +10,7 @@ TELL_SECONDS = 10.0
 """How long a transport is not ready, or does not answer, before that is written on the oldest due message; then how
 often."""
 SILENT = "the transport does not say whether it is ready"
+NOT_READY = "the transport is not ready"
 
 
 class Readiness:
@@ -36,6 +37,12 @@ class Readiness:
     def is_refused(self) -> bool:
         """Whether the last answer was a no."""
         return self.why_not is not None and not self.is_asked
+
+    def says(self, now: float) -> str | None:
+        """Return in words why nothing is claimed; None if the last answer was a yes."""
+        if self.is_silent(now):
+            return SILENT
+        return None if self.why_not is None else self.why_not or NOT_READY
 
     def is_to_be_asked(self, now: float) -> bool:
         """Whether the last answer is too old to be believed."""

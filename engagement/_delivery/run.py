@@ -9,29 +9,30 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import TypeVar, assert_never
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from engagement._claim import Claim, clock
 from engagement._delivery import database, one_by_one
 from engagement._delivery.dispatch import Dispatch
 from engagement._delivery.options import Options
+from engagement._delivery.presence import Presence
 from engagement._delivery.schedule import next_step
 from engagement._delivery.state import State
-from engagement._delivery.steps import Ask, Collect, Extend, GiveUp, Nap, Over, Peek, Step, Taken, Tell, Transact
+from engagement._delivery.steps import Ask, Beat, Collect, Extend, GiveUp, Nap, Over, Peek, Step, Taken, Tell, Transact
 from engagement._delivery.tally import ProcessResult, Tally
+from engagement._delivery.transacting import Transacting
 from engagement._delivery.transaction import Transactions
 from engagement._delivery.verdicts import Verdicts
 from engagement._logging import logger
 from engagement._sending.protocols import Transport
 from engagement._sending.sender import Sender
-from engagement._sql.errors import CannotConnect, DriverFailed, describe, is_of_one_message, is_transient, is_undone
-from engagement._sql.own_transactions import connect, transaction
+from engagement._sql.errors import DriverFailed, describe, is_of_one_message, is_transient, is_undone
 from engagement._watching import observers
 from engagement._watching.observers import Round
 
@@ -67,7 +68,7 @@ def deliver(
         delivery.work()
     finally:
         try:
-            delivery.give_back_unstarted()
+            delivery.end()
         finally:
             sender.close()
     return tally.result()
@@ -88,12 +89,13 @@ class Delivery:
         tally: Tally,
     ) -> None:
         verdicts = Verdicts(options, idempotent=sender.idempotent)
-        self._engine = engine
         self._lease, self._types = options.lease, options.types
         self._stop = stop
         self._sender = sender
         self._state = state
         self._tally = tally
+        self._presence = Presence(transport, options, state, tally)
+        self._in_transaction = Transacting(engine, state, self._presence).do
         self._dispatch = Dispatch(transport, sender, options, state, verdicts)
         self._transactions = Transactions(options, state, stop, idempotent=sender.idempotent, verdict=verdicts.of)
 
@@ -121,16 +123,21 @@ class Delivery:
             case Peek():
                 self._peek(step)
             case GiveUp(claims):
-                for claim in claims:
-                    self._dispatch.give_up(claim)
+                self._give_up(claims)
             case Ask():
                 self._dispatch.ask()
             case Tell(why):
                 self._tell(why)
+            case Beat():
+                self._presence.go_alone(self._in_transaction)
             case Nap(until):
                 self._stop.wait(max(until - clock(), 0.0))
             case _:
                 assert_never(step)
+
+    def _give_up(self, claims: Sequence[Claim]) -> None:
+        for claim in claims:
+            self._dispatch.give_up(claim)
 
     def _transact(self, step: Transact) -> None:
         """Do it with all messages at once, or one by one if the data of one of them make that fail."""
@@ -205,24 +212,14 @@ class Delivery:
             logger.warning("engagement.not_ready_not_told error=%s", type(error).__name__)
         self._state.readiness.told(clock())
 
-    def give_back_unstarted(self) -> None:
-        """Give back claims whose commit was not acknowledged, at the end."""
-        if not self._state.names.unacknowledged:
-            return
-        try:
-            self._in_transaction(self._transactions.give_back)
-        except SQLAlchemyError as error:
-            logger.warning("engagement.claims_not_released error=%s", describe(error))
-
-    def _in_transaction(self, work: Callable[[Connection], T]) -> T:
-        try:
-            connection = connect(self._engine)
-        except CannotConnect as error:
-            if not self._state.outage.database_was_reached and error.__cause__ is not None:
-                raise error.__cause__ from None  # The host's hook may never work: its author sees its own error.
-            raise
-        with connection, transaction(connection):
-            return work(connection)
+    def end(self) -> None:
+        """Give back claims whose commit was not acknowledged, and be seen no more."""
+        if self._state.names.unacknowledged:
+            try:
+                self._in_transaction(self._transactions.give_back)
+            except SQLAlchemyError as error:
+                logger.warning("engagement.claims_not_released error=%s", describe(error))
+        self._presence.leave(self._in_transaction)
 
 
 def _plainer(error: Exception) -> BaseException:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from math import inf
 
-from engagement._delivery.readiness import SILENT
+from engagement._delivery.readiness import NOT_READY, SILENT
 from engagement._delivery.state import State
-from engagement._delivery.steps import Ask, Collect, Extend, GiveUp, Nap, Over, Peek, Step, Tell, Transact
+from engagement._delivery.steps import Ask, Beat, Collect, Extend, GiveUp, Nap, Over, Peek, Step, Tell, Transact
 
 STOP_SECONDS = 1.0
 """How soon a stop is heard while nothing is in hand, and an answer of the transport is waited for."""
@@ -40,7 +40,7 @@ def _last_step(state: State, now: float) -> Tell | Over | None:
         return Over(state.failure)
     if state.readiness.is_to_be_told(now, at_once=state.until_empty) and not state.outage.is_on:
         why = SILENT if state.readiness.is_asked else state.readiness.why_not
-        return Tell(why or "the transport is not ready")
+        return Tell(why or NOT_READY)
     has_finished = not state.readiness.is_asked and (state.is_idle or _all_hang(state, now))
     return Over() if state.until_empty and (has_finished or state.readiness.is_silent(now)) else None
 
@@ -72,7 +72,7 @@ def _database_step(state: State, now: float) -> Step | None:
         return _claim(state, now, wanted)
     if hand.verdicts or (is_to_give_back and state.failure is None):
         return Transact([*hand.verdicts], gives_back=is_to_give_back)
-    return None
+    return Beat() if state.heartbeat.is_to_go_alone(now) else None
 
 
 def _wanted(state: State, now: float) -> int:
@@ -108,6 +108,7 @@ def _wait(state: State, now: float) -> Step:
     """Return the wait until something may have to be done."""
     hand = state.hand
     times = [state.look_at, state.give_back_at, state.outage.retry_at, state.pace.next_at, state.readiness.ask_at]
+    times.append(state.heartbeat.alone_at)
     if hand.claims:
         times.append(state.leases.extend_at)
         if state.send_timeout < inf:

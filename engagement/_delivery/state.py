@@ -8,6 +8,7 @@ from math import inf
 from engagement._claim import START, Claim
 from engagement._delivery.cursor import Cursor
 from engagement._delivery.hand import Hand
+from engagement._delivery.heartbeat import Heartbeat
 from engagement._delivery.leases import Leases
 from engagement._delivery.names import Names
 from engagement._delivery.options import Options
@@ -48,6 +49,7 @@ class State:
         self.pace = Pace(options.min_interval.total_seconds())
         self.readiness = Readiness(can_be_asked=can_be_asked)
         self.leases = Leases(options.lease.total_seconds(), now)
+        self.heartbeat = Heartbeat(now)
         self.left = inf if limit is None else limit
         """How many messages may still be claimed."""
         self.is_stopped = False

@@ -61,6 +61,11 @@ class Tell:
 
 
 @dataclass(frozen=True, slots=True)
+class Beat:
+    """Say that the worker is alive, though there is nothing else to say to the database."""
+
+
+@dataclass(frozen=True, slots=True)
 class Collect:
     """Wait for news of the sender, until then at the latest."""
 
@@ -81,7 +86,7 @@ class Over:
     error: Exception | None = None
 
 
-Step = Transact | Peek | Extend | GiveUp | Ask | Tell | Collect | Nap
+Step = Transact | Peek | Extend | GiveUp | Ask | Tell | Beat | Collect | Nap
 
 
 @dataclass(slots=True)

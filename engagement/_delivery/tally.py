@@ -82,6 +82,10 @@ class Tally:
                 self._errors.append((message.id, "an earlier attempt may have left"))
                 logger.warning("engagement.in_doubt message_id=%s status=%s", message.id, status)
 
+    def so_far(self, name: str) -> int:
+        """Return one of the counts."""
+        return self._counts[name]
+
     def result(self) -> ProcessResult:
         """Return the counts."""
         return ProcessResult(**self._counts, errors=tuple(self._errors))

@@ -29,6 +29,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 
 from engagement._operating.flow import Flows, flows
 from engagement._operating.masking import masked
+from engagement._operating.workers import Workers, seen_workers
 from engagement._sql import claiming, looking
 from engagement._sql.host_sessions import in_session, readable, schema_in_session
 from engagement._sql.parameters import text_of
@@ -74,6 +75,8 @@ class Overview:
     """How many were queued and sent in the last minutes."""
     done_in: timedelta | None
     """How long the due messages will take at the speed of the last five minutes: an estimate. None if none is sent."""
+    workers: Workers
+    """The workers, with their last signs of life."""
     leases_expired: int
     """Of the messages that are `sending`, how many have lost their worker, and wait to be recovered."""
     pending_in_doubt: int
@@ -113,6 +116,7 @@ def overview(session: Session, *, schema: str | None = None, count_up_to: int | 
         by_status=dict.fromkeys(MessageStatus, 0) | {MessageStatus(word): count for word, count in counts.items()},
         is_rough=is_rough,
         flows=speed,
+        workers=seen_workers(session, schema=schema),
         done_in=speed.takes(facts.due),
         due=facts.due,
         oldest_due=facts.oldest_due,

@@ -23,6 +23,7 @@ _MADE_IN = "engagement_made_in"
 _IMPORTED_IN = os.getpid()
 _WAS_GIVEN = "engagement_schema_was_given"
 _LENDS = "engagement_lends"
+_IS_OPTIONAL = "engagement_is_optional"
 HOSTS_ENGINE = "engagement_hosts_engine"
 """The execution option with the engine that the host gave, without our settings and listeners."""
 HOSTS_PATH = "engagement.search_path"
@@ -117,6 +118,34 @@ def connect(engine: Engine) -> Connection:
         raise CannotConnect from error
 
 
+@contextmanager
+def optional(connection: Connection, wait_milliseconds: int) -> Iterator[None]:
+    """Let an error undo no more than the block, which waits for a lock no longer than that.
+
+    No connection is given up for such an error, as it is after one of a setting.
+    """
+    connection.execution_options(**{_IS_OPTIONAL: True})
+    try:
+        with connection.begin_nested():
+            limited = f"SELECT pg_catalog.set_config('lock_timeout', '{wait_milliseconds}ms', true)"
+            before = connection.exec_driver_sql("SELECT pg_catalog.current_setting('lock_timeout')").scalar_one()
+            connection.exec_driver_sql(limited)
+            yield
+            connection.exec_driver_sql(f"SELECT pg_catalog.set_config('lock_timeout', '{before}', true)")
+    finally:
+        connection.execution_options(**{_IS_OPTIONAL: False})
+
+
+def can_go_on(connection: Connection) -> bool:
+    """Whether the transaction of a connection goes on after an error in an `optional` block."""
+    from psycopg.pq import TransactionStatus
+
+    if connection.invalidated:
+        return False
+    driver: Any = connection.connection.driver_connection
+    return bool(driver.pgconn.transaction_status == TransactionStatus.INTRANS)
+
+
 class MadeInAnotherProcess(RuntimeError):  # noqa: N818 - what happened
     """The connection is also another process's, on whose answers this one would wait, or which it would take away."""
 
@@ -204,7 +233,7 @@ def _name_schema(connection: Connection, _cursor: Any, statement: str, parameter
 def _distrust(context: ExceptionContext) -> None:
     # The event is the dialect's, and so also hears of the host's statements on this engine.
     options = {} if context.connection is None else context.connection.get_execution_options()
-    if _WAS_GIVEN not in options:
+    if _WAS_GIVEN not in options or options.get(_IS_OPTIONAL):
         return
     state = sqlstate(context.sqlalchemy_exception) if context.sqlalchemy_exception else None
     if state in _MAY_BE_STALE:

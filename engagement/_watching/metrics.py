@@ -32,6 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import SQLAlchemyError
 
 from engagement._logging import logger
+from engagement._sql import working
 from engagement._sql.errors import describe
 from engagement._sql.own_transactions import SAFE_PATH, check_engine
 from engagement._sql.schemas import find_schema, schema_in_force, with_schema
@@ -131,7 +132,13 @@ DOUBTS = Metric("engagement.in_doubt", _MESSAGES, "Messages in doubt: somebody h
 FAILURES = Metric(
     "engagement.failed", _MESSAGES, "Messages that failed and were last due within 7 days (up to 10,000).", _BY_TYPE
 )
-QUEUE = (UP, OLDEST_DUE_AGE, DUE, SCHEDULED, CLAIMED, EXPIRED_LEASES, DOUBTS, FAILURES)
+WORKERS = Metric(
+    "engagement.workers",
+    "{worker}",
+    "Workers by their standing: working, slow (a send of over a minute), not_ready, idle, or gone (not seen any more).",
+    ("standing",),
+)
+QUEUE = (UP, OLDEST_DUE_AGE, DUE, SCHEDULED, CLAIMED, EXPIRED_LEASES, DOUBTS, FAILURES, WORKERS)
 
 
 # This process --------------------------------------------------------------------------------------------------------
@@ -259,15 +266,16 @@ def _unprepared(connection: Connection) -> Iterator[None]:
         driver.prepare_threshold = threshold
 
 
-def _sample(name: str, message_type: str | None, value: float) -> Sample:
-    return _BY_NAME[name], {} if message_type is None else {"message_type": message_type}, value
+def _sample(name: str, label: str | None, value: float) -> Sample:
+    metric = _BY_NAME[name]
+    return metric, {} if label is None else {metric.labels[0]: label}, value
 
 
 _BY_NAME = {metric.name: metric for metric in QUEUE}
 
 
 def _queue_as_samples() -> CompoundSelect[Any]:
-    """Return (name, message type, value) of each sample, by partial indexes only."""
+    """Return (name, label, value) of each sample, by partial indexes only."""
     is_scheduled = C.next_attempt_at > NOW
     is_recent = C.next_attempt_at > NOW - literal_column(f"interval '{FAILED_DAYS} days'")
     age = func.coalesce(func.extract("epoch", NOW - func.min(C.next_attempt_at)), 0)
@@ -279,12 +287,12 @@ def _queue_as_samples() -> CompoundSelect[Any]:
         _count(EXPIRED_LEASES, is_lost, by=C.lease_expires_at),
         _count_by_type(DOUBTS, C.status == IN_DOUBT),
         _count_by_type(FAILURES, C.status == FAILED, is_recent),
+        *map(_count_of_workers, working.STANDINGS),
     )
 
 
-def _value(metric: Metric, value: ColumnElement[Any], message_type: ColumnElement[Any] | None = None) -> Select[Any]:
-    of_type = null() if message_type is None else message_type
-    return select(word(metric.name), cast(of_type, Text), cast(value, Float))
+def _value(metric: Metric, value: ColumnElement[Any], label: ColumnElement[Any] | None = None) -> Select[Any]:
+    return select(word(metric.name), cast(null() if label is None else label, Text), cast(value, Float))
 
 
 def _count(metric: Metric, *wanted: ColumnElement[bool], by: ColumnElement[Any] = C.next_attempt_at) -> Select[Any]:
@@ -294,6 +302,11 @@ def _count(metric: Metric, *wanted: ColumnElement[bool], by: ColumnElement[Any] 
 def _count_by_type(metric: Metric, *wanted: ColumnElement[bool]) -> Select[Any]:
     first = _first(C.message_type, *wanted, by=C.next_attempt_at.desc(), limit=COUNTED_BY_TYPE_UP_TO)
     return _value(metric, func.count(), first.c.message_type).group_by(first.c.message_type)
+
+
+def _count_of_workers(standing: str) -> Select[Any]:
+    # Also those of which there are none: an alert on zero must not find nothing.
+    return _value(WORKERS, func.count(), word(standing)).where(working.standing == word(standing))
 
 
 def _first(what: ColumnElement[Any], *wanted: ColumnElement[bool], by: ColumnElement[Any], limit: int) -> Subquery:

@@ -21,6 +21,7 @@ from engagement._operating.masking import HIDDEN, mask_address, masked
 from engagement._operating.overview import activity, overview
 from engagement._operating.person import time_in
 from engagement._operating.timeline import timeline
+from engagement._operating.workers import whose
 from engagement._receiving.weighing import latest_receipt
 from engagement.admin.actions import ACTIONS, Action, act, actions_for
 from engagement.admin.chart import chart_of
@@ -34,6 +35,9 @@ PAGE = 50
 COUNT_UP_TO = 10_000
 """A larger table is not counted whole: a page must not read a million rows to show their number.
 docs/decisions.md#2026-11-24--the-page-estimates-what-is-finished"""
+
+MOST_WORKERS = 20
+"""Workers that are named; those that are gone come first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,7 @@ class OverviewPage(Page):
             "overview.html",
             overview=standing,
             count_up_to=COUNT_UP_TO,
+            most_workers=MOST_WORKERS,
             chart=None if past is None else chart_of(past),
             spans=SPANS,
             chosen=chosen,
@@ -146,6 +151,9 @@ class MessagesPage(Page):
         # Masking a long history (one written by hand) takes a while: in a thread, so that other pages need not wait.
         moments = await run_in_threadpool(timeline, message, reveal=reveals)
         facts = await run_in_threadpool(_facts, message, self.shown.pseudonym, reveal=reveals)
+        queue = self.shown.queue
+        if worker := await queue.run(lambda session: whose(session, message, schema=queue.schema)):
+            facts.append(("Worker", worker))
         return await self.render(
             request,
             "message.html",

@@ -38,6 +38,7 @@ SECTIONS = {
         "list": "listing:list_",
         "show": "listing:show_one",
         "person": "finding:person",
+        "workers": "working:workers",
         "suppressed": "suppressing:suppressed",
         "verify": "looking:verify",
         "admin": "serving:admin",

@@ -14,6 +14,7 @@ from engagement._operating.masking import HIDDEN, mask_address, masked, pseudony
 from engagement._operating.person import time_in
 from engagement._operating.standing import standing
 from engagement._operating.timeline import Moment, timeline
+from engagement._operating.workers import whose
 from engagement._receiving.weighing import latest_receipt
 from engagement.cli.choosing import filtered, find_message
 from engagement.cli.cleaning import printable
@@ -137,6 +138,8 @@ def show_one(database: Database, which: str, *, reveal: bool, as_json: bool) -> 
             click.echo("engagement: there is no such message", err=True)
             raise needs_attention()
         facts = facts_of(message, reveal=reveal)
+        if worker := whose(session, message, schema=database.schema):
+            facts["worker"] = worker
         told = timeline(message, reveal=reveal)
         stands = stands_as(message, told, time_in(session, schema=database.schema))
         moments = [

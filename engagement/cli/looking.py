@@ -10,6 +10,7 @@ import click
 
 from engagement._operating.flow import Flow
 from engagement._operating.overview import overview
+from engagement._operating.workers import Workers
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
 from engagement.cli.parameters import duration
@@ -27,6 +28,10 @@ def status(database: Database, *, as_json: bool) -> None:
     messages in doubt, failed ones and expired leases with `engagement list`. How many were queued and sent is told of
     the last 1, 5 and 60 minutes. When the due messages will be done (at the speed of the last five minutes) and the
     dead rows are estimates.
+
+    A worker that is gone was not seen for three heartbeats; the messages that it holds are recovered when their leases
+    run out. A slow one is seen, but its send takes long. `engagement workers` names them. A dash, or null in JSON,
+    says that the role may not read the table of workers.
     """
     with database.session() as session:
         found = overview(session, schema=database.schema)
@@ -38,6 +43,7 @@ def status(database: Database, *, as_json: bool) -> None:
         "oldest_in_doubt_seconds": _seconds(found.oldest_in_doubt),
         "pending_in_doubt": found.pending_in_doubt,
         "leases_expired": found.leases_expired,
+        **_workers(found.workers),
         **_flow(found.flows.each),
         "done_in_seconds": _seconds(found.done_in),
         "table_bytes": found.table_bytes,
@@ -45,7 +51,15 @@ def status(database: Database, *, as_json: bool) -> None:
         "dead_rows": found.dead_rows,
         "last_vacuum": found.last_vacuum,
     }
+    if as_json:
+        facts["workers"] = [asdict(worker) for worker in found.workers.seen] if found.workers.may_see else None
     show("the queue", facts, as_json=as_json)
+
+
+def _workers(workers: Workers) -> dict[str, int | None]:
+    counts: dict[str, int | None] = {f"workers_{standing}": count for standing, count in workers.by_standing.items()}
+    counts["held_by_gone_workers"] = workers.held_by_gone
+    return counts if workers.may_see else dict.fromkeys(counts)
 
 
 def _flow(flows: Sequence[Flow]) -> dict[str, int]:

@@ -15,12 +15,14 @@ from engagement.models.parts import (
     SUPPRESSION_TABLE_NAME,
     TABLE_NAME,
     TABLE_NAMES,
+    WORKER_TABLE_NAME,
     EngagementBase,
     checked_schema,
     qualified_name,
 )
 from engagement.models.receipt import MOST_RECEIPT_TEXT, EngagementReceipt, EngagementReceiptMixin
 from engagement.models.suppression import MOST_REASON, EngagementSuppression, EngagementSuppressionMixin
+from engagement.models.worker import MOST_TEXT, EngagementWorker, EngagementWorkerMixin
 
 __all__ = [
     "EARLIEST",
@@ -29,10 +31,12 @@ __all__ = [
     "MOST_COUNTED",
     "MOST_REASON",
     "MOST_RECEIPT_TEXT",
+    "MOST_TEXT",
     "RECEIPT_TABLE_NAME",
     "SUPPRESSION_TABLE_NAME",
     "TABLE_NAME",
     "TABLE_NAMES",
+    "WORKER_TABLE_NAME",
     "Destination",
     "EngagementBase",
     "EngagementMessage",
@@ -41,6 +45,8 @@ __all__ = [
     "EngagementReceiptMixin",
     "EngagementSuppression",
     "EngagementSuppressionMixin",
+    "EngagementWorker",
+    "EngagementWorkerMixin",
     "MessageStatus",
     "checked_schema",
     "qualified_name",

@@ -16,7 +16,8 @@ from sqlalchemy.sql.elements import conv
 TABLE_NAME = "engagement_message_queue"
 SUPPRESSION_TABLE_NAME = "engagement_suppression"
 RECEIPT_TABLE_NAME = "engagement_receipt"
-TABLE_NAMES = (TABLE_NAME, SUPPRESSION_TABLE_NAME, RECEIPT_TABLE_NAME)
+WORKER_TABLE_NAME = "engagement_worker"
+TABLE_NAMES = (TABLE_NAME, SUPPRESSION_TABLE_NAME, RECEIPT_TABLE_NAME, WORKER_TABLE_NAME)
 
 
 EARLIEST = datetime(1, 1, 2, tzinfo=UTC)

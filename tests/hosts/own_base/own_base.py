@@ -3,7 +3,12 @@
 from sqlalchemy import BigInteger, ForeignKey, MetaData, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from engagement import EngagementMessageMixin, EngagementReceiptMixin, EngagementSuppressionMixin
+from engagement import (
+    EngagementMessageMixin,
+    EngagementReceiptMixin,
+    EngagementSuppressionMixin,
+    EngagementWorkerMixin,
+)
 
 
 class Base(DeclarativeBase):
@@ -34,6 +39,10 @@ class Suppression(EngagementSuppressionMixin, Base):
 
 
 class KeptReceipt(EngagementReceiptMixin, Base):
+    pass
+
+
+class WhoWorks(EngagementWorkerMixin, Base):
     pass
 
 
