@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Self
+from typing import Any, Self
 
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
@@ -231,3 +231,38 @@ def wrong_if_all_are_sent(evidence: Evidence, *, is_deduplicated: bool) -> Itera
         deliveries
     ):
         yield f"sent twice: {len(deliveries)} delivery ids for {len(evidence.queued)} messages"
+
+
+# With an order for each destination -----------------------------------------------------------------------------------
+
+
+def wrong_if_in_order(evidence: Evidence) -> Iterator[str]:
+    """Yield the claims beside a living worker's claim for the same destination, and those after a younger one's.
+
+    A dead worker's lease runs out, and its message may come again later.
+    """
+    dead = {death.pid for death in evidence.deaths}
+    going_on: dict[str, dict[int, int]] = {}
+    last: dict[str, tuple[Any, int]] = {}
+    # Of those that were queued later, an older one may have come after a younger one was claimed.
+    first_batch = min(message.created_at for message in evidence.messages)
+    for change in evidence.changes:
+        message = evidence.by_id[change.message_id]
+        here = going_on.setdefault(message.destination_jid, {})
+        if change.became != "sending":
+            here.pop(message.id, None)
+            continue
+        if change.was == "pending":
+            others = {other for other, pid in here.items() if pid not in dead and other != message.id}
+            if others:
+                yield f"at once: message {message.id} was claimed beside {others}"
+            place = (message.scheduled_for, message.id)
+            if change.attempt == 1 and message.created_at == first_batch:
+                youngest = last.setdefault(message.destination_jid, place)
+                if place < youngest:
+                    yield f"out of order: message {message.id} was claimed after a younger one"
+                last[message.destination_jid] = max(place, youngest)
+        if _is_recoverer(change.held_by):
+            here.pop(message.id, None)  # It is asked about, since its lease ran out, and not sent.
+        else:
+            here[message.id] = _pid(change.held_by)

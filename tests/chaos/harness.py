@@ -43,6 +43,8 @@ class Plan:
     max_retries: int = 3
     is_far_side_moody: bool = True
     """Whether it also refuses, fails and leaves in doubt, and the host cancels and lets expire."""
+    people: int | None = None
+    """To how many people the messages go, in order; None: each to another one."""
     lease_seconds: float = 8.0
     longest_seconds: float = 600.0
     """A guard against hanging, and generous: the machine may be busy."""
@@ -120,6 +122,7 @@ class Run:
         orders = {
             "idempotent": self.plan.idempotent,
             "looks_up": self.plan.looks_up,
+            "in_order": self.plan.people is not None,
             "max_retries": self.plan.max_retries,
             "lease_seconds": self.plan.lease_seconds,
         }
@@ -162,7 +165,7 @@ class Run:
             message_type="reminder",
             message_key="reminder.text",
             destination="individual",
-            destination_jid=f"55119{number % 500:08}@s.whatsapp.net",
+            destination_jid=f"55119{number % (self.plan.people or 500):08}@s.whatsapp.net",
             idempotency_key=f"chaos {number}",
             **given,
         )

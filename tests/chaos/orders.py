@@ -33,6 +33,7 @@ class Orders:
     """Whether statements are prepared, which a pooler does not take."""
     idempotent: bool = False
     looks_up: bool = False
+    in_order: bool = False
     concurrency: int = 1
     lease_seconds: float = 8.0
     max_retries: int = 3

@@ -4,7 +4,7 @@ import pytest
 
 from engagement._operating.temporary_postgres import temporary_postgres
 
-from .evidence import wrong_if_all_are_sent, wrong_if_sent_at_most_once, wrong_in_any_run
+from .evidence import wrong_if_all_are_sent, wrong_if_in_order, wrong_if_sent_at_most_once, wrong_in_any_run
 from .harness import Plan, Run
 from .orders import Point
 from .scene import Scene
@@ -69,4 +69,27 @@ def test_a_look_up_leaves_no_doubt(seed, tmp_path):
     _, evidence = play(plan, tmp_path)
 
     assert list(wrong_in_any_run(evidence)) == []
+    assert list(wrong_if_all_are_sent(evidence, is_deduplicated=False)) == []
+
+
+@pytest.mark.chaos
+def test_each_person_is_sent_one_at_a_time_in_order(seed, tmp_path):
+    """Whatever is killed or cut off, no worker claims for a person beside a living one, nor a younger message first."""
+    plan = Plan(
+        seed=seed,
+        messages=400,
+        people=25,
+        kills_at_each_point=1,
+        random_kills=4,
+        terminations=2,
+        freezes=0,
+        looks_up=True,
+        max_retries=50,
+        is_far_side_moody=False,
+        lease_seconds=4,
+    )
+    _, evidence = play(plan, tmp_path)
+
+    assert list(wrong_in_any_run(evidence)) == []
+    assert list(wrong_if_in_order(evidence)) == []
     assert list(wrong_if_all_are_sent(evidence, is_deduplicated=False)) == []

@@ -150,7 +150,7 @@ class CommitWatch:
         event.listen(engine, "checkin", self._after_commit)
 
     def _note(self, conn, cursor, _statement, parameters, *_):
-        if "busy" in parameters and "sending" in statuses(cursor):
+        if "busy" in parameters and "worker" in parameters and "sending" in statuses(cursor):
             conn.info["claims"] = True
         # None, if it repeats what was committed and not acknowledged.
         if "settlements" in parameters and cursor.rowcount > 0:
@@ -200,6 +200,7 @@ def main() -> None:
     worker = Worker(
         engine,
         LedgerTransport(orders, fate, notes) if orders.gateway is None else Gateway(orders.gateway, fate),
+        in_order=orders.in_order,
         concurrency=orders.concurrency,
         lease=timedelta(seconds=orders.lease_seconds),
         max_retries=orders.max_retries,
