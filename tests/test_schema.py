@@ -23,6 +23,7 @@ from engagement.telemetry import EngagementInstrumentor
 # Nobody listens there: what would connect fails otherwise.
 ENGINE = create_engine("postgresql+psycopg://127.0.0.1:1/nothing")
 GIVEN = {
+    "sought": "ana",
     "engine": ENGINE, "bind": ENGINE, "session": Session(ENGINE), "output": io.StringIO(), "transport": print,
     "tz_of": print, "limit": 1, "per": "day", "after": 0, "up_to": 1, "since": datetime(2026, 1, 1, tzinfo=UTC),
     "bucket": timedelta(hours=1), "older_than": timedelta(days=1), "authentication": print,
