@@ -8,6 +8,7 @@ from engagement.messages import (
     InvalidMessage,
     NewMessage,
     OutgoingMessage,
+    Pause,
     Queued,
     QueuedMany,
     Receipt,
@@ -22,6 +23,8 @@ from engagement.models import (
     Destination,
     EngagementMessage,
     EngagementMessageMixin,
+    EngagementPause,
+    EngagementPauseMixin,
     EngagementReceipt,
     EngagementReceiptMixin,
     EngagementSuppression,
@@ -29,8 +32,10 @@ from engagement.models import (
     EngagementWorker,
     EngagementWorkerMixin,
     MessageStatus,
+    PauseScope,
 )
 from engagement.outcomes import InDoubt, NotSent, Outcome, Postpone, Refused, Sent, Withdraw, exponential_backoff
+from engagement.pausing import AsyncPauses, Pauses
 from engagement.repository import AsyncEngagementMessageRepository, EngagementMessageRepository
 from engagement.suppression import AsyncSuppressionList, SuppressionList
 from engagement.verification import Violation, verify
@@ -40,12 +45,15 @@ from engagement.worker import Worker, process_message_queue
 # docs/decisions.md#2026-11-29--private-packages-begin-with-an-underscore
 __all__ = [
     "AsyncEngagementMessageRepository",
+    "AsyncPauses",
     "AsyncSuppressionList",
     "Cancellation",
     "Destination",
     "EngagementMessage",
     "EngagementMessageMixin",
     "EngagementMessageRepository",
+    "EngagementPause",
+    "EngagementPauseMixin",
     "EngagementReceipt",
     "EngagementReceiptMixin",
     "EngagementSuppression",
@@ -61,6 +69,9 @@ __all__ = [
     "OnSettled",
     "Outcome",
     "OutgoingMessage",
+    "Pause",
+    "PauseScope",
+    "Pauses",
     "Postpone",
     "ProcessResult",
     "Queued",

@@ -32,6 +32,7 @@ from sqlalchemy import (
     union_all,
 )
 
+from engagement._sql import pausing
 from engagement._sql.hiding import is_hidden
 from engagement._sql.host_sessions import in_session, schema_in_session
 from engagement._sql.parameters import text_of
@@ -69,8 +70,9 @@ def verify(
 
     Names up to `limit` messages for each promise; `more` of the last one says whether there are others. A message that
     has been due for longer than `overdue`, or a lease that ended as long ago, is a broken promise too: nobody delivers.
-    A table that row-level security hides from the session's role is one as well, since it would look healthy.
-    It only reads, in the session's transaction. It reads the whole table, so run it nightly, not every minute. See
+    Not if its type, or everything, is paused. A table that row-level security hides from the session's role is one as
+    well, since it would look healthy. It only reads, in the session's transaction. It reads the whole table, so run it
+    nightly, not every minute. See
     docs/decisions.md#2026-11-29--more-of-the-last-violation-says-that-verify-stopped.
 
     Any key of the host's own is fine, unless it reads as the daily key of another user's message of this type
@@ -86,7 +88,7 @@ def verify(
         ids = (
             session.execute(
                 promise.messages_that_break_it(),
-                {"overdue": overdue, "at_most": limit + 1},
+                {"overdue": overdue, "at_most": limit + 1, "of_sender": None},
                 **in_session(schema),
             )
             .scalars()
@@ -143,7 +145,9 @@ def _unguarded() -> tuple[_Promise, ...]:
         _Promise("jid_form", "has a JID that is none", not_(_is_jid())),
         _Promise("moments_readable", "has a moment that Python cannot hold", _has_unreadable_moment()),
         _Promise(
-            "due_is_claimed", "has been due for too long", and_(C.status == PENDING, C.next_attempt_at < long_ago)
+            "due_is_claimed",
+            "has been due for too long",
+            and_(C.status == PENDING, C.next_attempt_at < long_ago, *pausing.unless_paused()),
         ),
         _Promise(
             "lease_is_recovered",

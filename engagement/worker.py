@@ -50,6 +50,8 @@ class Worker:
     - `excluding`: leave messages of these types to others (`["otp"]`, beside a worker with `message_types=["otp"]`).
     - `in_order`: send to a destination one message at a time, the oldest first, across all workers with this option.
       Without it, each worker does so among its own sends.
+    - `sender`: the name of the number or account that it sends from, yours to choose. `engagement pause --sender` stops
+      all workers that name it.
     - `concurrency`: how many messages are in hand at once, and the largest batch of a transport with `send_many`.
       Plain functions are called in that many threads.
     - `lease`: how long a claim holds if its worker dies. A living worker extends it.

@@ -11,6 +11,7 @@ from engagement import (
     EngagementMessageRepository,
     InDoubt,
     NotSent,
+    Pauses,
     Postpone,
     Receipt,
     Recorded,
@@ -95,13 +96,25 @@ def host_calls(session: Session, schema: str | None = None) -> None:
     assert queue.get_message(page[0].id).read_at == LONG_AGO
     early = Receipt(event="read", at=LONG_AGO, provider=TEXT, provider_message_id="early", reason=TEXT)
     assert [each.answer for each in queue.record_receipts([early, early])] == [Recorded.KEPT] * 2
-    suppressed, address = SuppressionList(session, schema=schema), new_message("late").destination_jid
+    _suppress(SuppressionList(session, schema=schema))
+    _pause_and_resume(Pauses(session, schema=schema))
+    assert _settings(session) == before
+
+
+def _suppress(suppressed: SuppressionList) -> None:
+    address = new_message("late").destination_jid
     for until in (LATER, None, LATER):
         suppressed.suppress(address, TEXT, until=until)
     entry = suppressed.find(address)
     assert (entry.reason, entry.until, suppressed.unsuppress(address)) == (TEXT, None, True)
     assert suppressed.find(address) is None
-    assert _settings(session) == before
+
+
+def _pause_and_resume(pauses: Pauses) -> None:
+    for until in (LATER, None):
+        pauses.pause(TEXT, message_type="campaign", until=until, by=TEXT)
+    assert [(each.reason, each.by, each.until) for each in pauses.in_force()] == [(TEXT, TEXT, None)]
+    assert pauses.resume(message_type="campaign")
 
 
 def _reference(message) -> str:

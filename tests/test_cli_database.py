@@ -19,10 +19,10 @@ from engagement.cli.problems import Problem
 
 def test_the_table_is_made_kept_and_taken_away(run, empty_engine):
     """Upgrade makes the table, twice is as good as once, `current` tells, and downgrade takes it away."""
-    assert run("current", on=empty_engine)[:2] == (3, "revision=\nnewest=eng_0010\n")
-    assert run("upgrade")[:2] == (0, "upgraded to eng_0010\n")
-    assert run("upgrade")[:2] == (0, "already at eng_0010\n")
-    assert json.loads(run("current", "--json").out) == {"revision": "eng_0010", "newest": "eng_0010"}
+    assert run("current", on=empty_engine)[:2] == (3, "revision=\nnewest=eng_0011\n")
+    assert run("upgrade")[:2] == (0, "upgraded to eng_0011\n")
+    assert run("upgrade")[:2] == (0, "already at eng_0011\n")
+    assert json.loads(run("current", "--json").out) == {"revision": "eng_0011", "newest": "eng_0011"}
     assert run("downgrade")[:2] == (0, "downgraded to base: the table is gone\n")
     assert scalar(empty_engine, "SELECT to_regclass('engagement_message_queue')") is None
 

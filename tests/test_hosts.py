@@ -26,6 +26,7 @@ from engagement import (
     EngagementMessage,
     EngagementMessageMixin,
     EngagementMessageRepository,
+    EngagementPauseMixin,
     MessageStatus,
     migrations,
     process_message_queue,
@@ -403,6 +404,9 @@ def test_a_host_of_dataclasses_maps_the_mixin_beside_them(empty_engine):
     class Message(EngagementMessageMixin, PlainBase):
         pass
 
+    class Pause(EngagementPauseMixin, PlainBase):
+        pass
+
     Base.metadata.create_all(empty_engine)
 
     assert Message.__table__ is Base.metadata.tables["engagement_message_queue"]
@@ -421,6 +425,9 @@ def test_a_host_of_sqlmodel_maps_the_mixin_beside_its_models(empty_engine, engin
         metadata = sqlmodel.SQLModel.metadata
 
     class Message(EngagementMessageMixin, PlainBase):
+        pass
+
+    class Pause(EngagementPauseMixin, PlainBase):
         pass
 
     class Reply(sqlmodel.SQLModel, table=True):
@@ -450,6 +457,9 @@ def test_a_base_in_a_schema_is_named_to_the_repository_and_the_worker(empty_engi
         metadata = MetaData(schema="app")
 
     class Message(EngagementMessageMixin, Base):
+        pass
+
+    class Pause(EngagementPauseMixin, Base):
         pass
 
     with empty_engine.begin() as connection:

@@ -22,7 +22,7 @@ LAYERS = [
     {"_claim", "_sql"},
     {"_watching"},
     {"_queueing", "_receiving", "migrations", "verification"},
-    {"_sending", "prometheus", "repository", "suppression", "telemetry"},
+    {"_sending", "pausing", "prometheus", "repository", "suppression", "telemetry"},
     {"_delivery", "policies"},
     {"_operating", "words"},
     {"admin", "receipts", "testing", "transports", "worker"},

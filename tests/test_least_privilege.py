@@ -16,6 +16,7 @@ from engagement import (
     EngagementMessageRepository,
     InDoubt,
     NotSent,
+    Pauses,
     Receipt,
     Recorded,
     Refused,
@@ -44,6 +45,8 @@ QUEUE = "app.engagement_message_queue"
 SUPPRESSION = "app.engagement_suppression"
 RECEIPT = "app.engagement_receipt"
 WORKER = "app.engagement_worker"
+PAUSE = "app.engagement_pause"
+TABLES = (QUEUE, SUPPRESSION, RECEIPT, WORKER, PAUSE)
 ADDRESS = "5511999990001@s.whatsapp.net"
 DENIED = "42501"
 
@@ -148,7 +151,7 @@ def _stocked(server):
         )
     server.as_admin(f"UPDATE {RECEIPT} SET kept_at = '2020-01-01' WHERE provider_message_id = 'old'")
     yield server
-    server.as_admin(f"TRUNCATE {QUEUE}, {SUPPRESSION}, {RECEIPT}, {WORKER}")
+    server.as_admin(f"TRUNCATE {', '.join(TABLES)}")
 
 
 # What each does ------------------------------------------------------------------------------------------------------
@@ -190,6 +193,10 @@ def call(engine):
         suppressed.suppress(ADDRESS, "answered STOP")
         assert suppressed.find(ADDRESS).reason == "answered STOP"
         assert suppressed.unsuppress(ADDRESS)
+        pauses = Pauses(session)
+        pauses.pause("wrong wording", message_type="campaign")
+        assert len(pauses.in_force()) == 1
+        assert pauses.resume(message_type="campaign")
         assert queue.forget_user("pending").blanked == 1
         queue.prune_messages(timedelta(0))
 
@@ -332,6 +339,7 @@ def test_nobody_gets_further(stocked, role):
         f"TRUNCATE {SUPPRESSION}",
         f"TRUNCATE {RECEIPT}",
         f"TRUNCATE {WORKER}",
+        f"TRUNCATE {PAUSE}",
         "SELECT setval('app.engagement_message_queue_id_seq', 1)",
     ]
     if role != "caller":
@@ -353,8 +361,7 @@ def test_with_row_level_security_a_policy_is_all_that_is_added(stocked, role):
     policies = re.findall(r"`(CREATE POLICY[^`]*)`", DOCUMENT.read_text())
     for each, name in stocked.names.items():
         policies = [re.sub(rf"(?<=[ ,]){each}(?=[ ,])", name, policy) for policy in policies]
-    tables = (QUEUE, SUPPRESSION, RECEIPT, WORKER)
-    stocked.as_admin(*(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY" for table in tables))
+    stocked.as_admin(*(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY" for table in TABLES))
     try:
         if role != "owner":
             with Session(stocked.engine_of(role)) as session:
@@ -362,7 +369,7 @@ def test_with_row_level_security_a_policy_is_all_that_is_added(stocked, role):
         stocked.as_admin(*policies)
         WORK[role](stocked.engine_of(role))
     finally:
-        for table in tables:
+        for table in TABLES:
             stocked.as_admin(
                 f"DROP POLICY IF EXISTS engagement_ours ON {table}", f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY"
             )

@@ -163,7 +163,7 @@ def ago(**length) -> datetime:
 
 def test_all_that_can_be_run_is_run():
     """The tests below take what they run from these sections; no other has anything to run."""
-    run = {"What to watch", "Disk and vacuum", "Pausing everything", "A backlog", "Messages in doubt after a crash"}
+    run = {"What to watch", "Disk and vacuum", "Pausing", "A backlog", "Messages in doubt after a crash"}
     run |= {
         "The provider was down for a day",
         "A user asks to be erased",
@@ -230,10 +230,23 @@ def test_who_keeps_an_old_snapshot_is_found(operator):
     assert operator.ask("SELECT destination_jid IS NULL FROM engagement_message_queue ORDER BY id") == [True, False]
 
 
+def test_a_pause(operator):
+    """The type is held back until it is resumed, and the page's command shows it meanwhile."""
+    queue(operator.engine, new_message("a", message_type="campaign"), new_message("b"))
+    pause, status, resume, _ = commands("## Pausing")
+    assert operator.run(pause).startswith("paused: type campaign since ")
+    assert "paused=type campaign since " in operator.run(status)
+    process_message_queue(operator.engine, lambda _: None)
+    assert operator.statuses() == ["pending", "sent"]
+    assert operator.run(resume) == "resumed: type campaign\n"
+    process_message_queue(operator.engine, lambda _: None)
+    assert operator.statuses() == ["sent", "sent"]
+
+
 def test_pausing(operator):
     """Stopped workers finish what is in hand and take nothing more; a switch holds claims; a kind can be put off."""
     queue(operator.engine, *(new_message(user) for user in "ab"))
-    (who,) = blocks("## Pausing everything", "sql")
+    (who,) = blocks("## Pausing", "sql")
     operator.provider("hangs")
     with operator.working(WORK, _20=1):
         until((operator.directory / "begun-1").exists)
@@ -245,16 +258,16 @@ def test_pausing(operator):
     sent = len(operator.sent)
     assert operator.statuses().count("sent") == sent >= 1
 
-    (code,) = blocks("## Pausing everything", "python")
+    (code,) = blocks("## Pausing", "python")
     namespace = {"send": lambda message: f"wamid.{message.id}"}
     exec(code, namespace)
-    Path("paused").touch()
+    Path("unplugged").touch()
     (later,) = queue(operator.engine, new_message("c"))
     switched = namespace["Switched"]()
     assert process_message_queue(operator.engine, switched).processed == 0
     assert row(operator.engine, later).attempt == 0
     with Running(operator.engine, switched):
-        Path("paused").unlink()
+        Path("unplugged").unlink()
         until(lambda: row(operator.engine, later).status == "sent")
 
     queue(
@@ -263,7 +276,7 @@ def test_pausing(operator):
         new_message("e", message_type="weekly_review", expires_at=datetime.now(UTC) + timedelta(hours=1)),
         new_message("f"),
     )
-    (command,) = commands("## Pausing everything")
+    *_, command = commands("## Pausing")
     assert "rescheduled=1\nunchanged=1\n" in operator.run(command, status=1)
     due = (
         "SELECT user_id FROM engagement_message_queue WHERE status = 'pending' AND next_attempt_at <= now() ORDER BY id"

@@ -18,7 +18,7 @@ from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
 
-from engagement import EngagementMessageRepository, Receipt, SuppressionList, migrations, process_message_queue
+from engagement import EngagementMessageRepository, Pauses, Receipt, SuppressionList, migrations, process_message_queue
 from engagement._operating.suppressed import list_suppressed
 from engagement.models import TABLE_NAMES
 from engagement.policies import Suppression
@@ -94,6 +94,7 @@ def _closed(project) -> Project:
             early = Receipt(event="read", at=datetime.now(UTC), provider="waha", provider_message_id="early")
             EngagementMessageRepository(session).record_receipts([early])
             session.execute(a_worker(run="00000001"))
+            Pauses(session).pause("wrong wording", message_type="campaign")
     return project
 
 

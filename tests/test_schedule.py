@@ -113,6 +113,9 @@ class Table:
                     destinations.add(row.destination)
         return Claimed([claim for _, claim in taken], {}, taken[-1][0] if taken else None)
 
+    def pauses(self, *_):
+        return []
+
     def due(self):
         due = [row for row in self.unlocked() if row.status == "pending" and row.due_at <= self.world.now]
         return sorted(due, key=lambda row: row.place)

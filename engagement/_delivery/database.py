@@ -67,15 +67,16 @@ def claim(
     idempotent: bool = False,
     types: Types = ALL_TYPES,
     in_order: bool = False,
+    sender: str | None = None,
 ) -> Claimed:
     """Claim up to `limit` due messages of `types` behind `after`, oldest first, none in `broken` or to a `busy` one.
 
-    A message that may have left is claimed for an `idempotent` transport only; else it is parked in doubt. With
-    `in_order` none to a destination that any worker sends to.
+    None that a pause holds back, be it one of `sender`. A message that may have left is claimed for an `idempotent`
+    transport only; else it is parked in doubt. With `in_order` none to a destination that any worker sends to.
     """
     until = _held_until(holder.lease)
     values = {
-        **where_due(after, busy, broken, types),
+        **where_due(after, busy, broken, types, sender),
         "limit": limit,
         "lease": holder.lease,
         "worker": holder.name,
@@ -120,7 +121,11 @@ def take_turns(connection: Connection, values: dict[str, Any], types: Types) -> 
 
 
 def where_due(
-    after: Position, busy: Collection[str], broken: Collection[int], types: Types = ALL_TYPES
+    after: Position,
+    busy: Collection[str],
+    broken: Collection[int],
+    types: Types = ALL_TYPES,
+    sender: str | None = None,
 ) -> dict[str, Any]:
     """Return the parameters that select due messages."""
     return {
@@ -129,6 +134,7 @@ def where_due(
         # A message that was forgotten while it was being sent goes nowhere.
         "busy": _pack(jid for jid in busy if jid),
         "broken": _pack(map(str, broken)),
+        "of_sender": sender,
         **types.values,
     }
 
@@ -226,14 +232,23 @@ def _not_recorded(
             connection.execute(settling.doubt_if_not_sent(), lost | {"reason": clean_reason(verdict.reason)})
 
 
-def seconds_to_work(connection: Connection, after: Position, types: Types = ALL_TYPES) -> float:
-    """Return in how many seconds a message behind `after` is due, or a lease runs out; 0 if one is or has.
+def look_ahead(
+    connection: Connection, after: Position, types: Types = ALL_TYPES, sender: str | None = None
+) -> tuple[float, list[str]]:
+    """Return in how many seconds there is work, and the pauses that hold back a worker of `types` and `sender`.
 
-    Of messages of `types`.
+    Work is a message behind `after` that is due, a lease that runs out, or a pause that ends; 0 if it is there now.
     """
-    values = {"after_at": after[0], "after_id": after[1], **types.values}
-    waits: timedelta = connection.execute(claiming.peek(which=types.which), values).scalar_one()
-    return waits.total_seconds()
+    values = {"after_at": after[0], "after_id": after[1], "of_sender": sender, **types.values}
+    waits, paused = connection.execute(claiming.peek(which=types.which), values).one()
+    return waits.total_seconds(), paused
+
+
+def pauses(connection: Connection, types: Types, sender: str | None) -> list[str]:
+    """Return the pauses that hold back a worker of `types` and `sender`."""
+    values = {"of_sender": sender, **types.values}
+    paused: list[str] = connection.execute(claiming.pauses(which=types.which), values).scalar_one()
+    return paused
 
 
 def _held_until(lease: timedelta) -> float:

@@ -55,13 +55,14 @@ def claim(
     idempotent: bool = False,
     types: Types = ALL_TYPES,
     in_order: bool = False,
+    sender: str | None = None,
 ) -> Claimed:
     """Claim due messages, and add those that cannot be claimed to `broken`."""
     claimed = Claimed([], {}, None)
     while len(claimed.claims) + len(claimed.ended) < limit:
         taken = {claim.message.destination_jid for claim in claimed.claims} if one_per_destination else set()
         place, not_to = claimed.go_on_after or after, taken.union(busy)
-        due = database.where_due(place, not_to, broken, types)
+        due = database.where_due(place, not_to, broken, types, sender)
         if in_order:
             turns = database.take_turns(connection, due | {"limit": 1}, types)
             if not turns:
@@ -82,6 +83,7 @@ def claim(
             idempotent=idempotent,
             types=types,
             in_order=in_order,
+            sender=sender,
         )
         done = _apart(connection, message_id, claim_one)
         if isinstance(done, Exception):

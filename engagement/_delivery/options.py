@@ -12,8 +12,8 @@ from typing import TypedDict
 
 from engagement._delivery.hook import OnSettled, why_no_hook
 from engagement._delivery.taking import ALL_TYPES, Types
-from engagement.messages.checks import checked_age, checked_flag, checked_type
-from engagement.models import checked_schema
+from engagement.messages.checks import checked_age, checked_flag, checked_text, checked_type
+from engagement.models import MOST_SENDER, checked_schema
 from engagement.outcomes import Backoff, Classify, classify_exception, exponential_backoff
 
 LONGEST_NAME = 200
@@ -25,6 +25,7 @@ class DeliveryOptions(TypedDict, total=False):
     message_types: Collection[str] | None
     excluding: Collection[str]
     in_order: bool
+    sender: str | None
     concurrency: int
     lease: timedelta
     max_retries: int
@@ -53,6 +54,7 @@ class Options:
     message_types: Collection[str] | None = None
     excluding: Collection[str] = ()
     in_order: bool = False
+    sender: str | None = None
     concurrency: int = 1
     lease: timedelta = timedelta(minutes=5)
     max_retries: int = 3
@@ -70,6 +72,8 @@ class Options:
 
     def __post_init__(self) -> None:
         _check(self.types.which != "only" or bool(self.types.named), "message_types", "leaves none that could be sent")
+        if self.sender is not None:
+            checked_text("sender", self.sender, max_characters=MOST_SENDER)
         zero, name = timedelta(0), self.worker_name
         _check(self.concurrency >= 1, "concurrency", "must be at least 1")
         _check(self.lease > zero, "lease", "must be positive")

@@ -182,7 +182,7 @@ class Delivery:
     def _peek(self, step: Peek) -> None:
         asked_at = clock()
         try:
-            waits = self._in_transaction(partial(database.seconds_to_work, after=step.after, types=self._types))
+            waits = self._in_transaction(partial(self._transactions.seconds_to_work, after=step.after))
         except SQLAlchemyError as error:
             self._failed(error)
         else:

@@ -8,11 +8,12 @@ from types import ModuleType
 
 from sqlalchemy import Connection
 
-from engagement._claim import START, Claim, clock
+from engagement._claim import START, Claim, Position, clock
 from engagement._delivery import database
 from engagement._delivery.database import Holder, Settled
 from engagement._delivery.hook import SHARE_OF_A_LEASE, Hook
 from engagement._delivery.options import Options
+from engagement._delivery.pauses import HeardPauses
 from engagement._delivery.state import State
 from engagement._delivery.steps import Taken, Transact
 from engagement.models import EARLIEST
@@ -36,10 +37,12 @@ class Transactions:
     ) -> None:
         self._lease = options.lease
         self._types, self._in_order = options.types, options.in_order
+        self._sender = options.sender
         self._max_retries = options.max_retries
         self._hand = state.hand
         self._names = state.names
         self._sends_many = state.sends_many
+        self._until_empty = state.until_empty
         self._stop = stop
         self._idempotent = idempotent
         self._verdict = verdict
@@ -48,6 +51,7 @@ class Transactions:
             if options.on_settled is None
             else Hook(options.on_settled, options.lease.total_seconds() * SHARE_OF_A_LEASE)
         )
+        self._pauses = HeardPauses()
         self._broken: set[int] = set()
         self._mend_at = 0.0
 
@@ -68,6 +72,12 @@ class Transactions:
         if self._hook is not None:
             self._hook.call(connection, taken.ended.items())
         return taken
+
+    def seconds_to_work(self, connection: Connection, after: Position) -> float:
+        """Return in how many seconds there is work, and log the pauses that hold this worker back."""
+        waits, paused = database.look_ahead(connection, after, self._types, self._sender)
+        self._pauses.hear(paused)
+        return waits
 
     def _take(self, connection: Connection, step: Transact, how: ModuleType, taken: Taken) -> None:
         """Adopt, take over and claim, until there are as many as `step` wants."""
@@ -135,6 +145,7 @@ class Transactions:
                 idempotent=self._idempotent,
                 types=self._types,
                 in_order=self._in_order,
+                sender=self._sender,
             )
             if start == START:
                 taken.restart_took = clock() - asked_at
@@ -143,6 +154,8 @@ class Transactions:
                 break
         taken.claims += claimed.claims
         taken.ended = claimed.ended
+        if self._until_empty and taken.position is None:  # The run may end here. A worker asks while it sleeps.
+            self._pauses.hear(database.pauses(connection, self._types, self._sender))
 
     def _unless_it_kills(self, claim: Claim) -> Claim:
         """Park a message that kills its workers. A look-up is not repeated for ever (three workers lost: in doubt)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache
@@ -50,8 +50,10 @@ from engagement._sql.table import (
     number,
     time_since,
 )
+from engagement.messages import Pause
 from engagement.messages.checks import checked_moment
 from engagement.models import MessageStatus, qualified_name
+from engagement.pausing import Pauses
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -71,6 +73,8 @@ class Overview:
     """Why it waits, if a worker's transport has given a reason for not being ready.
 
     See docs/decisions.md#2026-11-29--what-a-queue-waits-for-stands-on-the-message-that-waits-longest."""
+    pauses: Sequence[Pause]
+    """The pauses in force: why else nothing may be sent."""
     flows: Flows
     """How many were queued and sent in the last minutes."""
     done_in: timedelta | None
@@ -115,6 +119,7 @@ def overview(session: Session, *, schema: str | None = None, count_up_to: int | 
     return Overview(
         by_status=dict.fromkeys(MessageStatus, 0) | {MessageStatus(word): count for word, count in counts.items()},
         is_rough=is_rough,
+        pauses=Pauses(session, schema=schema).in_force(),
         flows=speed,
         workers=seen_workers(session, schema=schema),
         done_in=speed.takes(facts.due),

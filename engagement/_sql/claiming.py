@@ -34,6 +34,7 @@ from sqlalchemy import (
     update,
 )
 
+from engagement._sql import pausing
 from engagement._sql.history import history_with
 from engagement._sql.in_order import is_its_turn, take_turn_if_free
 from engagement._sql.parameters import each_of, limit, packed, text_of, unseen
@@ -109,15 +110,15 @@ def _after() -> ColumnElement[bool]:
     return tuple_(C.next_attempt_at, C.id) > place
 
 
-def _of_types(which: WhichTypes) -> list[ColumnElement[bool]]:
+def _of_types(which: WhichTypes, message_type: ColumnElement[str] = C.message_type) -> list[ColumnElement[bool]]:
     """Return the conditions by which the types in the parameter `types` are the only ones, or are left out."""
     match which:
         case "all":
             return []
         case "only":
-            return [C.message_type == any_(cast(packed("types"), ARRAY(Text)))]
+            return [message_type == any_(cast(packed("types"), ARRAY(Text)))]
         case "but":
-            return [C.message_type != each_of("types", Text())]
+            return [message_type != each_of("types", Text())]
 
 
 @cache
@@ -129,7 +130,7 @@ def take_turns(*, which: WhichTypes = "all") -> Executable:
     """
     return (
         select(C.destination_jid, C.next_attempt_at, C.id)
-        .where(*_is_wanted(which), take_turn_if_free())
+        .where(*_is_wanted(which), pausing.worker_goes_on(), take_turn_if_free(pausing.type_goes_on()))
         .order_by(C.next_attempt_at, C.id)
         # A message that the host has locked is passed over here already, or it would be claimed in vain each time.
         .with_for_update(**LOCKED_UNLESS_BY_OTHERS)
@@ -141,6 +142,7 @@ def take_turns(*, which: WhichTypes = "all") -> Executable:
 def claim(*, one_per_destination: bool, which: WhichTypes = "all", in_order: bool = False) -> Executable:
     """Claim the oldest due messages after (`after_at`, `after_id`), `limit` at most, none to a destination in `busy`.
 
+    None that is paused for the worker of the sender `of_sender`; one that expires meanwhile ends after the pause.
     Returns them with the new attempt. Those that have expired end here, and are returned too; so are those that may
     have left, unless the transport is `idempotent`: only under one delivery id with one effect may they be sent again.
     With `one_per_destination` only the first to each destination is claimed, so that one worker keeps their order. With
@@ -173,7 +175,7 @@ def claim(*, one_per_destination: bool, which: WhichTypes = "all", in_order: boo
 def _due(which: WhichTypes, *columns: ColumnElement[Any], in_order: bool) -> Select[Any]:
     return (
         select(*columns)
-        .where(*_is_wanted(which), *(is_its_turn() if in_order else ()))
+        .where(*_is_wanted(which), *pausing.unless_paused(), *(is_its_turn() if in_order else ()))
         .order_by(C.next_attempt_at, C.id)
         .with_for_update(**LOCKED_UNLESS_BY_OTHERS)
     )
@@ -274,16 +276,26 @@ def extend_leases() -> Executable:
 
 @cache
 def peek(*, which: WhichTypes = "all") -> Executable:
-    """Return how long until there is anything to do: a message due after (`after_at`, `after_id`), or a lease run out.
+    """Return how long until there is anything to do, and the worker's pauses.
 
-    Zero is now, and an hour is later than anybody waits. So no moment is subtracted that a hand made infinite.
+    A message is due after (`after_at`, `after_id`) that no pause holds back, a pause ends by itself, or a lease has run
+    out. Zero is now, and an hour is later than anybody waits. So no moment is subtracted that a hand made infinite.
     """
     latest = NOW + literal_column("interval '1 hour'")
+    paused = pausing.of_the_worker(*_of_types(which, pausing.P.name))
     due = select(C.next_attempt_at).where(C.status == PENDING, C.next_attempt_at <= latest, _after(), *_of_types(which))
+    due = due.where(*pausing.unless_paused())
     lease = select(C.lease_expires_at).where(C.status == SENDING, C.lease_expires_at <= latest, *_of_types(which))
     first_due = due.order_by(C.next_attempt_at, C.id).limit(number(1)).scalar_subquery()
     first_lease = lease.order_by(C.lease_expires_at).limit(number(1)).scalar_subquery()
-    return select(time_until(func.greatest(NOW, func.least(first_due, first_lease, latest))))
+    first = func.least(first_due, first_lease, pausing.first_end(paused, latest), latest)
+    return select(time_until(func.greatest(NOW, first)), pausing.named(paused))
+
+
+@cache
+def pauses(*, which: WhichTypes = "all") -> Executable:
+    """Return the pauses that hold back the worker of the sender `of_sender`."""
+    return select(pausing.named(pausing.of_the_worker(*_of_types(which, pausing.P.name))))
 
 
 @cache

@@ -9,6 +9,7 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Integer,
+    and_,
     bindparam,
     case,
     cast,
@@ -28,15 +29,17 @@ BUCKETS = 1024
 host's. While one destination of two with the same lock is being claimed for, the other is passed over."""
 
 
-def take_turn_if_free() -> ColumnElement[bool]:
-    """Lock a message's destination until the end of the transaction. False if it is held, or another claim has it.
+def take_turn_if_free(wanted: ColumnElement[bool]) -> ColumnElement[bool]:
+    """Lock the destination of a message that is `wanted` until the end of the transaction.
+
+    False if it is held, or another claim has it.
 
     The table is a part of the lock's name, so that two queues of one database do not meet.
     """
     bucket = func.hashtext(C.destination_jid).op("&")(number(BUCKETS - 1))
     lock = func.pg_try_advisory_xact_lock(cast(column("tableoid"), Integer), bucket)
     # By AND, the cheaper one would be called first: it would lock destinations that are not to be had.
-    return case((_is_free(), lock), else_=false())
+    return case((and_(wanted, _is_free()), lock), else_=false())
 
 
 def is_its_turn() -> list[ColumnElement[bool]]:

@@ -32,7 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import SQLAlchemyError
 
 from engagement._logging import logger
-from engagement._sql import working
+from engagement._sql import pausing, working
 from engagement._sql.errors import describe
 from engagement._sql.own_transactions import SAFE_PATH, check_engine
 from engagement._sql.schemas import find_schema, schema_in_force, with_schema
@@ -138,7 +138,8 @@ WORKERS = Metric(
     "Workers by their standing: working, slow (a send of over a minute), not_ready, idle, or gone (not seen any more).",
     ("standing",),
 )
-QUEUE = (UP, OLDEST_DUE_AGE, DUE, SCHEDULED, CLAIMED, EXPIRED_LEASES, DOUBTS, FAILURES, WORKERS)
+PAUSED = Metric("engagement.paused", "{pause}", "Pauses in force: of everything, of a type, of a sender.")
+QUEUE = (UP, OLDEST_DUE_AGE, PAUSED, DUE, SCHEDULED, CLAIMED, EXPIRED_LEASES, DOUBTS, FAILURES, WORKERS)
 
 
 # This process --------------------------------------------------------------------------------------------------------
@@ -281,6 +282,7 @@ def _queue_as_samples() -> CompoundSelect[Any]:
     age = func.coalesce(func.extract("epoch", NOW - func.min(C.next_attempt_at)), 0)
     return union_all(
         _value(OLDEST_DUE_AGE, age).where(is_due),
+        _value(PAUSED, func.count()).select_from(pausing.PAUSES).where(pausing.is_in_force),
         _count(DUE, is_due),
         _count(SCHEDULED, C.status == PENDING, is_scheduled),
         _count(CLAIMED, C.status == SENDING, by=C.lease_expires_at),

@@ -186,7 +186,11 @@ def act(
 
     docs/decisions.md#2026-11-24--an-action-on-the-page-speaks-of-the-attempt-that-was-looked-at
     """
-    given = Given(reason=str(form.get("reason") or "") or None, moment=_moment(form.get("moment"), tz), by=by)
+    given = Given(
+        reason=str(form.get("reason") or "") or None,
+        moment=moment_typed("scheduled_for", form.get("moment"), tz),
+        by=by,
+    )
     attempt = select(EngagementMessage.attempt).where(EngagementMessage.id == checked_id(message_id)).with_for_update()
     now = session.execute(attempt, execution_options=in_schema(schema)).scalar_one_or_none()
     if now is not None and not form.get("attempt"):
@@ -196,11 +200,12 @@ def act(
     return action.perform(EngagementMessageRepository(session, schema=schema), message_id, given)
 
 
-def _moment(text: object, tz: tzinfo) -> datetime | None:
+def moment_typed(name: str, text: object, tz: tzinfo) -> datetime | None:
+    """Return the moment that a person typed, in `tz` if it has no zone of its own; None if there is none."""
     if not text:
         return None
     try:
         moment = datetime.fromisoformat(str(text))
     except ValueError:
-        raise InvalidMessage("scheduled_for", "is no date and time") from None
+        raise InvalidMessage(name, "is no date and time") from None
     return moment if moment.tzinfo else moment.replace(tzinfo=tz)

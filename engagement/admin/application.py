@@ -17,6 +17,7 @@ from engagement._sql.own_transactions import for_own_transactions
 from engagement.admin.database import Queue
 from engagement.admin.guards import Authenticated, Authentication, May, OwnCookies, Permission, SameOrigin, ShortForms
 from engagement.admin.pages import MessagesPage, OverviewPage
+from engagement.admin.pausing import PausesPage
 from engagement.admin.people import PeoplePage
 from engagement.admin.shown import Shown, path_for
 
@@ -89,6 +90,7 @@ def create_admin(
     admin.routes = [route for route in admin.routes if route.name in {"static", "index"}]
     admin.add_view(MessagesPage(shown))
     admin.add_view(PeoplePage(shown))
+    admin.add_view(PausesPage(shown))
     # The library orders them by the names of their methods; the first that fits answers.
     admin.routes.sort(key=lambda route: "{message_id}" in route.path)
     before = [Middleware(SameOrigin), Middleware(ShortForms), Middleware(Authenticated, authentication)]

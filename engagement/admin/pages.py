@@ -19,6 +19,7 @@ from starlette_admin.routing import route
 from engagement._operating.lists import Filters, list_messages
 from engagement._operating.masking import HIDDEN, mask_address, masked
 from engagement._operating.overview import activity, overview
+from engagement._operating.pauses import holding
 from engagement._operating.person import time_in
 from engagement._operating.timeline import timeline
 from engagement._operating.workers import whose
@@ -26,9 +27,10 @@ from engagement._receiving.weighing import latest_receipt
 from engagement.admin.actions import ACTIONS, Action, act, actions_for
 from engagement.admin.chart import chart_of
 from engagement.admin.shown import Page, message_id_of, path_for
-from engagement.messages import InvalidMessage, delivery_id, key_hash
+from engagement.messages import InvalidMessage, Pause, delivery_id, key_hash
 from engagement.messages.checks import id_typed
 from engagement.models import EngagementMessage, MessageStatus
+from engagement.pausing import Pauses
 from engagement.repository import EngagementMessageRepository
 
 PAGE = 50
@@ -136,6 +138,7 @@ class MessagesPage(Page):
             receipt_of=latest_receipt,
             pseudonym=self.shown.pseudonym,
             problem=problem,
+            pauses=await self._pauses(),
             newer=_page_link(request, after=page[0].id) if page and (there_is_more if goes_up else before) else None,
             older=_page_link(request, before=page[-1].id) if page and (goes_up or there_is_more) else None,
         )
@@ -162,6 +165,7 @@ class MessagesPage(Page):
             stands=self.shown.stands(message, moments, now),
             facts=facts,
             receipt=latest_receipt(message),
+            pauses=holding(await self._pauses(), message),
             actions=actions_for(message) if await self.shown.may_act(request) else [],
         )
 
@@ -200,6 +204,10 @@ class MessagesPage(Page):
     ) -> Response:
         fits = action in actions_for(message)
         return await self.render(request, "ask.html", message=message, action=action, fits=fits, problem=problem)
+
+    async def _pauses(self) -> list[Pause]:
+        schema = self.shown.queue.schema
+        return await self.shown.queue.run(lambda session: Pauses(session, schema=schema).in_force())
 
     async def _action(self, request: Request) -> Action:
         action = ACTIONS.get(request.path_params["action"])

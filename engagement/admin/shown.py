@@ -15,6 +15,7 @@ from starlette_admin.views import CustomView
 
 from engagement._logging import logger
 from engagement._operating.masking import pseudonym
+from engagement._operating.pauses import in_words
 from engagement._operating.standing import standing
 from engagement._operating.timeline import Moment
 from engagement.admin.database import Queue
@@ -68,6 +69,7 @@ class Shown:
         """Return the functions by which templates put values in words."""
         return {
             "moment": self._moment,
+            "pause_in_words": lambda pause: in_words(pause, self._moment),
             "clock": lambda at, form: self._local(at).strftime(form),
             "zone": str(self.tz),
             "long": long_words,

@@ -23,6 +23,7 @@ from engagement.cli.parameters import (
     duration,
     on_settled_named,
     positive_duration,
+    sender_named,
     transport_named,
     type_named,
 )
@@ -68,6 +69,12 @@ def delivers(command: F) -> F:
             "--in-order",
             is_flag=True,
             help="One send at a time to a destination, the oldest first, also of other workers with this option.",
+        ),
+        click.option(
+            "--sender",
+            type=sender_named,
+            metavar="NAME",
+            help="The number or account that it sends from: `engagement pause --sender` stops all that name it.",
         ),
         click.option("--concurrency", default=1, type=click.IntRange(1, 10_000), metavar="N", help="Sends at once."),
         click.option(

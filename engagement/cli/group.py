@@ -44,6 +44,8 @@ SECTIONS = {
         "admin": "serving:admin",
     },
     "Act": {
+        "pause": "pausing:pause",
+        "resume": "pausing:resume",
         "cancel": "changing:cancel",
         "reschedule": "changing:reschedule",
         "retry": "changing:retry",

@@ -11,6 +11,7 @@ import click
 
 from engagement._operating.lists import LONGEST_PAGE, Filters, list_messages
 from engagement._operating.masking import HIDDEN, mask_address, masked, pseudonym
+from engagement._operating.pauses import holding, in_words
 from engagement._operating.person import time_in
 from engagement._operating.standing import standing
 from engagement._operating.timeline import Moment, timeline
@@ -32,14 +33,15 @@ from engagement.cli.showing import (
     show_rows,
     show_table,
 )
-from engagement.messages import delivery_id, key_hash
+from engagement.messages import Pause, delivery_id, key_hash
 from engagement.models import EngagementMessage, MessageStatus
+from engagement.pausing import Pauses
 
 GREATEST_ID = 2**63 - 1
 COLUMNS = (
     *("id", "status", "message_type", "user", "destination", "destination_jid", "created_at", "scheduled_for"),
     *("next_attempt_at", "sent_at", "attempt", "retry_count", "error_message"),
-    *("delivered_at", "read_at", "undeliverable_at"),
+    *("delivered_at", "read_at", "undeliverable_at", "paused"),
 )
 FOR_PEOPLE = {
     "id": for_person,
@@ -97,7 +99,8 @@ def list_(
     """
     with database.session() as session:
         page = list_messages(session, before=before, after=after, limit=limit, schema=database.schema, **filters)
-        facts = [facts_of(message, reveal=reveal) for message in page]
+        pauses = Pauses(session, schema=database.schema).in_force()
+        facts = [facts_of(message, pauses, reveal=reveal) for message in page]
     if as_json:
         click.echo(json_of({"messages": facts}))
         return
@@ -110,6 +113,9 @@ def list_(
         )
     else:
         show_rows(facts, COLUMNS)
+    if sys.stderr.isatty():
+        for pause in pauses:
+            click.echo(f"paused: {in_words(pause)}", err=True)
     if sys.stderr.isatty() and len(facts) == limit:
         click.echo(f"There may be older ones. To see them, add: --before {facts[-1]['id']}", err=True)
 
@@ -137,7 +143,7 @@ def show_one(database: Database, which: str, *, reveal: bool, as_json: bool) -> 
         if message is None:
             click.echo("engagement: there is no such message", err=True)
             raise needs_attention()
-        facts = facts_of(message, reveal=reveal)
+        facts = facts_of(message, Pauses(session, schema=database.schema).in_force(), reveal=reveal)
         if worker := whose(session, message, schema=database.schema):
             facts["worker"] = worker
         told = timeline(message, reveal=reveal)
@@ -163,8 +169,8 @@ def stands_as(message: EngagementMessage, moments: Sequence[Moment], now: dateti
     return standing(message, moments, now=now, at=lambda moment: for_person("", moment))
 
 
-def facts_of(message: EngagementMessage, *, reveal: bool) -> dict[str, Any]:
-    """Return the fields of a message. Personal data is hidden unless `reveal`."""
+def facts_of(message: EngagementMessage, pauses: Sequence[Pause], *, reveal: bool) -> dict[str, Any]:
+    """Return the fields of a message, and the pauses that hold it back. Personal data is hidden unless `reveal`."""
     key, error, provider_id = message.idempotency_key, message.error_message, message.provider_message_id
     personal: dict[str, Any]
     if reveal:
@@ -199,4 +205,5 @@ def facts_of(message: EngagementMessage, *, reveal: bool) -> dict[str, Any]:
         "undeliverable_at": message.undeliverable_at,
         "receipt": latest_receipt(message),
         "error_message": error,
+        "paused": "; ".join(map(in_words, holding(pauses, message))) or None,
     }

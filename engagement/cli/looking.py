@@ -10,6 +10,7 @@ import click
 
 from engagement._operating.flow import Flow
 from engagement._operating.overview import overview
+from engagement._operating.pauses import in_words
 from engagement._operating.workers import Workers
 from engagement.cli.connecting import Database, on_database
 from engagement.cli.group import command
@@ -24,10 +25,10 @@ from engagement.cli.showing import examples, json_of, json_option, show
 def status(database: Database, *, as_json: bool) -> None:
     """Show how the queue stands: counts, rates, leases, sizes.
 
-    If the oldest due message has been waiting for more than a few minutes, nobody sends, or too few do. Look at
-    messages in doubt, failed ones and expired leases with `engagement list`. How many were queued and sent is told of
-    the last 1, 5 and 60 minutes. When the due messages will be done (at the speed of the last five minutes) and the
-    dead rows are estimates.
+    If the oldest due message has been waiting for more than a few minutes, nobody sends, too few do, or it is paused:
+    each pause stands there, with its beginning, author and reason. Look at messages in doubt, failed ones and expired
+    leases with `engagement list`. How many were queued and sent is told of the last 1, 5 and 60 minutes. When the due
+    messages will be done (at the speed of the last five minutes) and the dead rows are estimates.
 
     A worker that is gone was not seen for three heartbeats; the messages that it holds are recovered when their leases
     run out. A slow one is seen, but its send takes long. `engagement workers` names them. A dash, or null in JSON,
@@ -40,6 +41,7 @@ def status(database: Database, *, as_json: bool) -> None:
         "due": found.due,
         "oldest_due_seconds": _seconds(found.oldest_due),
         "waiting_for": found.waiting_for,
+        "paused": "; ".join(map(in_words, found.pauses)) or None,
         "oldest_in_doubt_seconds": _seconds(found.oldest_in_doubt),
         "pending_in_doubt": found.pending_in_doubt,
         "leases_expired": found.leases_expired,

@@ -9,7 +9,8 @@ import click
 
 from engagement._delivery.hook import OnSettled, why_no_hook
 from engagement._sending.protocols import Transport
-from engagement.messages.checks import InvalidMessage, checked_moment, checked_type
+from engagement.messages.checks import InvalidMessage, checked_moment, checked_text, checked_type
+from engagement.models import MOST_SENDER
 from engagement.transports import TransportNotFound, load_transport, named
 
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s|m|h|d)")
@@ -82,6 +83,14 @@ def type_named(name: str) -> str:
     """Read a message type."""
     try:
         return checked_type("type", name)
+    except InvalidMessage as error:
+        raise click.BadParameter(f"{error.problem}.") from None
+
+
+def sender_named(name: str) -> str:
+    """Read the name of a sender."""
+    try:
+        return checked_text("sender", name, max_characters=MOST_SENDER)
     except InvalidMessage as error:
         raise click.BadParameter(f"{error.problem}.") from None
 

@@ -22,7 +22,9 @@ from engagement.cli.cleaning import printable
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 reveal_option = click.option("--reveal", is_flag=True, help="Show personal data: users, addresses, params, errors.")
 
-NEED_ATTENTION = frozenset({"bad", "failed", "in_doubt", "leases_expired", "held_by_gone_workers", "unchanged"})
+NEED_ATTENTION = frozenset(
+    {"bad", "failed", "in_doubt", "leases_expired", "held_by_gone_workers", "paused", "unchanged"}
+)
 
 
 def examples(*lines: str) -> str:

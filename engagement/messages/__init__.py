@@ -16,6 +16,7 @@ from engagement.messages.receipts import Receipt, reference, whatsapp_message_id
 from engagement.messages.results import (
     Cancellation,
     Forgotten,
+    Pause,
     Queued,
     QueuedMany,
     ReceiptAnswer,
@@ -32,6 +33,7 @@ __all__ = [
     "InvalidMessage",
     "NewMessage",
     "OutgoingMessage",
+    "Pause",
     "Queued",
     "QueuedMany",
     "Receipt",

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Literal
 
-from engagement.models import MessageStatus
+from engagement.models import MessageStatus, PauseScope
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,19 @@ class Suppressed:
     """
 
     reason: str | None
+    since: datetime
+    until: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A pause in force: its scope, reason, author and beginning. `until` is None if it has to be lifted."""
+
+    scope: PauseScope
+    name: str | None
+    """The message type, or the sender; None of everything."""
+    reason: str
+    by: str | None
     since: datetime
     until: datetime | None
 

@@ -11,6 +11,7 @@ from engagement.models.message import (
 from engagement.models.parts import (
     EARLIEST,
     LATEST,
+    PAUSE_TABLE_NAME,
     RECEIPT_TABLE_NAME,
     SUPPRESSION_TABLE_NAME,
     TABLE_NAME,
@@ -20,6 +21,7 @@ from engagement.models.parts import (
     checked_schema,
     qualified_name,
 )
+from engagement.models.pause import MOST_BY, MOST_SENDER, EngagementPause, EngagementPauseMixin, PauseScope
 from engagement.models.receipt import MOST_RECEIPT_TEXT, EngagementReceipt, EngagementReceiptMixin
 from engagement.models.suppression import MOST_REASON, EngagementSuppression, EngagementSuppressionMixin
 from engagement.models.worker import MOST_TEXT, EngagementWorker, EngagementWorkerMixin
@@ -28,10 +30,13 @@ __all__ = [
     "EARLIEST",
     "FINISHED",
     "LATEST",
+    "MOST_BY",
     "MOST_COUNTED",
     "MOST_REASON",
     "MOST_RECEIPT_TEXT",
+    "MOST_SENDER",
     "MOST_TEXT",
+    "PAUSE_TABLE_NAME",
     "RECEIPT_TABLE_NAME",
     "SUPPRESSION_TABLE_NAME",
     "TABLE_NAME",
@@ -41,6 +46,8 @@ __all__ = [
     "EngagementBase",
     "EngagementMessage",
     "EngagementMessageMixin",
+    "EngagementPause",
+    "EngagementPauseMixin",
     "EngagementReceipt",
     "EngagementReceiptMixin",
     "EngagementSuppression",
@@ -48,6 +55,7 @@ __all__ = [
     "EngagementWorker",
     "EngagementWorkerMixin",
     "MessageStatus",
+    "PauseScope",
     "checked_schema",
     "qualified_name",
 ]

@@ -5,6 +5,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from engagement import (
     EngagementMessageMixin,
+    EngagementPauseMixin,
     EngagementReceiptMixin,
     EngagementSuppressionMixin,
     EngagementWorkerMixin,
@@ -43,6 +44,10 @@ class KeptReceipt(EngagementReceiptMixin, Base):
 
 
 class WhoWorks(EngagementWorkerMixin, Base):
+    pass
+
+
+class Pause(EngagementPauseMixin, Base):
     pass
 
 
