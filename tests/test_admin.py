@@ -85,7 +85,12 @@ def test_asking_changes_nothing(admin, engine, action, status):
 def test_pages_load_nothing_from_elsewhere_and_run_no_script(admin, engine):
     """The browser is told so, and pages ask for nothing else."""
     message_id = put(engine, "pending")
-    for path in ("", "messages", f"messages/{message_id}", f"messages/{message_id}/cancel", "messages/0"):
+    of_message = [
+        f"messages/{message_id}",
+        f"messages/{message_id}/cancel",
+        f"suppressed/suppress?message={message_id}",
+    ]
+    for path in ("", "messages", *of_message, "suppressed", "messages/0"):
         page = admin.get(path)
         policy = page.headers["content-security-policy"]
         assert "default-src 'none'" in policy

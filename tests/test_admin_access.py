@@ -46,7 +46,16 @@ def test_an_admin_without_authentication_is_refused(engine):
 def test_who_is_not_signed_in_sees_nothing(engine):
     """Every page and every file of the admin is behind the host's authentication."""
     put_secrets(engine)
-    paths = ["", "messages", "messages/1", "messages/1/cancel", "people?q=1", "static/engagement.css", "nowhere"]
+    paths = [
+        "",
+        "messages",
+        "messages/1",
+        "messages/1/cancel",
+        "people?q=1",
+        "suppressed",
+        "static/engagement.css",
+        "nowhere",
+    ]
     with admin_of(engine, authentication=lambda _: None) as client:
         answers = {(client.get(path).status_code, client.get(path).text) for path in paths}
 

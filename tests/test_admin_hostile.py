@@ -188,8 +188,26 @@ def test_a_sign_in_that_reads_a_form_reads_no_more(engine):
 
 
 WORDS = ["", "1", "-1", "9" * 30, "x", "%00", "%ff", "%ed%a0%80", "0001-01-01", "9999-12-31", "%F0%9F%98%80", ".."]
-ASKED = ["status", "user", "type", "since", "until", "before", "after", "reveal", "span", "q", "self", "%00", ""]
+ASKED = [
+    "status",
+    "user",
+    "type",
+    "since",
+    "until",
+    "before",
+    "after",
+    "reveal",
+    "span",
+    "q",
+    "skip",
+    "address",
+    "message",
+    "self",
+    "%00",
+    "",
+]
 PATHS = ["", "messages", "people", "messages/x", "messages/1/cancel", "messages/%00", "messages/%ff/%ff", "//"]
+PATHS += ["suppressed", "suppressed/suppress", "suppressed/%00"]
 PATHS += ["static/engagement.css", "static/..%2fx", "static/%00", "static", f"messages/{'9' * 4_000}", "messages;x"]
 HEADERS = ["X: x", "Cookie: a", "Cookie: starlette_admin_csrftoken=\xff", "Cookie: starlette_admin_flash=x.y.z"]
 HEADERS += ["Range: x", "Range: bytes=5-1", "If-Modified-Since: x", "X-CSRFToken: \xff", "X-Forwarded-Proto: ["]

@@ -20,6 +20,7 @@ from engagement.admin.pages import MessagesPage, OverviewPage
 from engagement.admin.pausing import PausesPage
 from engagement.admin.people import PeoplePage
 from engagement.admin.shown import Shown, path_for
+from engagement.admin.suppressions import SuppressionsPage
 
 MOUNT = "engagement"
 PATIENCE = timedelta(seconds=5)
@@ -89,6 +90,7 @@ def create_admin(
     # Without the library's pages that make, edit and delete rows of registered models: we register none.
     admin.routes = [route for route in admin.routes if route.name in {"static", "index"}]
     admin.add_view(MessagesPage(shown))
+    admin.add_view(SuppressionsPage(shown))
     admin.add_view(PeoplePage(shown))
     admin.add_view(PausesPage(shown))
     # The library orders them by the names of their methods; the first that fits answers.

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from engagement._logging import logger
 from engagement._sql.errors import is_not_migrated, is_unreadable, sqlstate
+from engagement._sql.hiding import ListIsHidden
 
 R = TypeVar("R")
 
@@ -41,12 +42,14 @@ class Queue:
                 limit = f"{self.patience // timedelta(milliseconds=1)}ms"
                 session.execute(select(func.set_config("statement_timeout", limit, True)))  # noqa: FBT003
                 return work(session)
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, ListIsHidden) as error:
             logger.warning("engagement.admin_database_failed error=%s", type(error).__name__)
             raise HTTPException(503, self._said(error, if_too_long)) from None
 
-    def _said(self, error: SQLAlchemyError, if_too_long: str) -> str:
+    def _said(self, error: SQLAlchemyError | ListIsHidden, if_too_long: str) -> str:
         """Return the error in words. The server's text is left out: it may show a row."""
+        if isinstance(error, ListIsHidden):
+            return f"{str(error).capitalize()}."
         state = sqlstate(error)
         if state in _TOO_LONG:
             return f"The database took longer than {self.patience.total_seconds():g} s. {if_too_long}"

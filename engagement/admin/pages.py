@@ -27,6 +27,7 @@ from engagement._receiving.weighing import latest_receipt
 from engagement.admin.actions import ACTIONS, Action, act, actions_for
 from engagement.admin.chart import chart_of
 from engagement.admin.shown import Page, message_id_of, path_for
+from engagement.admin.suppressing import Asked, look_at
 from engagement.messages import InvalidMessage, Pause, delivery_id, key_hash
 from engagement.messages.checks import id_typed
 from engagement.models import EngagementMessage, MessageStatus
@@ -102,11 +103,6 @@ class MessagesPage(Page):
     menu_label = "Messages"
     path = "/messages"
 
-    def is_active(self, request: Request) -> bool:
-        """Also of one message."""
-        path: str = request.scope["path"]
-        return path.startswith(request.scope["root_path"] + self.path)
-
     @route("", name="messages")
     async def index(self, request: Request) -> Response:
         """List the messages that fit the filters, the newest first, a page at a time."""
@@ -148,6 +144,8 @@ class MessagesPage(Page):
         """Show one message: its fields, its timeline, and its actions."""
         message = await self._message(request)
         now = await self.shown.queue.run(lambda session: time_in(session, schema=self.shown.queue.schema))
+        listed = await look_at(self.shown.queue, message)
+        may_act = await self.shown.may_act(request)
         reveals = await self.shown.reveals(request)
         if reveals:
             self.log(request, "reveal", "revealed", message.id)
@@ -166,7 +164,9 @@ class MessagesPage(Page):
             facts=facts,
             receipt=latest_receipt(message),
             pauses=holding(await self._pauses(), message),
-            actions=actions_for(message) if await self.shown.may_act(request) else [],
+            actions=actions_for(message) if may_act else [],
+            listed=listed,
+            deeds=listed.deeds if may_act and isinstance(listed, Asked) else [],
         )
 
     @route("/{message_id}/{action}", name="ask")
@@ -213,8 +213,7 @@ class MessagesPage(Page):
         action = ACTIONS.get(request.path_params["action"])
         if action is None:
             raise HTTPException(404, "There is no such action.")
-        if not await self.shown.may_act(request):  # docs/decisions.md#2026-11-29--who-may-act-is-asked-as-who-may-see
-            raise HTTPException(403, "You may look, and not act.")
+        await self.check_may_act(request)
         return action
 
     async def _message(self, request: Request) -> EngagementMessage:

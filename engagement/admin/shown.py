@@ -14,7 +14,7 @@ from starlette_admin.flash import get_flashed_messages
 from starlette_admin.views import CustomView
 
 from engagement._logging import logger
-from engagement._operating.masking import pseudonym
+from engagement._operating.masking import masked, pseudonym
 from engagement._operating.pauses import in_words
 from engagement._operating.standing import standing
 from engagement._operating.timeline import Moment
@@ -77,6 +77,7 @@ class Shown:
             "spoken": lambda word: str(word).replace("_", " "),
             "statuses": tuple(MessageStatus),
             "delivery_id": delivery_id,
+            "masked": masked,
         }
 
     def _moment(self, at: datetime) -> str:
@@ -122,6 +123,20 @@ class Page(CustomView):
         super().__init__()
         self.shown = shown
 
+    def is_active(self, request: Request) -> bool:
+        """Also of a page below its own (one message)."""
+        path: str = request.scope["path"]
+        mine = request.scope["root_path"] + self.path
+        return path == mine or path.startswith(f"{mine}/")
+
+    async def check_may_act(self, request: Request) -> None:
+        """Refuse a person without `may_act`.
+
+        docs/decisions.md#2026-11-29--who-may-act-is-asked-as-who-may-see
+        """
+        if not await self.shown.may_act(request):
+            raise HTTPException(403, "You may look, and not act.")
+
     async def render(self, request: Request, name: str, **context: Any) -> Response:
         """Return the page `name`."""
         assert self.templates is not None
@@ -132,8 +147,9 @@ class Page(CustomView):
         }
         return self.templates.TemplateResponse(request, name, context)
 
-    def log(self, request: Request, action: str, verdict: str, *message_ids: int) -> None:
-        """Log the deed of a person, or a look at personal data."""
-        ids = ",".join(map(str, message_ids))
+    def log(self, request: Request, action: str, verdict: str, *names: object, of: str = "message_id") -> None:
+        """Log the deed of a person, or a look at personal data, with the numbers (or other names) of its subjects."""
         by = request.state.operator
-        logger.info("engagement.admin action=%s message_id=%s verdict=%s by=%r", action, ids, verdict, by)
+        logger.info(
+            "engagement.admin action=%s %s=%s verdict=%s by=%r", action, of, ",".join(map(str, names)), verdict, by
+        )
