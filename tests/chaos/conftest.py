@@ -2,8 +2,13 @@
 
 import os
 import secrets
+import sys
+from pathlib import Path
 
 import pytest
+
+# Where the loopback providers are. That directory is no package.
+sys.path.append(str(Path(__file__).parents[1] / "transports"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -45,6 +45,8 @@ class Plan:
     """Whether it also refuses, fails and leaves in doubt, and the host cancels and lets expire."""
     people: int | None = None
     """To how many people the messages go, in order; None: each to another one."""
+    message_types: tuple[str, ...] = ("reminder",)
+    """Of the messages, in turn."""
     lease_seconds: float = 8.0
     longest_seconds: float = 600.0
     """A guard against hanging, and generous: the machine may be busy."""
@@ -162,7 +164,7 @@ class Run:
                 given["scheduled_for"] = now + timedelta(seconds=draw.uniform(0, 3))
         return NewMessage(
             user_id=f"user{number}",
-            message_type="reminder",
+            message_type=self.plan.message_types[number % len(self.plan.message_types)],
             message_key="reminder.text",
             destination="individual",
             destination_jid=f"55119{number % (self.plan.people or 500):08}@s.whatsapp.net",

@@ -45,6 +45,8 @@ class Orders:
     sabotage: Sabotage | None = None
     gateway: str | None = None
     """The address of a WhatsApp gateway to send through; else the transport writes into the ledger itself."""
+    providers: dict[str, str] | None = None
+    """By message type, the addresses of the providers to send through."""
 
     def dumps(self) -> str:
         """Return the argument."""
