@@ -180,7 +180,7 @@ def test_it_waits_on_each_step(parent):
     reads, writes = os.pipe()
     with start(parent, ("-m", "engagement.cli", "demo", "--step"), stdin=reads) as process:
         try:
-            for number in range(1, 5):
+            for number in range(1, 6):
                 until_shown(process, "Enter goes on: ")
                 os.write(writes, b"\n")
                 until_shown(process, f"{number}. ")
@@ -192,7 +192,7 @@ def test_it_waits_on_each_step(parent):
             os.close(reads)
 
     assert (process.returncode, err) == (0, "")
-    assert "5. How the day ended" in out
+    assert "6. How the day ended" in out
     assert_nothing_is_left(parent)
 
 
@@ -251,13 +251,26 @@ def test_a_killed_worker_leaves_a_doubt_and_no_second_send(shown):
     assert "lea (" not in shown
 
 
+def test_the_provider_ends_a_doubt_and_tells_of_an_undeliverable_message(shown):
+    """Two signed requests over HTTP: what was in doubt is sent, what was sent has failed, and the end shows it."""
+    reports, end = part(shown, 5), part(shown, 6)
+
+    assert reports.count("We answer 200.") == 2
+    delivered, undeliverable = "delivered, says the provider", "131026: Message undeliverable"
+    assert ["Fiona", "weekly_review", "in_doubt", delivered, "sent"] in rows(reports)
+    assert ["Ben", "weekly_review", "sent", undeliverable, "failed"] in rows(reports)
+    assert "> message " not in reports
+    assert ["7", "Fiona", "weekly_review", "1", "sent", delivered] in rows(end)
+    assert ["2", "Ben", "weekly_review", "1", "failed", undeliverable] in rows(end)
+
+
 def test_the_day_is_summed_up(shown):
     """The final counts are those of the table, nothing left twice, and what a person can do is shown."""
-    end = part(shown, 5)
+    end = part(shown, 6)
     lea = re.search(r"^ *(\d+) +Lea ", end, re.MULTILINE)[1]
 
-    assert "1 pending, 7 sent, 2 failed, 1 cancelled, 1 expired, 2 in_doubt." in end
-    assert "7 messages left this terminal, none of them twice." in end
+    assert "1 pending, 7 sent, 3 failed, 1 cancelled, 1 expired, 1 in_doubt." in end
+    assert "8 messages left this terminal, none of them twice." in end
     assert shown.count("  > message ") == 7
     assert f"repository.resolve_message({lea}, sent=True)" in end
     assert f"repository.resolve_message({lea}, sent=False)" in end

@@ -1,7 +1,7 @@
 """`engagement demo`: a day of the queue, on a PostgreSQL that is gone afterwards.
 
-The events are in `day`, the failures of its sends in `trouble`, the worker that is killed in `lost_worker`, the page of
-its day in `page`.
+The events are in `day`, the failures of its sends in `trouble`, the worker that is killed in `lost_worker`, the
+provider that reports later in `provider`, the page of its day in `page`.
 """
 
 from __future__ import annotations

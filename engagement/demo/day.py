@@ -14,12 +14,13 @@ from sqlalchemy import Engine, func, select, text
 from engagement import migrations
 from engagement._operating.jsonl import read_messages
 from engagement.demo.lost_worker import LEASE, kill_a_worker_in_a_send
+from engagement.demo.provider import UNDELIVERABLE, reporting_to
 from engagement.demo.queue import M, Queue
 from engagement.demo.today import of_today
 from engagement.demo.trouble import DemoTransport
-from engagement.demo.wording import COLOURS, local, name_of, reason_of, state_of, summary, table_of
+from engagement.demo.wording import advice, changes, ends, local, name_of, reason_of, state_of, summary, table_of
 from engagement.messages import NewMessage, Queued
-from engagement.models import EngagementMessage, MessageStatus
+from engagement.models import EngagementMessage
 from engagement.outcomes import exponential_backoff
 from engagement.worker import process_message_queue
 
@@ -57,6 +58,7 @@ class Day:
         self._queue_messages()
         self._deliver()
         self._lose_a_worker()
+        self._hear_the_provider()
         self._sum_up()
 
     def _show_database(self) -> None:
@@ -138,39 +140,40 @@ class Day:
         self._say("The lease has run out, and the next delivery job comes by:")
         self._delivery_job()
         if not self._transport.left[lost.idempotency_key]:
-            self._say("[bold]It was not sent again[/]: it may have left, and nobody but a person can tell.")
+            self._say("[bold]It was not sent again[/]: it may have left, and we cannot tell.")
+
+    # The provider tells more
+
+    def _hear_the_provider(self) -> None:
+        self._title("5. The provider reports later")
+        self._say(
+            "A provider takes a message first, and tells of its fate later: it calls a web address of ours (a webhook)."
+        )
+        before = {message.user_id: message for message in self._queue.all() if message.user_id in {"ben", "fiona"}}
+        with reporting_to(self._engine) as provider:
+            answers = {
+                "Fiona's message was delivered": provider.report(before["fiona"], "delivered"),
+                "Ben's message is undeliverable": provider.report(before["ben"], "failed", UNDELIVERABLE),
+            }
+        for told, status in answers.items():
+            self._say(f"  signed request: {told}. We answer {status}.")
+        pairs = [(message, self._queue.message(M.id == message.id)) for message in before.values()]
+        self._screen.print(changes(pairs, self._name))
+        self._say("[bold]The doubt about Fiona's ended without a person[/], and nothing was sent for either report.")
 
     # The end of the day
 
     def _sum_up(self) -> None:
-        self._title("5. How the day ended")
-        table = table_of("", "who", "message", "attempts", "status", "why")
-        for message in self._queue.all():
-            state = Text(str(message.status), COLOURS[message.status])
-            why = reason_of(message.history[-1]) if message.history and message.status != "sent" else ""
-            table.add_row(str(message.id), self._name(message), message.message_type, str(message.attempt), state, why)
-        self._screen.print(table)
+        self._title("6. How the day ended")
+        self._screen.print(ends(self._queue.all(), self._name))
         with self._queue.repository() as repository:
             counts = repository.count_by_status()
         self._say(", ".join(f"[bold]{count}[/] {status}" for status, count in counts.by_status.items() if count) + ".")
         left = self._transport.left
         twice = sum(times > 1 for times in left.values())
         self._say(f"{left.total()} messages left this terminal, {twice or 'none'} of them twice.")
-        self._show_what_a_person_can_do()
-
-    def _show_what_a_person_can_do(self) -> None:
-        in_doubt = [message for message in self._queue.all() if message.status == MessageStatus.IN_DOUBT]
-        failed = [message for message in self._queue.all() if message.status == MessageStatus.FAILED]
-        self._say(
-            "\nWhat is in doubt is not sent again by itself. Look at the phone, or ask; then say what became of it:"
-        )
-        for message in in_doubt:
-            self._code(f"repository.resolve_message({message.id}, sent=True)", f"{self._name(message)} has it")
-        for message in in_doubt[-1:]:
-            self._code(f"repository.resolve_message({message.id}, sent=False)", "it never came: send it")
-        self._say("What failed can be tried again, under the same key:")
-        for message in failed[:1]:
-            self._code(f"repository.retry_message({message.id})", f"the provider is up: send {self._name(message)}'s")
+        for line in advice(self._queue.all(), self._name):
+            self._screen.print(line)
 
     # Small things
 
@@ -180,9 +183,6 @@ class Day:
 
     def _say(self, line: str) -> None:
         self._screen.print(line)
-
-    def _code(self, code: str, comment: str) -> None:
-        self._screen.print(Text.assemble(f"  {code}".ljust(46), (f"# {comment}", "dim")))
 
     def _name(self, message: EngagementMessage) -> str:
         return name_of(self._people[message.user_id])

@@ -66,7 +66,11 @@ class DemoTransport:
     def send(self, message: OutgoingMessage) -> Outcome:
         """Send, unless there is trouble."""
         trouble = TROUBLE.get(message.user_id)
-        outcome = trouble and trouble(message)
+        try:
+            outcome = trouble and trouble(message)
+        except ConnectionResetError:
+            self.left[message.idempotency_key] += 1  # It had left. Its answer was lost, and the provider tells later.
+            raise
         if outcome:
             return outcome
         self.left[message.idempotency_key] += 1

@@ -184,13 +184,12 @@ def _moment(timestamp: object) -> datetime:
 
 
 def _error(status: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Return the code and the reason of a failure (`131026`, `131026, Message undeliverable`), as far as Meta has them.
+    """Return the code and the reason of a failure (`131026`, `Message undeliverable`), as far as Meta has them.
 
-    The reason is code and title. `details` may quote the request, and with it a phone number.
+    The reason is the title. `details` may quote the request, and with it a phone number.
     """
     errors = status.get("errors")
     error = errors[0] if isinstance(errors, list) and errors and isinstance(errors[0], dict) else {}
     code = whole_number(error.get("code"))
     title = next((text for text in (error.get("title"), error.get("message")) if isinstance(text, str) and text), "")
-    words = [None if code is None else str(code), _PHONE_NUMBER.sub("…", title)]
-    return words[0], clean_reason(", ".join(filter(None, words)))
+    return None if code is None else str(code), clean_reason(_PHONE_NUMBER.sub("…", title))
