@@ -37,7 +37,8 @@ def test_no_answer_changes_nothing(run, engine, command, which):
 @pytest.mark.parametrize(("command", "option"), REQUIRED)
 def test_what_is_required_is_asked_for(run, engine, command, option):
     """A command without what it requires is not understood, and says what is missing."""
-    ran = run(command, *(["--all"] if command == "reschedule" else []), on=engine)
+    others = {"reschedule": ["--all"], "suppress": ["5511999990001@s.whatsapp.net"]}
+    ran = run(command, *others.get(command, []), on=engine)
 
     assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1)
     assert f"{option}'" in ran.err or f"{option} " in ran.err
@@ -92,5 +93,5 @@ def test_every_command_asks_itself_for_what_it_requires():
     assert {type(command) for command in COMMANDS.values()} == {Command}
     assert dict(REQUIRED) == {
         "process": "--transport", "work": "--transport", "reschedule": "--to", "prune": "--older-than",
-        "receive": "--provider",
+        "receive": "--provider", "suppress": "--reason", "pause": "--reason",
     }  # fmt: skip
