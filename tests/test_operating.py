@@ -108,7 +108,7 @@ def test_no_statement_is_prepared_on_the_server(engine):
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        (["re"], {"receive", "reschedule", "retry", "resolve"}),
+        (["re"], {"receive", "reschedule", "resume", "retry", "resolve"}),
         (["retry", "--st"], {"--status"}),
         (["retry", "--status", ""], {"failed", "expired"}),
         (["list", "--status", "s"], {"sending", "sent"}),
@@ -155,7 +155,7 @@ def test_the_documented_commands_run(run, engine):
         ran = run(*shlex.split(line), on=engine)
         assert (line, ran.status, ran.err) == (line, 0, "")
 
-    assert len(typed) == 22
+    assert len(typed) == 24
     assert [row(engine, message_id).destination_jid for message_id in range(1, 6)] == [None] * 5
     assert [row(engine, message_id).status for message_id in range(1, 9)] == [
         *("cancelled", "sent", "cancelled", "cancelled", "cancelled", "pending", "sent", "sent")

@@ -31,7 +31,7 @@ GIVEN = {
 }  # fmt: skip
 INNER = {
     "act", "copy", "in_session", "is_anothers", "serve", "set_aside", "wait_for_turn", "with_schema",
-    "whose", "Database", "Queue",
+    "whose", "Database", "Queue", "find_asked", "perform",
 }  # fmt: skip
 
 

@@ -83,8 +83,9 @@ def test_a_program_is_told_the_moments(run, engine):
     at = AT.isoformat()
     assert (read["delivered_at"], read["read_at"], read["undeliverable_at"]) == (at, at, None)
     assert (dead["delivered_at"], dead["read_at"], dead["undeliverable_at"]) == (None, None, at)
-    assert header[-3:] == ["delivered_at", "read_at", "undeliverable_at"]
-    assert {int(line[0]): line[-3:] for line in lines}[HAS_READ] == [at, at, ""]
+    first = header.index("delivered_at")
+    assert header[first : first + 3] == ["delivered_at", "read_at", "undeliverable_at"]
+    assert {int(line[0]): line[first : first + 3] for line in lines}[HAS_READ] == [at, at, ""]
     assert (shown["read_at"], shown["receipt"]) == (at, "read")
 
 
