@@ -2,6 +2,7 @@
 
 from engagement._delivery.hook import OnSettled
 from engagement._delivery.tally import ProcessResult
+from engagement._queueing.waking import wake_workers
 from engagement.messages import (
     Cancellation,
     Forgotten,
@@ -91,5 +92,6 @@ __all__ = [
     "idempotency_key",
     "process_message_queue",
     "verify",
+    "wake_workers",
     "weekly_idempotency_key",
 ]

@@ -70,6 +70,10 @@ class Worker:
     - `worker_name`: what `claimed_by` begins with; default: host and process.
     - `poll_interval`: how soon an idle worker notices a message that was queued as due. One that becomes due later is
       sent at that moment.
+    - `wake_up`: be woken by hosts that called `wake_workers`, and start their messages within milliseconds. It takes
+      one connection more, on which it listens. If it does not hear (a pooler in transaction mode), it logs that once.
+      It polls all the same, so that a lost wake-up costs a poll.
+    - `listen_on`: an engine of a direct connection to listen on, if `engine` goes through a pooler.
     - `schema`: where the table is, if not on the search path.
     - `prune_older_than`: every hour, blank finished messages that were last due longer ago. None leaves that to you.
     - `verify_every`: how often to look for broken promises, each of which is logged. None leaves that to you.

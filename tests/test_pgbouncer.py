@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from conftest import new_message, queue, row
+from conftest import new_message, queue, row, until
 from pgbouncer import PgBouncer, pgbouncer
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.exc import ProgrammingError
@@ -23,8 +23,10 @@ from engagement import (
     AsyncEngagementMessageRepository,
     EngagementMessageRepository,
     Sent,
+    Worker,
     migrations,
     process_message_queue,
+    wake_workers,
 )
 
 PATIENCE = 20
@@ -243,6 +245,28 @@ def test_a_send_outlives_the_pooler(pooler, pooled):
 
     assert (sent, result.succeeded) == ([first, second], 2)
     assert row(pooled, first).status == "sent"
+
+
+@pytest.mark.parametrize("is_direct", [False, True])
+def test_a_worker_behind_a_pooler_knows_whether_it_hears(engine, pooled, caplog, monkeypatch, is_direct):
+    """Through the pooler it says once that it does not, and polls; by a direct engine it is woken."""
+    monkeypatch.setattr("engagement._delivery.listening.PROOF_SECONDS", 0.5 if not is_direct else PATIENCE)
+    caplog.set_level("INFO", logger="engagement")
+    stop, sent = threading.Event(), threading.Event()
+    options = {"listen_on": engine, "poll_interval": timedelta(hours=1)} if is_direct else {}
+    worker = Worker(pooled, lambda _: sent.set(), wake_up=True, **{"poll_interval": timedelta(seconds=0.1)} | options)
+    thread = threading.Thread(target=worker.run, args=[stop], daemon=True)
+    thread.start()
+    said = "engagement.listening" if is_direct else "engagement.not_listening error=Deaf"
+    until(lambda: said in caplog.messages)
+    if is_direct:
+        wake_workers(pooled)
+    queue(pooled, new_message())
+    assert sent.wait(PATIENCE)
+    stop.set()
+    thread.join(PATIENCE)
+
+    assert [message for message in caplog.messages if "listening" in message] == [said]
 
 
 def test_migrations_take_a_direct_connection(pooler, empty_engine):

@@ -33,6 +33,13 @@ class Cursor:
         """Return where to look from."""
         return START if self._is_to_restart(now) else self.position
 
+    def peeked(self, after: Position, took: float, now: float) -> float | None:
+        """Note a look from a place. Return how soon one from the beginning may follow; None if this was one."""
+        if after != START:
+            return max(self._restart_at - now, 0.0)
+        self.claimed(None, took, now)
+        return None
+
     def starts(self, now: float, *, passed_over: Iterable[Position], is_last: bool) -> list[Position]:
         """Return where to claim from, and if `is_last` where else if nothing is there.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from queue import Empty
 
 from engagement._claim import Claim, clock
+from engagement._delivery.listening import STOP_SECONDS
 from engagement._delivery.options import Options
 from engagement._delivery.readiness import SILENT
 from engagement._delivery.state import State
@@ -13,7 +15,7 @@ from engagement._delivery.verdicts import Verdicts
 from engagement._logging import logger
 from engagement._sending.answers import is_yes
 from engagement._sending.protocols import Transport
-from engagement._sending.sender import Begun, News, Sender
+from engagement._sending.sender import Begun, News, Sender, Woken
 from engagement.models import EARLIEST
 from engagement.outcomes import InDoubt, Outcome, Postpone, clean_reason
 
@@ -27,6 +29,7 @@ class Dispatch:
         self._transport = transport
         self._sender = sender
         self._send_timeout = options.send_timeout or timedelta(0)
+        self._may_be_woken = options.wake_up
         self._state = state
         self._verdicts = verdicts
 
@@ -39,6 +42,13 @@ class Dispatch:
                 self._note(news.get_nowait())
         except Empty:
             pass
+
+    def nap(self, seconds: float, stop: threading.Event) -> None:
+        """Wait for a stop, or for a wake-up if there is one to be heard."""
+        if not self._may_be_woken:
+            stop.wait(max(seconds, 0.0))
+        elif seconds > 0:
+            self.hear(min(seconds, STOP_SECONDS))  # One thread cannot wait for news and for a stop.
 
     def ask(self) -> None:
         """Ask the transport whether it is ready."""
@@ -69,6 +79,9 @@ class Dispatch:
             self._state.answered(claim, outcome, self._verdicts.of(claim, outcome))
         elif isinstance(news, Begun):
             self._state.begun(news.claim)
+        elif isinstance(news, Woken):
+            news.is_told = False  # Before the look: what is queued after it began is told anew.
+            self._state.woken(clock())
         else:
             self._note_readiness(is_ready=is_yes(news.said))
 

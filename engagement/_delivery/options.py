@@ -10,8 +10,11 @@ from datetime import timedelta
 from functools import partial
 from typing import TypedDict
 
+from sqlalchemy import Engine
+
 from engagement._delivery.hook import OnSettled, why_no_hook
 from engagement._delivery.taking import ALL_TYPES, Types
+from engagement._sql.own_transactions import check_engine
 from engagement.messages.checks import checked_age, checked_flag, checked_text, checked_type
 from engagement.models import MOST_SENDER, checked_schema
 from engagement.outcomes import Backoff, Classify, classify_exception, exponential_backoff
@@ -43,6 +46,8 @@ class WorkerOptions(DeliveryOptions, total=False):
     """The keywords of `Worker`, which describes them."""
 
     poll_interval: timedelta
+    wake_up: bool
+    listen_on: Engine | None
     prune_older_than: timedelta | None
     verify_every: timedelta | None
 
@@ -66,6 +71,8 @@ class Options:
     on_settled: OnSettled | None = None
     worker_name: str | None = None
     poll_interval: timedelta = timedelta(seconds=5)
+    wake_up: bool = False
+    listen_on: Engine | None = None
     schema: str | None = None
     prune_older_than: timedelta | None = None
     verify_every: timedelta | None = None
@@ -89,6 +96,10 @@ class Options:
         is_name = name is None or (name.isprintable() and len(name) <= LONGEST_NAME)
         _check(is_name, "worker_name", f"must be printable, and at most {LONGEST_NAME} characters")
         _check(self.poll_interval > zero, "poll_interval", "must be positive")
+        checked_flag("wake_up", self.wake_up)
+        if self.listen_on is not None:
+            _check(self.wake_up, "listen_on", "needs wake_up=True")
+            check_engine(self.listen_on, "listen_on")
         if self.prune_older_than is not None:
             checked_age("prune_older_than", self.prune_older_than)
         _check(self.verify_every is None or self.verify_every > zero, "verify_every", "must be positive")

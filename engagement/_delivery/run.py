@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from typing import TypeVar, assert_never
@@ -20,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from engagement._claim import Claim, clock
 from engagement._delivery import database, one_by_one
 from engagement._delivery.dispatch import Dispatch
+from engagement._delivery.listening import Listener
 from engagement._delivery.options import Options
 from engagement._delivery.presence import Presence
 from engagement._delivery.schedule import next_step
@@ -65,7 +67,10 @@ def deliver(
     tally = Tally(errors_kept=None if until_empty else ERRORS_KEPT)
     delivery = Delivery(engine, transport, options, stop, sender=sender, state=state, tally=tally)
     try:
-        delivery.work()
+        with ExitStack() as beside:
+            if options.wake_up:
+                beside.enter_context(Listener(engine, options.listen_on, sender).beside())
+            delivery.work()
     finally:
         try:
             delivery.end()
@@ -131,7 +136,7 @@ class Delivery:
             case Beat():
                 self._presence.go_alone(self._in_transaction)
             case Nap(until):
-                self._stop.wait(max(until - clock(), 0.0))
+                self._dispatch.nap(until - clock(), self._stop)
             case _:
                 assert_never(step)
 

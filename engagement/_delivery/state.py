@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import inf
 
-from engagement._claim import START, Claim
+from engagement._claim import Claim
 from engagement._delivery.cursor import Cursor
 from engagement._delivery.hand import Hand
 from engagement._delivery.heartbeat import Heartbeat
@@ -105,15 +105,19 @@ class State:
         if why_not is not None:
             self.is_idle, self.look_at = True, now + self.poll_interval
 
+    def woken(self, now: float) -> None:
+        """Note that something may be due. It is a hint, which shortens a sleep and does nothing else."""
+        look_at = self.sleep.woken(now)
+        if not self.readiness.is_refused and look_at < self.look_at:
+            self.is_idle, self.look_at = False, look_at
+
     def peeked(self, step: Peek, waits: float, *, took: float, now: float) -> None:
         """Note in how many seconds the database has something to do."""
         self.outage.over()
         if waits <= 0:
             self.is_idle, self.look_at, self.recover_at = False, now + self.sleep.after_vain, 0.0
             return
-        if step.after == START:
-            self.cursor.claimed(None, took, now)
-        self.look_at = now + self.sleep.peeked(waits)
+        self.look_at = now + self.sleep.peeked(waits, self.cursor.peeked(step.after, took, now))
 
     def committed(self, step: Transact, taken: Taken, now: float) -> None:
         """Note that a transaction was committed: the messages that it claimed may be started."""
@@ -133,7 +137,7 @@ class State:
             self.left -= len(own)
         if taken.name:
             self.is_idle = not taken.any
-            self.sleep.claimed(any_=taken.any)  # Idle, a worker asks how long it may sleep.
+            self.sleep.claimed(now, any_=taken.any)  # Idle, a worker asks how long it may sleep.
             self.look_at = now + self.poll_interval if self.is_idle and self.until_empty else 0.0
         elif step.verdicts:
             # It claimed nothing, since there was no room, or no time yet: now there may be.

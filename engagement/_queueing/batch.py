@@ -14,6 +14,7 @@ from operator import itemgetter
 
 from engagement._queueing.one import checked
 from engagement._queueing.sorting import SortedTexts
+from engagement._queueing.waking import note_queued
 from engagement._sql import queueing
 from engagement._sql.host_sessions import HostSession
 from engagement.messages import NewMessage, QueuedMany
@@ -57,4 +58,6 @@ def _insert(host: HostSession, rows: list[str], trace_context: str | None, *, mo
     """Insert rows whose keys are new, and return how many those were."""
     values = {**queueing.packed_rows(rows), "trace_context": trace_context}
     created: int = host.execute(queueing.insert_packed(most_are_there=most_are_there), values).rowcount
+    if created:
+        note_queued(host)
     return created

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engagement._logging import logger
+from engagement._queueing.waking import note_queued
 from engagement._sql import queueing
 from engagement._sql.host_sessions import HostSession
 from engagement.messages import InvalidMessage, NewMessage, Queued
@@ -25,6 +26,7 @@ def queue(host: HostSession, message: NewMessage, trace_context: str | None) -> 
     created_id = host.execute(queueing.insert_message(), values).scalar_one_or_none()
     if created_id is None:
         return _duplicate(host, message.key, values)
+    note_queued(host, message.scheduled_for)
     logger.debug("engagement.queued message_id=%s", created_id)
     return Queued(True, created_id, message.key, MessageStatus.PENDING)  # noqa: FBT003 - a value's first field
 

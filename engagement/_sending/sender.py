@@ -38,7 +38,14 @@ class Ready:
     said: object
 
 
-News = Answer | Begun | Ready
+@dataclass(slots=True)
+class Woken:
+    """Something may be due that was not. One is told at a time."""
+
+    is_told: bool = False
+
+
+News = Answer | Begun | Ready | Woken
 
 
 class Sender:

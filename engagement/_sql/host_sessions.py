@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Executable, Select, update
+from sqlalchemy import Dialect, Executable, Select, update
 from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import Session
 
@@ -67,16 +67,21 @@ class HostSession:
     """Executes statements in a host's session, in its transaction or savepoint."""
 
     def __init__(self, session: Session, schema: str | None) -> None:
-        self._session = session
+        self.session = session
         self._schema = schema
         self._keywords = in_session(schema)
+
+    @property
+    def dialect(self) -> Dialect:
+        """The dialect, which all engines share that are made of the one with our table."""
+        return self.session.connection(bind_arguments=self._keywords["bind_arguments"]).dialect
 
     # `Any`: SQLAlchemy 2.0 and 2.1 give the rows of a result different types.
     def execute(self, statement: Executable, values: Mapping[str, Any] | None = None) -> Any:
         """Return the result. Raises `InvalidMessage` for a text that the database cannot store."""
-        values = with_storable_texts(values or {}, self._session, self._keywords["bind_arguments"])
+        values = with_storable_texts(values or {}, self.session, self._keywords["bind_arguments"])
         try:
-            return self._session.execute(statement, values, **self._keywords)
+            return self.session.execute(statement, values, **self._keywords)
         except StatementError as error:
             _hide_values(error)
             raise
@@ -85,24 +90,24 @@ class HostSession:
         """Return the entities, as they are in the database now."""
         # The session may have loaded them before a worker changed them.
         statement = statement.execution_options(populate_existing=True)
-        with readable(self._session, {"mapper": EngagementMessage.__mapper__, "clause": statement}):
+        with readable(self.session, {"mapper": EngagementMessage.__mapper__, "clause": statement}):
             found: list[EngagementMessage] = self.execute(statement, values).scalars().all()
         return found
 
     def rows(self, statement: Executable, values: Mapping[str, Any]) -> Sequence[Any]:
         """Return the rows, with moments that can be read."""
-        with readable(self._session):
+        with readable(self.session):
             found: Sequence[Any] = self.execute(statement, values).all()
         return found
 
     def storable(self, reason: str) -> str:
         """Return a text, or one that says as much and that the database can store."""
-        kept: str = with_storable_texts({"reason": reason}, self._session, self._keywords["bind_arguments"])["reason"]
+        kept: str = with_storable_texts({"reason": reason}, self.session, self._keywords["bind_arguments"])["reason"]
         return kept
 
     def name_of(self, table: str) -> str:
         """Return the name of a table of ours, as SQL reads it."""
-        return qualified_name(schema_in_session(self._schema, self._session), table)
+        return qualified_name(schema_in_session(self._schema, self.session), table)
 
 
 def _hide_values(error: StatementError) -> None:

@@ -66,7 +66,7 @@ def for_own_transactions(engine: Engine, schema: str | None = None, *, lends: bo
     return ours
 
 
-def check_engine(engine: Engine) -> None:
+def check_engine(engine: Engine, name: str = "engine") -> None:
     """Raise `ValueError` if the engine is none that we can have transactions of our own on, and say which one is.
 
     See docs/decisions.md#2026-11-29--the-hosts-side-takes-three-drivers-ours-takes-one.
@@ -75,7 +75,7 @@ def check_engine(engine: Engine) -> None:
     if not is_one or engine.dialect.is_async or engine.dialect.driver != "psycopg":
         found = f"one of {engine.dialect.driver}" if is_one else type(engine).__name__
         wanted = "must be a sync Engine of psycopg 3, made by create_engine('postgresql+psycopg://…')"
-        raise ValueError(f"engine: {wanted}, and not {found}")
+        raise ValueError(f"{name}: {wanted}, and not {found}")
 
 
 @contextmanager

@@ -166,6 +166,14 @@ def process(
     metavar="TIME",
     help="How soon a new message is noticed. One that becomes due later is sent at that moment.",
 )
+@click.option("--wake-up", is_flag=True, help="Be woken by hosts that call wake_workers; see docs/deploying.md.")
+@click.option(
+    "--listen-url",
+    envvar="ENGAGEMENT_LISTEN_URL",
+    show_envvar=True,
+    metavar="URL",
+    help="With --wake-up, behind a pooler: the database by a direct connection.",
+)
 @click.option(
     "--prune-older-than",
     type=age_to_prune,
@@ -183,6 +191,7 @@ def work(
     database: Database,
     transport: Transport,
     poll_interval: timedelta,
+    listen_url: str | None,
     *,
     as_json: bool,
     reveal: bool,
@@ -194,7 +203,11 @@ def work(
     A lost database is waited for. The first SIGTERM or Ctrl-C lets the sends in hand finish, and the exit status is 0;
     the second leaves at once, and unfinished sends are recovered when their lease has run out.
     """
-    with database.engine() as engine, _delivering(verbose=verbose, as_json=as_json) as stop:
+    with ExitStack() as around:
+        engine = around.enter_context(database.engine())
+        if options["wake_up"] and listen_url:
+            options["listen_on"] = around.enter_context(Database(listen_url, None).engine())
+        stop = around.enter_context(_delivering(verbose=verbose, as_json=as_json))
         worker = Worker(engine, transport, poll_interval=poll_interval, schema=database.schema, **_of_types(options))
         result = worker.run(stop)
     _show_result(result, as_json=as_json, reveal=reveal)
